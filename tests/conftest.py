@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')  # the default tests need no network, and must not wait for one
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_cascade
+from timm_cascade.data import ImageData
+
+sys.path.insert(0, str(Path(__file__).parent.parent / 'scripts'))
+FAMILIES = ['test_resnet', 'test_vit', 'test_convnext', 'mobilenetv3_small_050']
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session', params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> timm_cascade.CascadeModel:
+    """A small cascade of each family, 7 classes, nothing set; whoever sets thresholds puts them back."""
+    torch.manual_seed(0)
+    return timm.create_model(f'cascade_{request.param}', num_classes=7).eval()
+
+
+@pytest.fixture
+def small() -> timm_cascade.CascadeModel:
+    """cascade_cifar_resnet20 with two exits for grey 16x16 images."""
+    return timm.create_model(
+        'cascade_cifar_resnet20', in_chans=1, num_classes=4, exits=['layer1', 'layer2'],
+        pretrained_cfg_overlay=dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,))).eval()
+
+
+@pytest.fixture
+def images() -> ImageData:
+    """96 grey 16x16 images of 4 classes that a head can tell apart: a bright quarter on noise."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 4, 96)
+    pictures = generator.integers(0, 120, (96, 16, 16), dtype=np.uint8)
+    for picture, label in zip(pictures, labels, strict=True):
+        y, x = 8 * (label // 2), 8 * (label % 2)
+        picture[y:y + 8, x:x + 8] += 100
+    return ImageData(pictures, labels, ['a', 'b', 'c', 'd'], 'quarters', 'all')
+
+
+def batch_for(model: torch.nn.Module, n: int = 6) -> torch.Tensor:
+    """Random images of the size the model wants; of different contrast, so that confidences differ."""
+    size = timm.data.resolve_model_data_config(model)['input_size']
+    return torch.randn(n, *size) * torch.linspace(0.2, 3, n)[:, None, None, None]
+
+
+def as_png(array: np.ndarray, path: Path) -> None:
+    Image.fromarray(array).save(path)

@@ -1,0 +1,18 @@
+"""Early exits for every timm model, with thresholds that follow from the accuracy you can give up.
+
+Importing this package registers `cascade_<name>` with timm for every model timm knows.
+"""
+from . import registry  # noqa: F401  registers the models
+from .calibration import calibrate
+from .evaluation import Report, evaluate
+from .hub import ReleaseError, load, push_to_hub, save
+from .model import CascadeModel, NotCalibratedError
+from .routing import CascadeOutput
+from .thresholds import Calibration, OperatingPoint, ThresholdTable
+from .training import train_heads
+
+from .version import __version__
+__all__ = [
+    'Calibration', 'CascadeModel', 'CascadeOutput', 'NotCalibratedError', 'OperatingPoint', 'ReleaseError', 'Report',
+    'ThresholdTable', 'calibrate', 'evaluate', 'load', 'push_to_hub', 'save', 'train_heads',
+]

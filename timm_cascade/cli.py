@@ -1,0 +1,196 @@
+"""The command line: train, calibrate, evaluate, info, push."""
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from . import hub
+from .calibration import calibrate
+from .data import ImageData, load_data
+from .evaluation import evaluate
+from .model import CascadeModel, NotCalibratedError
+from .training import train_heads
+
+__all__ = ['main']
+
+
+def _value(text: str) -> Any:
+    """A JSON value where the text is one, else the text: 0.5, true, "a", [1, 2]."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _exits(text: str) -> Any:
+    values = [_value(t) for t in text.split(',')]
+    return values[0] if len(values) == 1 and isinstance(values[0], int) else values
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='timm-cascade', description='Early exits for every timm model.')
+    commands = parser.add_subparsers(dest='command', required=True)
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument('--data', required=True, nargs='+',
+                      help='Hub data set id, image folder, parquet file(s), or a folder of IDX files')
+    data.add_argument('--batch-size', type=int, default=256, help='over all processes together')
+    data.add_argument('--workers', type=int, default=0, help='processes that decode images')
+    out = argparse.ArgumentParser(add_help=False)
+    out.add_argument('--json', action='store_true', help='print the result as JSON')
+
+    train = commands.add_parser('train', parents=[data, out], help='train exit heads on a frozen backbone')
+    train.add_argument('--model', required=True, help='cascade_NAME[.tag]')
+    train.add_argument('--out', required=True, type=Path, help='folder for the release')
+    train.add_argument('--split', default='train', help='training images, such as train or train[:50000]')
+    train.add_argument('--val-split', help='images to report accuracy on')
+    train.add_argument('--checkpoint', help='weights of your fine-tuned backbone')
+    train.add_argument('--no-pretrained', action='store_true', help='do not load published backbone weights')
+    train.add_argument('--exits', type=_exits, default=3, help='how many, cost fractions, or module names: 3 or '
+                                                               '0.25,0.5 or layer1,layer2')
+    train.add_argument('--head', type=_value, default='enhanced', help='linear, enhanced, paper or a JSON description')
+    train.add_argument('--model-kwargs', nargs='*', default=[], metavar='KEY=VALUE', help='for the backbone')
+    train.add_argument('--epochs', type=int, default=20)
+    train.add_argument('--lr', type=float, default=2e-3)
+    train.add_argument('--weight-decay', type=float, default=0.05)
+    train.add_argument('--seed', type=int, default=0)
+    train.set_defaults(run=_train)
+
+    cal = commands.add_parser('calibrate', parents=[data, out], help='measure every exit on held-out images')
+    cal.add_argument('folder', help='a release')
+    cal.add_argument('--split', help='images that neither backbone nor heads were trained on')
+    cal.set_defaults(run=_calibrate)
+
+    ev = commands.add_parser('evaluate', parents=[data, out], help='accuracy, MACs, exits and time on test images')
+    ev.add_argument('where', metavar='FOLDER|REPO')
+    ev.add_argument('--split', help='test images')
+    ev.add_argument('--max-drop', type=float, help='turn the dial first; else the release\'s active thresholds')
+    ev.add_argument('--rule', default='certified', choices=['certified', 'joint', 'per_exit'])
+    ev.add_argument('--level', type=float, default=0.9)
+    ev.set_defaults(run=_evaluate)
+
+    info = commands.add_parser('info', parents=[out], help='what a release is')
+    info.add_argument('where', metavar='FOLDER|REPO')
+    info.set_defaults(run=_info)
+
+    push = commands.add_parser('push', parents=[out], help='upload a release to the Hub')
+    push.add_argument('folder')
+    push.add_argument('repo', metavar='user/repo')
+    push.add_argument('--private', action='store_true')
+    push.add_argument('--revision')
+    push.add_argument('--create-pr', action='store_true')
+    push.set_defaults(run=_push)
+    return parser
+
+
+def _load_data(args: argparse.Namespace, split: str | None) -> ImageData:
+    return load_data(args.data if len(args.data) > 1 else args.data[0], split)
+
+
+def _same_classes(model: CascadeModel, data: ImageData) -> None:
+    if len(data.class_names) > model.num_classes:
+        raise ValueError(f'{data.source} has {len(data.class_names)} classes, the model {model.num_classes}.')
+
+
+def _train(args: argparse.Namespace) -> dict[str, Any]:
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    set_seed(args.seed)  # fresh heads are part of the recipe
+    train = _load_data(args, args.split)
+    val = _load_data(args, args.val_split) if args.val_split else None
+    accelerator = Accelerator()
+    kwargs = {key: _value(value) for key, _, value in (item.partition('=') for item in args.model_kwargs)}
+    pretrained = not args.no_pretrained and args.checkpoint is None and timm.models.is_model_pretrained(
+        args.model.removeprefix('cascade_'))
+    model = timm.create_model(
+        args.model, pretrained=pretrained, num_classes=len(train.class_names), exits=args.exits, head=args.head,
+        checkpoint_path=args.checkpoint, **kwargs)
+    assert isinstance(model, CascadeModel)
+    model.label_names = train.class_names
+    history = train_heads(
+        model, train, val, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
+        weight_decay=args.weight_decay, workers=args.workers, log=args.out / 'training.jsonl',
+        accelerator=accelerator)
+    if accelerator.is_main_process:
+        hub.save(model, args.out)
+    return dict(folder=str(args.out), processes=accelerator.num_processes, images=len(train), **history[-1])
+
+
+def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
+    model = hub.load(args.folder)
+    data = _load_data(args, args.split)
+    _same_classes(model, data)
+    calibration = calibrate(model, data, batch_size=args.batch_size, workers=args.workers)
+    hub.save(model, args.folder)
+    accuracy = calibration.correct.mean(0)
+    return dict(folder=args.folder, n=len(data), exits=list(calibration.exits),
+                accuracy=[round(float(a), 4) for a in accuracy])
+
+
+def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    model = hub.load(args.where)
+    data = _load_data(args, args.split)
+    _same_classes(model, data)
+    point = None
+    if args.max_drop is not None:
+        point = model.set_max_drop(args.max_drop, rule=args.rule, level=args.level).to_dict()
+    model.to('cuda' if torch.cuda.is_available() else 'cpu')
+    report = evaluate(model, data, batch_size=args.batch_size, workers=args.workers)
+    return dict(point=point, **report.to_dict())
+
+
+def _info(args: argparse.Namespace) -> dict[str, Any]:
+    model = hub.load(args.where)
+    return dict(
+        architecture=model.pretrained_cfg['architecture'], num_classes=model.num_classes,
+        label_names=model.label_names, input_size=list(hub.binding(model)['input_size']),
+        exits=[dict(module=p.module, fraction=round(p.fraction, 4), layout=p.layout, channels=p.channels)
+               for p in model.exits],
+        stage_macs=model.stage_macs().tolist(), backbone_macs=model.exits[-1].total, heads_hash=model.heads_hash(),
+        thresholds=[None if t == float('inf') else t for t in model.thresholds.tolist()],
+        calibrated_on=None if model.calibration is None else
+        dict(n=len(model.calibration.confidence), **model.calibration.provenance))
+
+
+def _push(args: argparse.Namespace) -> dict[str, Any]:
+    card = Path(args.folder) / hub.CARD
+    return dict(commit=hub.push_to_hub(
+        hub.load(args.folder), args.repo, private=args.private, revision=args.revision, create_pr=args.create_pr,
+        card=card.read_text(encoding='utf-8') if card.is_file() else None))
+
+
+def _show(result: dict[str, Any], indent: str = '') -> None:
+    for key, value in result.items():
+        if isinstance(value, dict):
+            print(f'{indent}{key}:')
+            _show(value, indent + '  ')
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            print(f'{indent}{key}:')
+            for item in value:
+                print(f'{indent}  ' + '  '.join(f'{k}={v}' for k, v in item.items()))
+        else:
+            print(f'{indent}{key}: {value}')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status, 2 for a request that cannot be met."""
+    logging.basicConfig(level=logging.WARNING, format='%(message)s')
+    args = _parser().parse_args(argv)
+    try:
+        result = args.run(args)
+    except (ValueError, OSError, NotCalibratedError) as e:
+        print(f'timm-cascade {args.command}: {e}', file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(result))
+    else:
+        _show(result)
+    return 0

@@ -1,0 +1,132 @@
+"""What a cascade does on images: accuracy, computation, exits, and time beside its own backbone."""
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from .data import create_loader
+from .model import CascadeModel
+
+__all__ = ['Report', 'evaluate']
+
+
+@dataclass(frozen=True)
+class Report:
+    """A cascade at its active thresholds, measured on `n` images.
+
+    Attributes:
+        accuracy, full_accuracy: Top-1 of the cascade and of its backbone, fractions.
+        change: accuracy - full_accuracy.
+        change_interval: 95 % interval of the change on images of this kind (normal, paired).
+        macs, macs_share: Average multiply-accumulates of an image, heads counted; as a share of the backbone's.
+        time_share: Median time of the cascade over the backbone's, batch by batch, alternating; nan if not timed.
+        exit_shares: (M+1,) share of the images that each exit answered.
+        exit_accuracy: (M+1,) accuracy among the images that each exit answered; nan where there were none.
+    """
+    n: int
+    thresholds: tuple[float, ...]
+    accuracy: float
+    full_accuracy: float
+    change: float
+    change_interval: tuple[float, float]
+    macs: float
+    macs_share: float
+    time_share: float
+    exit_shares: tuple[float, ...]
+    exit_accuracy: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it: None for a closed exit and for what was not measured."""
+        def plain(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return [plain(v) for v in value]
+            return None if isinstance(value, float) and not np.isfinite(value) else value
+        return {key: plain(value) for key, value in asdict(self).items()}
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _timed(call: Any, images: Tensor) -> tuple[Any, float]:
+    began = _clock(images.device)
+    result = call(images)
+    return result, _clock(images.device) - began
+
+
+@torch.inference_mode()
+def evaluate(
+        model: CascadeModel,
+        data: Dataset,
+        *,
+        batch_size: int = 256,
+        workers: int = 0,
+        title: str = 'images',
+) -> Report:
+    """Runs cascade and backbone over the images, side by side, at the active thresholds.
+
+    Which of the two goes first alternates from batch to batch. Loading and decoding are not timed.
+
+    Args:
+        data: Images with labels; an ImageData, or any data set of (normalised tensor, label).
+        title: What the progress bar says.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    exits, right, full_right, ratios, weights = [], [], [], [], []
+    try:
+        for i, (images, target) in enumerate(
+                tqdm(create_loader(model, data, batch_size, workers), desc=title, leave=False)):
+            images = images.to(device)
+            if i == 0:  # the first batch warms both up
+                model.backbone(images), model.predict(images)
+            calls = [model.backbone, model.predict]
+            results = {call: _timed(call, images) for call in (calls if i % 2 else calls[::-1])}
+            full, full_time = results[model.backbone]
+            output, cascade_time = results[model.predict]
+            exits.append(output.exit.cpu().numpy())
+            right.append((output.logits.argmax(1).cpu() == target).numpy())
+            full_right.append((full.argmax(1).cpu() == target).numpy())
+            ratios.append(cascade_time / full_time)
+            weights.append(len(images))
+    finally:
+        model.train(training)
+    exit_of, correct, full_correct = (np.concatenate(a) for a in (exits, right, full_right))
+    # batches that are not full (the last one) are no fair sample of the time
+    whole = [r for r, w in zip(ratios, weights, strict=True) if w == max(weights)]
+    paired = correct.astype(float) - full_correct
+    half = float(1.96 * paired.std() / np.sqrt(len(paired)))
+    macs = _macs_of(model)[exit_of].mean()
+    count = len(model.exits) + 1
+    return Report(
+        n=len(correct),
+        thresholds=tuple(model.thresholds.tolist()),
+        accuracy=float(correct.mean()),
+        full_accuracy=float(full_correct.mean()),
+        change=float(paired.mean()),
+        change_interval=(float(paired.mean()) - half, float(paired.mean()) + half),
+        macs=float(macs),
+        macs_share=float(macs / model.exits[-1].total),
+        time_share=float(np.median(whole)),
+        exit_shares=tuple(float((exit_of == m).mean()) for m in range(count)),
+        exit_accuracy=tuple(
+            float(correct[exit_of == m].mean()) if (exit_of == m).any() else float('nan') for m in range(count)),
+    )
+
+
+def _macs_of(model: CascadeModel) -> np.ndarray:
+    """(M+1,) MACs of an image that leaves at each exit; a closed exit's head does not run."""
+    stages = model.stage_macs()
+    closed = np.isinf(model.thresholds.numpy())
+    stages[:-1] -= np.where(closed, model.head_macs(), 0)
+    return np.cumsum(stages)

@@ -1,0 +1,111 @@
+"""Exit heads: a tap in, logits out."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ['PRESETS', 'ExitHead', 'create_heads', 'head_configs']
+
+# grid: side of the grid the tap is pooled to; hidden: width of the hidden layer, 0 for none; norm: BatchNorm in front
+PRESETS: dict[str, list[dict[str, Any]]] = {
+    'linear': [dict(grid=1, hidden=0, norm=True)],
+    'enhanced': [dict(grid=4, hidden=64, norm=True)],
+    # Berestizshevsky & Even 2019, section 5: 4x4 at the first exit, 2x2 at the second, FC 64, FC C
+    'paper': [dict(grid=4, hidden=64, norm=False), dict(grid=2, hidden=64, norm=False)],
+}
+
+HeadSpec = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+
+class ExitHead(nn.Module):
+    """Pools a tap to a small grid, normalises it, and classifies it with one or two linear layers.
+
+    `pool` has no parameters: with a frozen backbone its output can be computed once and kept.
+
+    Args:
+        channels: Channels of the tap.
+        size: Height and width of the tap's grid.
+        num_classes: Number of classes; 0 makes a head that cannot answer.
+        layout: NCHW, NHWC or NLC.
+        prefix_tokens: Tokens before the grid's in NLC.
+        grid: Side of the pooled grid, at most the tap's own.
+        hidden: Width of the hidden layer, 0 for a linear head.
+        norm: Standardise the pooled features (BatchNorm1d) first.
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            size: tuple[int, int],
+            num_classes: int,
+            layout: str = 'NCHW',
+            prefix_tokens: int = 0,
+            grid: int = 4,
+            hidden: int = 64,
+            norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.size = size
+        self.prefix_tokens = prefix_tokens
+        self.grid = (min(grid, size[0]), min(grid, size[1]))
+        self.in_features = channels * self.grid[0] * self.grid[1]
+        self.norm = nn.BatchNorm1d(self.in_features) if norm else nn.Identity()
+        self.hidden = nn.Sequential(nn.Linear(self.in_features, hidden), nn.ReLU()) if hidden else nn.Identity()
+        self.fc = nn.Linear(hidden or self.in_features, num_classes) if num_classes else nn.Identity()
+
+    def pool(self, tap: Tensor) -> Tensor:
+        """Tap in this head's layout to (N, in_features)."""
+        if self.layout == 'NHWC':
+            tap = tap.permute(0, 3, 1, 2)
+        elif self.layout == 'NLC':
+            tap = tap[:, self.prefix_tokens:].transpose(1, 2)
+            # any grid if the tokens form one, else one mean over all of them
+            tap = tap.unflatten(2, self.size if self.size[0] > 1 else (1, -1))
+        return F.adaptive_avg_pool2d(tap, self.grid).flatten(1)
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """(N, in_features) to logits (N, num_classes)."""
+        return self.fc(self.hidden(self.norm(pooled)))
+
+    def forward(self, tap: Tensor) -> Tensor:
+        return self.classify(self.pool(tap))
+
+
+def head_configs(head: HeadSpec, count: int) -> list[dict[str, Any]]:
+    """One dict of ExitHead's grid, hidden and norm for each of `count` exits.
+
+    Args:
+        head: A preset's name, one dict for all exits, or a sequence of them; the last one serves the exits left.
+
+    Raises:
+        ValueError: An unknown preset or key.
+    """
+    if isinstance(head, str):
+        if head not in PRESETS:
+            raise ValueError(f'head={head!r} is not known; choose from {sorted(PRESETS)} or give a dict of '
+                             f'grid, hidden and norm.')
+        configs: Sequence[Mapping[str, Any]] = PRESETS[head]
+    else:
+        configs = [head] if isinstance(head, Mapping) else head
+    for config in configs:
+        unknown = set(config) - {'grid', 'hidden', 'norm'}
+        if unknown:
+            raise ValueError(f'head has the keys {sorted(unknown)}; known are grid, hidden and norm.')
+        if int(config.get('grid', 4)) < 1 or int(config.get('hidden', 64)) < 0:
+            raise ValueError(f'head={dict(config)}: grid is at least 1 and hidden at least 0.')
+    if isinstance(head, str):
+        configs = configs[:count]
+    if not 1 <= len(configs) <= count:
+        raise ValueError(f'{len(configs)} head descriptions for {count} exits; give one, or one an exit.')
+    return [{**PRESETS['enhanced'][0], **configs[min(i, len(configs) - 1)]} for i in range(count)]
+
+
+def create_heads(points: Sequence[Any], num_classes: int, configs: Sequence[Mapping[str, Any]]) -> nn.ModuleList:
+    """A head for each exit point (its channels, size, layout and prefix_tokens)."""
+    return nn.ModuleList(
+        ExitHead(p.channels, p.size, num_classes, p.layout, p.prefix_tokens, **c)
+        for p, c in zip(points, configs, strict=True))

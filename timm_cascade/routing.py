@@ -1,0 +1,169 @@
+"""Who leaves, who goes on: forward hooks at the exits that cut the batch in flight.
+
+The hooks stay on the backbone for good and do nothing until a Router runs it, so the backbone used on its own is
+the plain timm model. What belongs to one run is kept per thread: several threads may use one model.
+"""
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .backbone import cut, tap_of
+
+__all__ = ['CascadeOutput', 'Router', 'RoutingError', 'confidence']
+
+
+class RoutingError(RuntimeError):
+    """The backbone did not do with a cut batch what it must; nothing was answered."""
+
+
+class CascadeOutput(NamedTuple):
+    """What a cascade answers for a batch, in input order.
+
+    Attributes:
+        logits: (N, C)
+        exit: (N,) int64, the exit that answered, M for the backbone's own classifier.
+        confidence: (N,) float32, max softmax of `logits`.
+    """
+    logits: Tensor
+    exit: Tensor
+    confidence: Tensor
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """Max softmax (N,) of logits (N, C), in float32 whatever the logits' dtype."""
+    return logits.float().softmax(-1).amax(-1)
+
+
+class _EverybodyLeft(Exception):
+    """Ends the backbone's forward when no sample is left; an empty batch would crash many models."""
+
+
+class _Run:
+    """One pass of a batch through the backbone; `at` is called at every exit and may replace the output."""
+
+    def __init__(self, router: Router, at: Callable[[int, Any], Any]) -> None:
+        self.router = router
+        self.at = at
+
+
+_thread = threading.local()
+
+
+class _ExitHook:
+    def __init__(self, router: Router, index: int) -> None:
+        self.router = router
+        self.index = index
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        run = getattr(_thread, 'run', None)
+        return run.at(self.index, output) if run is not None and run.router is self.router else None
+
+
+class Router:
+    """Hooks on the backbone's exit modules, and the ways to run it with them.
+
+    Args:
+        backbone: The network.
+        modules: Names of the exit modules, in the order the network runs them.
+    """
+
+    def __init__(self, backbone: nn.Module, modules: Sequence[str]) -> None:
+        self.count = len(modules)
+        self.handles: list[RemovableHandle] = [
+            backbone.get_submodule(name).register_forward_hook(_ExitHook(self, i)) for i, name in enumerate(modules)]
+
+    def detach(self) -> None:
+        """Takes the hooks off the backbone again."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _run(self, backbone: nn.Module, images: Tensor, at: Callable[[int, Any], Any]) -> Tensor:
+        outer = getattr(_thread, 'run', None)
+        _thread.run = _Run(self, at)
+        try:
+            return backbone(images)
+        finally:
+            _thread.run = outer
+
+    def collect(
+            self,
+            backbone: nn.Module,
+            images: Tensor,
+            readers: Sequence[Callable[[Tensor], Tensor]],
+    ) -> tuple[list[Tensor], Tensor]:
+        """What each reader makes of its exit's tap, and the backbone's logits; nobody leaves."""
+        read: list[Tensor | None] = [None] * self.count
+
+        def at(index: int, output: Any) -> None:
+            read[index] = readers[index](tap_of(output))
+
+        logits = self._run(backbone, images, at)
+        missed = [i for i, r in enumerate(read) if r is None]
+        if missed:
+            raise RoutingError(f'the backbone did not run its exits {missed}; was it changed after it was wrapped?')
+        return [r for r in read if r is not None], logits
+
+    def route(
+            self,
+            backbone: nn.Module,
+            images: Tensor,
+            heads: Sequence[Callable[[Tensor], Tensor]],
+            thresholds: Sequence[float],
+    ) -> CascadeOutput:
+        """Runs the cascade: a sample leaves at the first exit whose confidence is at least its threshold.
+
+        Args:
+            backbone: The network that carries the hooks.
+            images: (N, ...), N >= 1.
+            heads: One a exit; not run where the threshold is infinite.
+            thresholds: M numbers. A confidence that is not a number never passes.
+        """
+        alive = torch.arange(len(images), device=images.device)
+        answers: list[tuple[Tensor, Tensor, Tensor, int]] = []  # who, logits, confidence, exit
+
+        def at(index: int, output: Any) -> Any:
+            nonlocal alive
+            if math.isinf(thresholds[index]):
+                return None
+            tap = tap_of(output)
+            if len(tap) != len(alive):
+                raise RoutingError(f'{len(alive)} samples came to exit {index}, but its tap has {len(tap)} rows.')
+            logits = heads[index](tap)
+            sure = confidence(logits)
+            leaves = sure >= thresholds[index]
+            gone = leaves.nonzero().squeeze(1)  # the one synchronisation of this exit
+            if not len(gone):
+                return None
+            answers.append((alive[gone], logits[gone], sure[gone], index))
+            if len(gone) == len(alive):
+                raise _EverybodyLeft
+            # the sizes are known by now, so sorting finds those who stay without asking the device again
+            keep = leaves.to(torch.uint8).argsort(stable=True)[:len(alive) - len(gone)]
+            alive = alive[keep]
+            return cut(output, keep)
+
+        try:
+            logits = self._run(backbone, images, at)
+            if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(alive):
+                found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise RoutingError(f'{len(alive)} samples went to the end, but the backbone returned {found}.')
+            answers.append((alive, logits, confidence(logits), self.count))
+        except _EverybodyLeft:
+            pass
+        return _in_input_order(answers)
+
+
+def _in_input_order(answers: list[tuple[Tensor, Tensor, Tensor, int]]) -> CascadeOutput:
+    who = torch.cat([a[0] for a in answers])
+    order = torch.empty_like(who)
+    order[who] = torch.arange(len(who), device=who.device)
+    exits = torch.cat([torch.full_like(w, index) for w, _, _, index in answers])
+    return CascadeOutput(
+        torch.cat([a[1] for a in answers])[order], exits[order], torch.cat([a[2] for a in answers])[order])
