@@ -74,7 +74,8 @@ def train_backbone(model: nn.Module, train: ImageData, watch: ImageData, state_f
     if state_file.exists():
         state = torch.load(state_file, map_location='cpu', weights_only=True)
         if state['recipe'] != recipe:
-            raise ValueError(f'{state_file} was made by {state["recipe"]}, asked is {recipe}; move it away to start anew.')
+            raise ValueError(f'{state_file} was made by {state["recipe"]}, asked is {recipe}; move it away to start '
+                             f'anew.')
         model.load_state_dict(state['model'])
         optimizer.load_state_dict(state['optimizer'])
         start = state['epoch']

@@ -32,14 +32,15 @@ def write_card(model: CascadeModel, recipe: dict[str, Any], report: dict[str, An
             dataset_split='test', metric_type=kind, metric_name=f'{name}, {r["rule"]}, max_drop {r["max_drop"]:g}',
             metric_value=round(100 * value, 2))
         for r in report['rows'] if r['rule'] == dial['rule']
-        for kind, name, value in (('accuracy', 'top-1 %', r['accuracy']), ('macs', 'MACs % of backbone', r['macs_share']))]
+        for kind, name, value in (
+            ('accuracy', 'top-1 %', r['accuracy']), ('macs', 'MACs % of backbone', r['macs_share']))]
     card_data = ModelCardData(
         library_name='timm', pipeline_tag='image-classification', license=recipe['model']['licence'],
         tags=['image-classification', 'timm', 'timm-cascade', 'early-exit'], datasets=[data['dataset']],
         metrics=['accuracy'], model_name=recipe['name'], eval_results=results)
     exits = [
         dict(module=p.module, fraction=p.fraction, threshold=t, accuracy=a, share=s, answered=x)
-        for p, t, a, s, x in zip(model.exits, active['thresholds'], report['accuracy_of_each_exit'],
+        for p, t, a, s, x in zip(model.exits, active['thresholds'], report['every_exit']['accuracy'],
                                  active['exit_shares'], active['exit_accuracy'], strict=False)]
     exits.append(dict(module='the whole network', fraction=1., threshold=math.nan, accuracy=active['full_accuracy'],
                       share=active['exit_shares'][-1], answered=active['exit_accuracy'][-1]))

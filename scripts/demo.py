@@ -27,8 +27,9 @@ MAX_DROPS = (0., 0.005, 0.01, 0.02)
 def table(rows: list[dict[str, Any]], exits: int) -> str:
     """The rows as text: one for the plain backbone, one a max_drop."""
     head = ['asked drop', 'accuracy', 'change', 'MACs', 'of backbone', 'time', *(f'x{m}' for m in range(exits)), 'end']
-    lines = [head, ['backbone', f'{rows[0]["full_accuracy"]:.2%}', '', f'{rows[0]["backbone_macs"] / 1e6:.2f} M', '100 %',
-                    '1.00', *[''] * exits, '100 %']]
+    first = rows[0]
+    lines = [head, ['backbone', f'{first["full_accuracy"]:.2%}', '', f'{first["backbone_macs"] / 1e6:.2f} M', '100.0%',
+                    '1.00', *[''] * exits, '100.0%']]
     for row in rows:
         lines.append([
             f'{100 * row["max_drop"]:g} %', f'{row["accuracy"]:.2%}', f'{100 * row["change"]:+.2f}',

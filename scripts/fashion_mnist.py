@@ -1,9 +1,17 @@
-"""Fashion-MNIST (Zalando SE, MIT licence), from the first place that has it."""
+"""Fashion-MNIST (Zalando SE, MIT licence), from the first place that has it.
+
+    python scripts/fashion_mnist.py
+
+writes the 1,000 test images that the repository ships for machines that have neither package nor network.
+"""
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from timm_cascade.data import ImageData, load_data
+from timm_cascade.files import replacing
 
 CLASSES = ['T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
 DEBIAN = Path('/usr/share/datasets/fashion-mnist')  # where Debian's package dataset-fashion-mnist puts it
@@ -27,3 +35,20 @@ def load_test() -> ImageData:
         except Exception:
             return load_data(SAMPLE)
     return load('test')
+
+
+def write_sample(n: int = 1000, seed: int = 0) -> None:
+    """`n` test images, drawn without replacement, as one parquet file."""
+    import datasets
+
+    data = load('test')
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(data))[:n])
+    features = datasets.Features(dict(image=datasets.Image(), label=datasets.ClassLabel(names=CLASSES)))
+    columns = dict(image=[data[i][0] for i in chosen], label=data.labels[chosen].tolist())
+    with replacing(SAMPLE) as path:
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+
+
+if __name__ == '__main__':
+    write_sample()
+    print(SAMPLE)

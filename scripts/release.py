@@ -8,6 +8,7 @@ the backbone continues at the epoch where it was stopped. The log is runs/NAME/r
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import logging
@@ -93,7 +94,8 @@ def build(recipe: dict[str, Any], work: Path) -> dict[str, Any]:
         steps.finish('calibration')
 
     if steps.due('test'):
-        write_text(work / 'report.json', json.dumps(test(hub.load(staged), load(recipe['data']['test']), dial), indent=1))
+        report = test(hub.load(staged), load(recipe['data']['test']), dial)
+        write_text(work / 'report.json', json.dumps(report, indent=1))
         steps.finish('test')
     return json.loads((work / 'report.json').read_text())
 
@@ -108,8 +110,8 @@ def test(model: timm_cascade.CascadeModel, data: timm_cascade.data.ImageData, di
             rows.append(dict(rule=rule, max_drop=max_drop, certified=point.certified, **report.to_dict()))
             _logger.info('%s asked %.2f %%: change %+.2f points, %.1f %% of the MACs', rule, 100 * max_drop,
                          100 * report.change, 100 * report.macs_share)
-    exits = timm_cascade.calibration.record(model, data)
-    return dict(rows=rows, n=len(data), split=data.split, accuracy_of_each_exit=exits['correct'].mean(0).tolist())
+    exits = timm_cascade.evaluate(model, data, title='every exit', every_exit=True).every_exit
+    return dict(rows=rows, n=len(data), split=data.split, every_exit=dataclasses.asdict(exits))
 
 
 def main() -> None:

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import timm
 import torch
@@ -16,7 +18,7 @@ def test_candidates_are_blocks_in_order_of_cost(resnet):
     names = [p.module for p in points]
     assert names == ['layer1.0', 'layer1', 'layer2.0', 'layer2', 'layer3.0', 'layer3', 'layer4.0', 'layer4'] or \
         names == ['act1', 'layer1.0', 'layer1', 'layer2.0', 'layer2', 'layer3.0', 'layer3', 'layer4.0', 'layer4']
-    assert all(a.macs < b.macs for a, b in zip(points, points[1:], strict=False))
+    assert all(a.macs < b.macs for a, b in itertools.pairwise(points))
     assert all(0 < p.fraction < 1 for p in points)
 
 

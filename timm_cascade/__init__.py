@@ -10,9 +10,9 @@ from .model import CascadeModel, NotCalibratedError
 from .routing import CascadeOutput
 from .thresholds import Calibration, OperatingPoint, ThresholdTable
 from .training import train_heads
-
 from .version import __version__
+
 __all__ = [
     'Calibration', 'CascadeModel', 'CascadeOutput', 'NotCalibratedError', 'OperatingPoint', 'ReleaseError', 'Report',
-    'ThresholdTable', 'calibrate', 'evaluate', 'load', 'push_to_hub', 'save', 'train_heads',
+    'ThresholdTable', '__version__', 'calibrate', 'evaluate', 'load', 'push_to_hub', 'save', 'train_heads',
 ]

@@ -47,11 +47,11 @@ def record(
             parts.append(accelerator.gather_for_metrics((sure, answer, target)))
     finally:
         model.train(training)
-    sure, answer, target = (torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True))
-    if target.min() < 0 or target.max() >= model.num_classes:
-        raise ValueError(f'labels go from {target.min()} to {target.max()}, the model has the classes '
+    confidences, answers, labels = (torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True))
+    if labels.min() < 0 or labels.max() >= model.num_classes:
+        raise ValueError(f'labels go from {labels.min()} to {labels.max()}, the model has the classes '
                          f'0..{model.num_classes - 1}; these images belong to other classes.')
-    return dict(confidence=sure, correct=answer == target[:, None], agreement=answer == answer[:, -1:])
+    return dict(confidence=confidences, correct=answers == labels[:, None], agreement=answers == answers[:, -1:])
 
 
 def calibrate(

@@ -74,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     ev.add_argument('--max-drop', type=float, help='turn the dial first; else the release\'s active thresholds')
     ev.add_argument('--rule', default='certified', choices=['certified', 'joint', 'per_exit'])
     ev.add_argument('--level', type=float, default=0.9)
+    ev.add_argument('--every-exit', action='store_true', help='accuracy and AUROC of each exit on all images, and the '
+                                                              'best any policy could do')
     ev.set_defaults(run=_evaluate)
 
     info = commands.add_parser('info', parents=[out], help='what a release is')
@@ -143,7 +145,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.max_drop is not None:
         point = model.set_max_drop(args.max_drop, rule=args.rule, level=args.level).to_dict()
     model.to('cuda' if torch.cuda.is_available() else 'cpu')
-    report = evaluate(model, data, batch_size=args.batch_size, workers=args.workers)
+    report = evaluate(model, data, batch_size=args.batch_size, workers=args.workers, every_exit=args.every_exit)
     return dict(point=point, **report.to_dict())
 
 

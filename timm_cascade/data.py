@@ -25,7 +25,7 @@ class ImageData(Dataset):
     """Images with their labels: `data[i]` is a PIL image, or `transform` of it, and a class index.
 
     Args:
-        images: Indexable; items are PIL images or uint8 arrays (H, W) or (H, W, 3).
+        images: Indexable by position; items are PIL images or uint8 arrays (H, W) or (H, W, 3).
         labels: (n,) class indices.
         class_names: One name a class.
         source: Where the images are from, as the user named it; kept in tables and cards.
@@ -38,7 +38,7 @@ class ImageData(Dataset):
 
     def __init__(
             self,
-            images: Sequence[Any],
+            images: Any,
             labels: Sequence[int] | np.ndarray,
             class_names: Sequence[str],
             source: str = '',

@@ -11,10 +11,28 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from .calibration import record
 from .data import create_loader
 from .model import CascadeModel
 
-__all__ = ['Report', 'evaluate']
+__all__ = ['EveryExit', 'Report', 'evaluate']
+
+
+@dataclass(frozen=True)
+class EveryExit:
+    """All exits on all images: whether heads or thresholds are the limit.
+
+    Attributes:
+        accuracy: (M+1,) top-1 of each exit on all images.
+        auroc: (M+1,) how well each exit's confidence tells its right answers from its wrong ones; 0.5 is chance,
+            nan where all are right or all wrong.
+        oracle_accuracy, oracle_macs_share: Of a policy that knows the labels: each image leaves at the first exit that
+            is right, or at exit 0 where none is. No thresholds can do better with these heads.
+    """
+    accuracy: tuple[float, ...]
+    auroc: tuple[float, ...]
+    oracle_accuracy: float
+    oracle_macs_share: float
 
 
 @dataclass(frozen=True)
@@ -29,6 +47,8 @@ class Report:
         time_share: Median time of the cascade over the backbone's, batch by batch, alternating; nan if not timed.
         exit_shares: (M+1,) share of the images that each exit answered.
         exit_accuracy: (M+1,) accuracy among the images that each exit answered; nan where there were none.
+        survivors: (M+1,) share of the images that come to each exit.
+        every_exit: What each exit does on all images, and the best any policy could do; None if not asked for.
     """
     n: int
     thresholds: tuple[float, ...]
@@ -41,14 +61,18 @@ class Report:
     time_share: float
     exit_shares: tuple[float, ...]
     exit_accuracy: tuple[float, ...]
+    survivors: tuple[float, ...]
+    every_exit: EveryExit | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it: None for a closed exit and for what was not measured."""
         def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: plain(v) for k, v in value.items()}
             if isinstance(value, (tuple, list)):
                 return [plain(v) for v in value]
             return None if isinstance(value, float) and not np.isfinite(value) else value
-        return {key: plain(value) for key, value in asdict(self).items()}
+        return plain(asdict(self))
 
 
 def _clock(device: torch.device) -> float:
@@ -71,6 +95,7 @@ def evaluate(
         batch_size: int = 256,
         workers: int = 0,
         title: str = 'images',
+        every_exit: bool = False,
 ) -> Report:
     """Runs cascade and backbone over the images, side by side, at the active thresholds.
 
@@ -79,6 +104,7 @@ def evaluate(
     Args:
         data: Images with labels; an ImageData, or any data set of (normalised tensor, label).
         title: What the progress bar says.
+        every_exit: Run all exits on all images too, for `Report.every_exit`.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -121,7 +147,32 @@ def evaluate(
         exit_shares=tuple(float((exit_of == m).mean()) for m in range(count)),
         exit_accuracy=tuple(
             float(correct[exit_of == m].mean()) if (exit_of == m).any() else float('nan') for m in range(count)),
+        survivors=tuple(float((exit_of >= m).mean()) for m in range(count)),
+        every_exit=_every_exit(model, data, batch_size, workers) if every_exit else None,
     )
+
+
+def _every_exit(model: CascadeModel, data: Dataset, batch_size: int, workers: int) -> EveryExit:
+    seen = record(model, data, batch_size, workers)
+    correct = seen['correct']
+    # the first exit that is right; argmax of a row without any is 0, the cheapest way to be wrong
+    leaves = correct.argmax(1)
+    macs = np.cumsum(model.stage_macs())[leaves].mean()
+    return EveryExit(
+        accuracy=tuple(correct.mean(0).tolist()),
+        auroc=tuple(_auroc(c, r) for c, r in zip(seen['confidence'].T, correct.T, strict=True)),
+        oracle_accuracy=float(correct.any(1).mean()),
+        oracle_macs_share=float(macs / model.exits[-1].total),
+    )
+
+
+def _auroc(confidence: np.ndarray, correct: np.ndarray) -> float:
+    from scipy.stats import mannwhitneyu  # scipy.stats takes a second to import
+
+    if correct.all() or not correct.any():
+        return float('nan')
+    pairs = float(correct.sum()) * float((~correct).sum())
+    return float(mannwhitneyu(confidence[correct], confidence[~correct]).statistic) / pairs
 
 
 def _macs_of(model: CascadeModel) -> np.ndarray:

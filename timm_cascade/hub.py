@@ -93,7 +93,7 @@ def create_cascade(
         base, pretrained=True, pretrained_cfg=backbone_cfg, pretrained_cfg_overlay=overlay,
         pretrained_model_args={k: v for k, v in (pretrained_model_args or {}).items()
                                if k not in ('exits', 'head', 'thresholds')}, **kwargs)
-    backbone.pretrained_cfg.pop('state_dict', None)  # type: ignore[union-attr,operator]
+    backbone.pretrained_cfg.pop('state_dict', None)
     model = CascadeModel(backbone, exits, head)
     if model.num_classes != cfg.get('num_classes'):
         warnings.warn(f'{release} was made for {cfg.get("num_classes")} classes, asked are {model.num_classes}: its '
@@ -104,7 +104,6 @@ def create_cascade(
         model.heads.load_state_dict(weights['heads'])
     except RuntimeError as e:
         raise ReleaseError(f'{release}: the heads in {WEIGHTS} do not fit {CONFIG}: {e}') from e
-    model.label_names = list(cfg['label_names']) if cfg.get('label_names') else None
     release.read_dial(model, thresholds)
     return model
 
@@ -202,6 +201,9 @@ def save(model: CascadeModel, folder: str | Path, card: str | None = None) -> Pa
         extra['label_names'] = model.label_names
     with replacing(folder / CONFIG) as path:
         save_config_for_hf(model, str(path), model_config=extra)
+        config = json.loads(path.read_text(encoding='utf-8'))
+        config['pretrained_cfg'].pop('label_names', None)  # they stand at the top already
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + '\n', encoding='utf-8')
     if card is not None or not (folder / CARD).exists():
         write_text(folder / CARD, card or f'# {model.pretrained_cfg["architecture"]}\n\nA timm model with early '
                                           f'exits. `import timm_cascade` before loading it with timm.\n')
@@ -225,7 +227,7 @@ def load(where: str | Path, **kwargs: Any) -> CascadeModel:
         raise ReleaseError(f'{where} is neither a folder nor a Hub repository (user/name).')
     else:
         name = f'hf-hub:{where}'
-    return timm.create_model(name, pretrained=True, **kwargs)  # type: ignore[return-value]
+    return timm.create_model(name, pretrained=True, **kwargs)
 
 
 def push_to_hub(

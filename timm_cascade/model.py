@@ -35,6 +35,7 @@ class CascadeModel(nn.Module):
         head: Preset or description of the exit heads (see `heads.head_configs`).
         thresholds: One confidence an exit; inf or None closes it.
     """
+    backbone: Any  # a timm model: an nn.Module with timm's methods, which have no type of their own
 
     def __init__(
             self,
@@ -48,13 +49,12 @@ class CascadeModel(nn.Module):
         self._points = tuple(resolve_exits(backbone, exits))
         self._head_configs = head_configs(head, len(self._points))
         self.backbone = backbone
-        self.heads = create_heads(self._points, backbone.num_classes, self._head_configs)
+        self.heads = create_heads(self._points, self.num_classes, self._head_configs)
         reference = next(backbone.parameters())
         self.heads.to(device=reference.device, dtype=reference.dtype)
         self.pretrained_cfg = dict(getattr(backbone, 'pretrained_cfg', None) or {})
         self.pretrained_cfg['architecture'] = f'cascade_{self.pretrained_cfg.get("architecture", "model")}'
         self.default_cfg = self.pretrained_cfg
-        self.label_names: list[str] | None = None
         self.calibration: Calibration | None = None
         self.table: ThresholdTable | None = None
         self._factory_args: dict[str, Any] = {}
@@ -62,7 +62,7 @@ class CascadeModel(nn.Module):
         self._thresholds = [math.inf] * len(self._points)
         self.train(backbone.training)
         if thresholds is not None:
-            self.thresholds = thresholds  # type: ignore[assignment]
+            self.thresholds = thresholds
 
     # ---- running it
 
@@ -142,7 +142,7 @@ class CascadeModel(nn.Module):
             NotCalibratedError: There is neither a calibration nor a table to choose from.
         """
         point = self._dial().point(max_drop, rule=rule, level=level)
-        self.thresholds = point.thresholds  # type: ignore[assignment]
+        self.thresholds = point.thresholds
         return point
 
     def set_cost(self, fraction: float) -> OperatingPoint:
@@ -152,7 +152,7 @@ class CascadeModel(nn.Module):
             NotCalibratedError: There is neither a calibration nor a table to choose from.
         """
         point = self._dial().at_cost(fraction)
-        self.thresholds = point.thresholds  # type: ignore[assignment]
+        self.thresholds = point.thresholds
         return point
 
     def _dial(self) -> Calibration | ThresholdTable:
@@ -166,7 +166,7 @@ class CascadeModel(nn.Module):
     def forget_calibration(self) -> None:
         """Closes all exits and drops calibration and table: they belong to other heads or classes."""
         self.calibration = self.table = None
-        self.thresholds = None  # type: ignore[assignment]
+        self.thresholds = None
 
     # ---- what it costs, and which heads these are
 
@@ -191,12 +191,22 @@ class CascadeModel(nn.Module):
     # ---- timm's contract
 
     @property
+    def label_names(self) -> list[str] | None:
+        """Names of the classes, kept where timm's loader puts them."""
+        names = self.pretrained_cfg.get('label_names')
+        return list(names) if names else None
+
+    @label_names.setter
+    def label_names(self, names: Sequence[str] | None) -> None:
+        self.pretrained_cfg['label_names'] = None if names is None else list(names)
+
+    @property
     def num_classes(self) -> int:
-        return self.backbone.num_classes  # type: ignore[return-value]
+        return self.backbone.num_classes
 
     @property
     def num_features(self) -> int:
-        return self.backbone.num_features  # type: ignore[return-value]
+        return self.backbone.num_features
 
     @property
     def head_hidden_size(self) -> int:
@@ -229,20 +239,20 @@ class CascadeModel(nn.Module):
         self._factory_args = {k: v for k, v in args.items() if k not in ('exits', 'head', 'thresholds')}
 
     def forward_features(self, x: Tensor) -> Tensor:
-        return self.backbone.forward_features(x)  # type: ignore[operator]
+        return self.backbone.forward_features(x)
 
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.backbone.forward_head(x, *args, **kwargs)  # type: ignore[operator]
+        return self.backbone.forward_head(x, *args, **kwargs)
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.backbone.forward_intermediates(x, *args, **kwargs)  # type: ignore[operator]
+        return self.backbone.forward_intermediates(x, *args, **kwargs)
 
     def get_classifier(self) -> nn.Module:
-        return self.backbone.get_classifier()  # type: ignore[operator]
+        return self.backbone.get_classifier()
 
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
         """New classifier and new heads for `num_classes`; the dial goes back to "nobody leaves"."""
-        self.backbone.reset_classifier(num_classes, *args, **kwargs)  # type: ignore[operator]
+        self.backbone.reset_classifier(num_classes, *args, **kwargs)
         reference = next(self.heads.parameters())
         training = self.heads.training
         self.heads = create_heads(self._points, num_classes, self._head_configs)
@@ -252,12 +262,12 @@ class CascadeModel(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
+        self.backbone.set_grad_checkpointing(enable)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else set()
-        return {f'backbone.{name}' for name in names}  # type: ignore[union-attr]
+        return {f'backbone.{name}' for name in names}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads a cascade's state, or the state of a plain timm backbone into `backbone`."""

@@ -66,7 +66,7 @@ class CifarResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, chans, 3, padding=1, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(chans, **dd)
         self.act1 = nn.ReLU(inplace=True)
-        self.feature_info = [dict(num_chs=chans, reduction=1, module='act1')]
+        self.feature_info: list[dict[str, Any]] = [dict(num_chs=chans, reduction=1, module='act1')]
         for i, (width, stride) in enumerate(((16, 1), (32, 2), (64, 2)), start=1):
             blocks = []
             for b in range(depth):
