@@ -109,8 +109,9 @@ def markdown(rows: list[dict[str, Any]], whole: Calibration, release: Path, comm
         f'    {command}', '',
         '| n | rule | asked | delivered, mean | median | 90th percentile | over | MACs saved |',
         '| --- | --- | --- | --- | --- | --- | --- | --- |']
-    text += [f'| {r["n"]:,} | {r["rule"]} | {100 * r["max_drop"]:.2f} | {100 * r["mean"]:.2f} | {100 * r["median"]:.2f} '
-             f'| {100 * r["p90"]:.2f} | {r["over"]:.1%} | {r["saved"]:.1%} |' for r in rows]
+    for r in rows:
+        losses = ' | '.join(f'{100 * r[key]:.2f}' for key in ('max_drop', 'mean', 'median', 'p90'))
+        text.append(f'| {r["n"]:,} | {r["rule"]} | {losses} | {r["over"]:.1%} | {r["saved"]:.1%} |')
     return '\n'.join([*text, ''])
 
 

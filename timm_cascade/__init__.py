@@ -4,6 +4,7 @@ Importing this package registers `cascade_<name>` with timm for every model timm
 """
 from . import registry  # noqa: F401  registers the models
 from .calibration import calibrate
+from .data import ImageData, load_data
 from .evaluation import Report, evaluate
 from .hub import ReleaseError, load, push_to_hub, save
 from .model import CascadeModel, NotCalibratedError
@@ -13,6 +14,7 @@ from .training import train_heads
 from .version import __version__
 
 __all__ = [
-    'Calibration', 'CascadeModel', 'CascadeOutput', 'NotCalibratedError', 'OperatingPoint', 'ReleaseError', 'Report',
-    'ThresholdTable', '__version__', 'calibrate', 'evaluate', 'load', 'push_to_hub', 'save', 'train_heads',
+    'Calibration', 'CascadeModel', 'CascadeOutput', 'ImageData', 'NotCalibratedError', 'OperatingPoint', 'ReleaseError',
+    'Report', 'ThresholdTable', '__version__', 'calibrate', 'evaluate', 'load', 'load_data', 'push_to_hub', 'save',
+    'train_heads',
 ]
