@@ -1,0 +1,55 @@
+"""The paper's rule: every exit for itself (Berestizshevsky & Even, ICANN 2019, section 3.3)."""
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .checks import BoolArray, FloatArray, check_max_drop, check_samples, exact
+
+__all__ = ['per_exit']
+
+
+def per_exit(confidence: ArrayLike, correct: ArrayLike, max_drop: float) -> NDArray[np.float64]:
+    """Thresholds by the paper's rule, as its authors' released code computes it.
+
+    For each exit alone, over all samples, alpha_m(d) is the accuracy among samples with confidence >= d, alpha*_m its
+    maximum over the observed d, and t[m] = min{d observed : alpha_m(d) >= alpha*_m - max_drop}. Compared in exact
+    arithmetic, with max_drop as the decimal that was written.
+
+    The rule takes exits as independent, and one very confident sample often lifts alpha* to 1: max_drop is no bound
+    on what the cascade loses.
+
+    Args:
+        confidence: (n, M+1); the final exit's column is not used.
+        correct: (n, M+1), whether each exit is right.
+        max_drop: Accuracy each exit may give up, a fraction.
+
+    Returns:
+        (M,) float64, observed confidences; inf for an exit whose confidences are all NaN.
+
+    Raises:
+        ThresholdError: Arrays or a max_drop that do not fit.
+    """
+    c, r = check_samples(confidence, correct)
+    drop = exact(check_max_drop(max_drop))
+    return np.array([_threshold(c[:, m], r[:, m], drop) for m in range(c.shape[1] - 1)], dtype=np.float64)
+
+
+def _threshold(confidence: FloatArray, correct: BoolArray, drop: Fraction) -> float:
+    seen = ~np.isnan(confidence)
+    values, inverse = np.unique(confidence[seen], return_inverse=True)
+    if not len(values):
+        return np.inf
+    # From the top down: how many samples, and how many right ones, have confidence >= each value.
+    total = np.cumsum(np.bincount(inverse, minlength=len(values))[::-1])[::-1]
+    right = np.cumsum(np.bincount(inverse[correct[seen]], minlength=len(values))[::-1])[::-1]
+    alpha = right / total
+    best = int(alpha.argmax())
+    bound = Fraction(int(right[best]), int(total[best])) - drop
+    # Floats find the candidates, fractions decide.
+    for index in np.flatnonzero(alpha >= float(bound) - 1e-9):
+        if Fraction(int(right[index]), int(total[index])) >= bound:
+            return float(values[index])
+    raise AssertionError('the maximum itself passes')  # pragma: no cover
