@@ -109,3 +109,17 @@ def test_every_exit_and_the_oracle(trained, images):
         wins = [(a > b) + 0.5 * (a == b) for a in sure[right] for b in sure[~right]]
         assert every.auroc[m] == pytest.approx(np.mean(wins))
     assert report.survivors[0] == 1 and report.to_dict()['every_exit']['oracle_accuracy'] == every.oracle_accuracy
+
+
+def test_without_labels_agreement_is_what_counts(trained, images):
+    unlabelled = timm_cascade.ImageData(images.images, None, source='quarters')
+    calibration = timm_cascade.calibrate(trained, unlabelled)
+    assert calibration.agreement[:, -1].all() and not calibration.provenance['labelled']
+    point = trained.set_max_drop(0.1, rule='joint')
+    assert point.reference == 'backbone' and point.full_accuracy == 1
+    assert {p.reference for p in trained.table.points} == {'backbone'}
+    with pytest.raises(ValueError, match='without labels'):
+        trained.set_max_drop(0.1, reference='labels')
+    labelled = timm_cascade.calibrate(trained, images)
+    assert np.array_equal(labelled.agreement, calibration.agreement)
+    assert trained.set_max_drop(0.1, rule='joint', reference='backbone') == point

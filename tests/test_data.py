@@ -117,3 +117,13 @@ def test_any_data_set_of_tensors_is_taken_as_it_is(small):
     data = torch.utils.data.TensorDataset(torch.zeros(3, 1, 16, 16), torch.tensor([0, 1, 2]))
     x, _ = next(iter(create_loader(small, data)))
     assert x.shape == (3, 1, 16, 16)
+
+
+def test_images_without_labels(idx, tmp_path_factory):
+    data = load_data(idx[0], 'test', labels=False)
+    assert len(data) == 12 and data[3][1] == -1 and data.class_names == []
+    folder = tmp_path_factory.mktemp('flat')
+    for k in range(3):
+        as_png(np.full((6, 5, 3), 40 * k, np.uint8), folder / f'{k}.png')
+    flat = load_data(folder, labels=False)
+    assert len(flat) == 3 and flat[0][1] == -1

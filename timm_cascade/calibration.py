@@ -10,7 +10,7 @@ from timm.data.model_config import resolve_input_data_config
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .data import create_loader
+from .data import UNLABELLED, create_loader
 from .model import CascadeModel
 from .routing import confidence
 from .thresholds import Calibration
@@ -29,7 +29,10 @@ def record(
         workers: int = 0,
         accelerator: Accelerator | None = None,
 ) -> dict[str, np.ndarray]:
-    """Confidence (n, M+1) float32, correct and agreement (n, M+1) bool of every exit, in the data's order."""
+    """Confidence (n, M+1) float32, correct and agreement (n, M+1) bool of every exit, in the data's order.
+
+    Without labels there is no `correct`.
+    """
     from accelerate import Accelerator
 
     accelerator = accelerator or Accelerator()
@@ -48,10 +51,13 @@ def record(
     finally:
         model.train(training)
     confidences, answers, labels = (torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True))
+    agreement = answers == answers[:, -1:]
+    if (labels == UNLABELLED).all():
+        return dict(confidence=confidences, agreement=agreement)
     if labels.min() < 0 or labels.max() >= model.num_classes:
         raise ValueError(f'labels go from {labels.min()} to {labels.max()}, the model has the classes '
                          f'0..{model.num_classes - 1}; these images belong to other classes.')
-    return dict(confidence=confidences, correct=answers == labels[:, None], agreement=answers == answers[:, -1:])
+    return dict(confidence=confidences, correct=answers == labels[:, None], agreement=agreement)
 
 
 def calibrate(
@@ -68,16 +74,20 @@ def calibrate(
     The active thresholds stay as they are: turn the dial with `model.set_max_drop`.
 
     Args:
-        held_out: Images with labels; an ImageData, or any data set of (normalised tensor, label).
+        held_out: An ImageData, or any data set of (normalised tensor, label). Without labels (all of them -1) the
+            dial counts agreement with the full network instead of correctness.
         batch_size: Over all processes together.
     """
     from . import __version__
 
     arrays = record(model, held_out, batch_size, workers, accelerator)
+    labelled = 'correct' in arrays
+    arrays.setdefault('correct', arrays['agreement'])  # without labels the full network is taken to be right
     config = resolve_input_data_config(model)
     provenance: dict[str, Any] = dict(
         data=getattr(held_out, 'name', type(held_out).__name__), split=getattr(held_out, 'split', ''),
-        input_size=list(config['input_size']), mean=list(config['mean']), std=list(config['std']),
+        labelled=labelled,
+                input_size=list(config['input_size']), mean=list(config['mean']), std=list(config['std']),
         interpolation=config['interpolation'], crop_pct=config['crop_pct'],
         dtype=str(next(model.parameters()).dtype).removeprefix('torch.'),
         versions=dict(timm_cascade=__version__, timm=timm.__version__, torch=torch.__version__))
@@ -86,5 +96,5 @@ def calibrate(
         backbone_cost=float(model.exits[-1].total), exits=tuple(p.module for p in model.exits),
         num_classes=model.num_classes, heads_hash=model.heads_hash(), provenance=provenance)
     model.calibration = calibration
-    model.table = calibration.table()
+    model.table = calibration.table(reference='labels' if labelled else 'backbone')
     return calibration

@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     cal = commands.add_parser('calibrate', parents=[data, out], help='measure every exit on held-out images')
     cal.add_argument('folder', help='a release')
     cal.add_argument('--split', help='images that neither backbone nor heads were trained on')
+    cal.add_argument('--no-labels', action='store_true', help='count agreement with the full network instead')
     cal.set_defaults(run=_calibrate)
 
     ev = commands.add_parser('evaluate', parents=[data, out], help='accuracy, MACs, exits and time on test images')
@@ -92,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load_data(args: argparse.Namespace, split: str | None) -> ImageData:
-    return load_data(args.data if len(args.data) > 1 else args.data[0], split)
+def _load_data(args: argparse.Namespace, split: str | None, labels: bool = True) -> ImageData:
+    return load_data(args.data if len(args.data) > 1 else args.data[0], split, labels)
 
 
 def _same_classes(model: CascadeModel, data: ImageData) -> None:
@@ -128,13 +129,13 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
 
 def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     model = hub.load(args.folder)
-    data = _load_data(args, args.split)
+    data = _load_data(args, args.split, labels=not args.no_labels)
     _same_classes(model, data)
     calibration = calibrate(model, data, batch_size=args.batch_size, workers=args.workers)
     hub.save(model, args.folder)
     accuracy = calibration.correct.mean(0)
     return dict(folder=args.folder, n=len(data), exits=list(calibration.exits),
-                accuracy=[round(float(a), 4) for a in accuracy])
+                **{'agreement' if args.no_labels else 'accuracy': [round(float(a), 4) for a in accuracy]})
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ['ImageData', 'create_loader', 'eval_transform', 'load_data']
+__all__ = ['UNLABELLED', 'ImageData', 'create_loader', 'eval_transform', 'load_data']
 
+UNLABELLED = -1
 IDX_SPLITS = {'train': 'train', 'test': 't10k'}
 SPLIT = re.compile(r'(?P<name>[\w.-]+?)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$')
 
@@ -26,7 +27,7 @@ class ImageData(Dataset):
 
     Args:
         images: Indexable by position; items are PIL images or uint8 arrays (H, W) or (H, W, 3).
-        labels: (n,) class indices.
+        labels: (n,) class indices, or None where there are none: every label is then UNLABELLED.
         class_names: One name a class.
         source: Where the images are from, as the user named it; kept in tables and cards.
         split: Which part of the source, such as `train[:50000]`.
@@ -39,14 +40,14 @@ class ImageData(Dataset):
     def __init__(
             self,
             images: Any,
-            labels: Sequence[int] | np.ndarray,
-            class_names: Sequence[str],
+            labels: Sequence[int] | np.ndarray | None,
+            class_names: Sequence[str] = (),
             source: str = '',
             split: str = '',
             transform: Callable[[Image.Image], Any] | None = None,
     ) -> None:
         self.images = images
-        self.labels = np.asarray(labels, dtype=np.int64)
+        self.labels = np.asarray([UNLABELLED] * len(images) if labels is None else labels, dtype=np.int64)
         self.class_names = list(class_names)
         self.source = source
         self.split = split
@@ -54,7 +55,7 @@ class ImageData(Dataset):
         if len(self.labels) == 0:
             raise ValueError(f'{source} {split} holds no images; give a split or a slice that has some.')
         low, high = int(self.labels.min()), int(self.labels.max())
-        if low < 0 or high >= len(self.class_names):
+        if labels is not None and (low < 0 or high >= len(self.class_names)):
             raise ValueError(
                 f'{source} {split} has labels from {low} to {high}, but there are {len(self.class_names)} classes '
                 f'(0..{len(self.class_names) - 1}). Give every image one of these classes.')
@@ -75,15 +76,21 @@ class ImageData(Dataset):
 
     def with_transform(self, transform: Callable[[Image.Image], Any]) -> ImageData:
         """The same images, seen through `transform`."""
-        return ImageData(self.images, self.labels, self.class_names, self.source, self.split, transform)
+        labels = None if (self.labels == UNLABELLED).all() else self.labels
+        return ImageData(self.images, labels, self.class_names, self.source, self.split, transform)
 
 
-def load_data(source: str | Path | Sequence[str | Path], split: str | None = None) -> ImageData:
+def load_data(
+        source: str | Path | Sequence[str | Path],
+        split: str | None = None,
+        labels: bool = True,
+) -> ImageData:
     """Opens a data set.
 
     Args:
         source: A folder of IDX files, an image folder (one sub-folder a class), parquet file(s), or a Hub id.
         split: `train`, `test`, ..., with an optional slice: `train[:50000]`. Needed where there are several.
+        labels: Without, only the images are read: enough to calibrate by agreement with the backbone.
 
     Raises:
         FileNotFoundError: A path that does not exist.
@@ -91,8 +98,9 @@ def load_data(source: str | Path | Sequence[str | Path], split: str | None = Non
     """
     paths = [Path(s) for s in (source if isinstance(source, (list, tuple)) else [source])]  # type: ignore[arg-type]
     if len(paths) == 1 and paths[0].is_dir() and list(paths[0].glob('*-idx3-ubyte*')):
-        return _load_idx(paths[0], split)
-    return _load_datasets(paths, split)
+        data = _load_idx(paths[0], split)
+        return data if labels else ImageData(data.images, None, source=data.source, split=data.split)
+    return _load_datasets(paths, split, labels)
 
 
 def _parse_split(split: str) -> tuple[str, slice]:
@@ -154,7 +162,7 @@ class _Column:
         return len(self.dataset)
 
 
-def _load_datasets(paths: list[Path], split: str | None) -> ImageData:
+def _load_datasets(paths: list[Path], split: str | None, labels: bool) -> ImageData:
     import datasets
 
     kind: dict[str, Any]
@@ -165,7 +173,7 @@ def _load_datasets(paths: list[Path], split: str | None) -> ImageData:
         kind = dict(path='parquet', data_files=[str(p) for p in paths])
         split = f'train{split[split.index("["):]}' if split and '[' in split else 'train'
     elif len(paths) == 1 and paths[0].is_dir():
-        kind = dict(path='imagefolder', data_dir=str(paths[0]))
+        kind = dict(path='imagefolder', data_dir=str(paths[0]), drop_labels=not labels)
     elif len(paths) == 1 and re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(paths[0])):
         kind = dict(path=str(paths[0]))
     else:
@@ -179,9 +187,12 @@ def _load_datasets(paths: list[Path], split: str | None) -> ImageData:
     features = loaded.features
     image = [c for c, f in features.items() if isinstance(f, datasets.Image)]
     label = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel)]
-    if len(image) != 1 or len(label) != 1:
+    if len(image) != 1 or (labels and len(label) != 1):
         raise ValueError(
-            f'{paths[0]} needs one image column and one class label column; it has {dict(features)}.')
+            f'{paths[0]} needs one image column{" and one class label column" if labels else ""}; it has '
+            f'{dict(features)}.')
+    if not labels:
+        return ImageData(_Column(loaded, image[0]), None, source=str(paths[0]), split=str(split))
     return ImageData(
         _Column(loaded, image[0]), loaded[label[0]][:], features[label[0]].names, str(paths[0]), str(split))
 

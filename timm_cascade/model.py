@@ -130,28 +130,38 @@ class CascadeModel(nn.Module):
         # kept as float32 values: a threshold is one of the confidences that were seen
         self._thresholds = [float(np.float32(t)) for t in numbers]
 
-    def set_max_drop(self, max_drop: float, rule: str = 'certified', level: float = 0.9) -> OperatingPoint:
+    def set_max_drop(
+            self,
+            max_drop: float,
+            rule: str = 'certified',
+            level: float = 0.9,
+            reference: str | None = None,
+    ) -> OperatingPoint:
         """Sets the thresholds from the accuracy that may be given up.
 
         Args:
             max_drop: Acceptable loss of top-1 accuracy, absolute, as a fraction: 0.01 is one point.
             rule: `certified`, `joint` or `per_exit`.
             level: Confidence of the certificate.
+            reference: What is right: `labels`, or `backbone` for what the full network answers. Default: labels,
+                where the calibration had any.
 
         Raises:
             NotCalibratedError: There is neither a calibration nor a table to choose from.
         """
-        point = self._dial().point(max_drop, rule=rule, level=level)
+        dial = self._dial()
+        point = dial.point(max_drop, rule=rule, level=level, reference=_reference(dial, reference))
         self.thresholds = point.thresholds
         return point
 
-    def set_cost(self, fraction: float) -> OperatingPoint:
+    def set_cost(self, fraction: float, reference: str | None = None) -> OperatingPoint:
         """Sets the most accurate thresholds that spend at most this share of the backbone's MACs on average.
 
         Raises:
             NotCalibratedError: There is neither a calibration nor a table to choose from.
         """
-        point = self._dial().at_cost(fraction)
+        dial = self._dial()
+        point = dial.at_cost(fraction, reference=_reference(dial, reference))
         self.thresholds = point.thresholds
         return point
 
@@ -274,6 +284,14 @@ class CascadeModel(nn.Module):
         if state_dict and not any(key.startswith(('backbone.', 'heads.')) for key in state_dict):
             return self.backbone.load_state_dict(state_dict, strict=strict, assign=assign)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def _reference(dial: Calibration | ThresholdTable, asked: str | None) -> str:
+    labelled = dial.provenance.get('labelled', True)
+    if asked == 'labels' and not labelled:
+        raise ValueError('this cascade was calibrated without labels: accuracy cannot be promised, only agreement with '
+                         'the full network. Use reference="backbone", or calibrate with labels.')
+    return asked or ('labels' if labelled else 'backbone')
 
 
 def _tap_shape(point: ExitPoint) -> tuple[int, ...]:
