@@ -11,7 +11,7 @@ def realistic(n: int, exits: int, seed: int = 0, first: float = 0.8, last: float
     easiness, common = rng.normal(size=(2, n))
     confidence, correct = np.empty((n, exits + 1), 'f4'), np.empty((n, exits + 1), bool)
     for m, accuracy in enumerate(np.linspace(first, last, exits + 1)):
-        shift = _solve(lambda b: expit(1.2 * (2.2 * easiness + b)).mean() - accuracy)
+        shift = _shift(easiness, accuracy)
         logit = 1.2 * (2.2 * easiness + shift)
         correct[:, m] = ndtr(.75 * common + np.sqrt(1 - .75 ** 2) * rng.normal(size=n)) < expit(logit)
         confidence[:, m] = .1 + .9 * expit(logit + .8 * rng.normal(size=n))
@@ -19,10 +19,11 @@ def realistic(n: int, exits: int, seed: int = 0, first: float = 0.8, last: float
     return confidence, correct
 
 
-def _solve(f, low=-10., high=10.):
+def _shift(easiness, accuracy, low=-10., high=10.):
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if f(middle) < 0 else (low, middle)
+        below = expit(1.2 * (2.2 * easiness + middle)).mean() < accuracy
+        low, high = (middle, high) if below else (low, middle)
     return low
 
 

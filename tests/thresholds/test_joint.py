@@ -47,7 +47,7 @@ def instances(exits, n, how_many):
         yield c, r, stage, stage[:-1] * rng.random(exits) * .3, float(rng.choice([0, .005, .01, .03, .1]))
 
 
-@pytest.mark.parametrize(('exits', 'n', 'how_many'), [(2, 250, 150), pytest.param(3, 120, 100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(('exits', 'n', 'how_many'), [(2, 250, 120), pytest.param(3, 100, 40, marks=pytest.mark.slow)])
 def test_joint_and_at_cost_are_near_brute_force(exits, n, how_many):
     ratios, gaps = [], []
     for c, r, stage, head, max_drop in instances(exits, n, how_many):
@@ -80,7 +80,7 @@ def test_float32_confidences_come_back_exactly():
     c, r = realistic(20_000, 3)
     for t in (joint(c, r, np.ones(4), .01), cross_fitted(c, r, np.ones(4), .01).thresholds):
         for m in range(3):
-            assert np.isinf(t[m]) or np.float32(t[m]) in c[:, m] and np.float32(t[m]) == t[m]
+            assert np.isinf(t[m]) or (np.float32(t[m]) in c[:, m] and np.float32(t[m]) == t[m])
 
 
 @pytest.mark.parametrize('max_drop', [0., .01, 1.])
@@ -126,10 +126,10 @@ def test_cost_dial_keeps_the_budget_and_is_honest():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('exits', 'first', 'last', 'n'), [(3, .8, .93, 1500), (5, .66, .72, 3000), (4, .9, .93, 6000)])
+@pytest.mark.parametrize(('exits', 'first', 'last', 'n'), [(3, .8, .93, 1500), (5, .66, .72, 3000), (4, .9, .93, 4000)])
 def test_the_dial_is_on_target_on_unseen_data(exits, first, last, n):
     population = realistic(60_000, exits, seed=exits, first=first, last=last)
-    stage, draws = np.ones(exits + 1), 60
+    stage, draws = np.ones(exits + 1), 40
     for max_drop in (.005, .01, .02):
         lost, estimated = [], []
         for seed in range(draws):
@@ -148,7 +148,7 @@ def test_it_is_quick():
     for solve in (joint, lambda *a: cross_fitted(*a[:4], head_cost=a[4])):
         best = np.inf
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.process_time()
             solve(c, r, stage, .01, head)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.process_time() - start)
         assert best < 1

@@ -21,13 +21,13 @@ from timm_cascade.thresholds import (
 )
 
 
-def make(n=2000, exits=3, **changes):
-    c, r = realistic(n, exits)
+def make(n=2000, count=3, **changes):
+    c, r = realistic(n, count)
     agreement = r == r[:, -1:]
-    stage = np.ones(exits + 1)
+    stage = np.ones(count + 1)
     arguments = dict(
-        confidence=c, correct=r, agreement=agreement, stage_cost=stage, head_cost=np.full(exits, .05),
-        backbone_cost=stage.sum() - .05 * exits, exits=tuple(f'layer{m}' for m in range(exits)), num_classes=10,
+        confidence=c, correct=r, agreement=agreement, stage_cost=stage, head_cost=np.full(count, .05),
+        backbone_cost=stage.sum() - .05 * count, exits=tuple(f'layer{m}' for m in range(count)), num_classes=10,
         heads_hash='abc', provenance={'input_size': [3, 32, 32], 'data': 'a "set" [1,\n 2]', 'split': 'validation'})
     return Calibration(**{**arguments, **changes})
 
@@ -116,9 +116,9 @@ def test_table_travels(table):
 
 
 def test_table_gives_the_next_stricter_point(table):
-    start = time.perf_counter()
+    start = time.process_time()
     point = table.point(.015)
-    assert time.perf_counter() - start < .05
+    assert time.process_time() - start < .05
     assert point.max_drop == .01 and point.rule == 'certified'
     assert table.point(.02, rule='joint').max_drop == .02
     with pytest.raises(PointNotFoundError, match=r'It has: certified at level 0.9 \(labels\): 0.0025, 0.005'):

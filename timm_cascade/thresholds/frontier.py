@@ -39,8 +39,8 @@ def greedy_path(problem: Problem, caution: float = CAUTION) -> list[Levels]:
     Args:
         problem: The samples and the grid.
         caution: A step's loss counts as its estimate plus this many standard errors (of the sum of flips), so that
-            short lucky steps do not win. 0 is the plain greedy path, near the optimum of these very samples; 4 is
-            better on others (in simulations at 500 samples it saved a third more at the same true loss).
+            short lucky steps do not win. 0 is the plain greedy path, near the optimum of these very samples; in
+            simulations weights from 2 to 5 mostly certified more savings than 0.3 or 1.
 
     Returns:
         Level vectors (M,), the first with every exit closed.

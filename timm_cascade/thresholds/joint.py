@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import special
 
 from .checks import BoolArray, FloatArray, check_costs, check_max_drop, check_samples, losses_allowed
 from .choice import Choice
@@ -32,7 +31,7 @@ def joint(
 ) -> FloatArray:
     """The cheapest thresholds that lose no more than max_drop on these very samples.
 
-    A search over two exits at a time from points of the greedy path: within 0.1 % of the least cost on average over
+    A search over two exits at a time from points of the greedy path: within 0.2 % of the least cost on average over
     small instances that brute force can solve (three exits, a few hundred samples), never infeasible. On other samples
     the optimum loses more than asked; `cross_fitted` is the rule that corrects for that.
 
@@ -155,8 +154,8 @@ def cross_fitted(
     Each fold is measured along the nested greedy path of the other folds, points of equal cost being put together;
     the cost is then lowered as far as this cross-fitted loss allows. That loss is an estimate with a standard error s,
     and what is delivered hardly falls below nothing: the rule aims at x such that E max(0, N(x, s^2)) is
-    max_drop - s/2, but no less than 0.8 max_drop. In simulations (3 to 8 exits, n = 500 to 10,000) 0.6 to 1.0 of
-    max_drop was delivered on average.
+    max_drop - s/2, but no less than 0.8 max_drop. In simulations (3 to 8 exits, n = 1,000 to 10,000, drops
+    of 0.25 to 2 %) 0.8 to 1.05 of max_drop was delivered on average.
 
     Args:
         confidence, correct, stage_cost, head_cost: As for `joint`.
@@ -169,15 +168,19 @@ def cross_fitted(
     Raises:
         ThresholdError: Shapes or numbers that do not fit.
     """
+    from scipy import optimize  # here, as in paired.py: importing it costs more than the package
+
     c, r = check_samples(confidence, correct)
     stage, head = check_costs(stage_cost, head_cost, c.shape[1] - 1)
     max_drop = check_max_drop(max_drop)
-    path, _, fitted = _cross_fit(c, r, stage, head, seed)
+    path, whole, fitted = _cross_fit(c, r, stage, head, seed)
+    # The true loss hardly ever falls along the path: let neighbours steady the estimate.
+    step = np.abs(np.diff(whole.cost, prepend=whole.cost[0])) / whole.cost[0] + 1e-6
+    loss = optimize.isotonic_regression((fitted.harmful - fitted.helpful) / fitted.n, weights=step).x
     error = np.sqrt(fitted.harmful + fitted.helpful + _PRIOR) / fitted.n
-    passes = (fitted.harmful - fitted.helpful) / fitted.n <= _aim(
-        np.maximum(_AIM * max_drop, max_drop - _SLACK * error), error)
+    passes = loss <= _aim(np.maximum(_AIM * max_drop, max_drop - _SLACK * error), error)
     passes[0] = True
-    chosen = len(passes) - 1 if passes.all() else int(passes.argmin()) - 1
+    chosen = int(np.flatnonzero(passes)[-1])
     return Choice(path[chosen], fitted.outcome(chosen))
 
 
@@ -232,6 +235,8 @@ def _cross_fit(
 
 def _aim(mean: FloatArray, error: FloatArray) -> FloatArray:
     """x such that a normal of mean x and this standard error, cut off below 0, has the mean asked for."""
+    from scipy import special
+
     u = np.linspace(-8, 8, 4001)
     cut = np.exp(-u * u / 2) / math.sqrt(2 * math.pi) + u * special.ndtr(u)
     ratio = mean / error

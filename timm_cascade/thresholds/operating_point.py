@@ -19,7 +19,8 @@ class OperatingPoint:
 
     Where the figures come from: `per_exit` is measured on the samples that chose the thresholds; `joint` and `cost`
     are cross-fitted, every sample measured with thresholds that the others chose; `certified` is measured on the half
-    that only tested.
+    that only tested. With few samples a drop so chosen still reads somewhat low, as it was picked to pass a bound:
+    mind the interval.
 
     Attributes:
         rule: 'per_exit', 'joint', 'certified', or 'cost' for the cost dial.

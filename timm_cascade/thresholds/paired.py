@@ -2,14 +2,16 @@
 
 Only the two flip counts matter: `harmful` (full right, cascade wrong; rate p10) and `helpful` (full wrong, cascade
 right; rate p01). The loss is p10 - p01.
+
+scipy is imported where it is used: it would double what importing the package costs.
 """
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, special, stats
 
 __all__ = ['drop_interval', 'noninferiority_pvalue', 'score']
 
@@ -51,6 +53,8 @@ def noninferiority_pvalue(harmful: int, helpful: int, n: int, margin: float, gam
     Returns:
         A p-value; 1 where the observed loss is no smaller than the margin.
     """
+    from scipy import special
+
     if n < 1 or harmful - helpful >= n * margin:
         return 1.
     observed = float(score(np.array(harmful), np.array(helpful), n, margin))
@@ -72,10 +76,12 @@ class _Region:
     """Outcomes with a score of at most `observed`: x10 <= bound(x01) for every x01 that matters."""
 
     def __init__(self, observed: float, n: int, margin: float, q: NDArray[np.float64]):
+        from scipy import special
+
         self.n, self.margin = n, margin
         tail = 1e-9
-        first = int(stats.binom.ppf(tail, n, q[0]))
-        last = int(stats.binom.isf(tail, n, q[-1]))
+        first = int(np.nan_to_num(special.bdtrik(tail, n, q[0]), nan=0))
+        last = math.ceil(np.nan_to_num(special.bdtrik(1 - tail, n, q[-1]), nan=n))
         self.missed = 2 * tail  # probability of an x01 outside, counted as extreme
         self.x01 = np.arange(max(first, 0), min(last, n) + 1)
         # The score grows with x10: bisect for the largest x10 that is as extreme, for all x01 at once.
@@ -91,10 +97,13 @@ class _Region:
 
     def probability(self, q: NDArray[np.float64]) -> NDArray[np.float64]:
         """Of the region at p01 = q, p10 = q + margin."""
+        from scipy import special
+
         keep = self.bound >= 0
         x01, bound = self.x01[keep], self.bound[keep]
         given = np.clip((q + self.margin) / np.maximum(1 - q, 1e-300), 0., 1.)[:, None]
-        mass = stats.binom.pmf(x01, self.n, q[:, None])
+        ways = special.gammaln(self.n + 1) - special.gammaln(x01 + 1) - special.gammaln(self.n - x01 + 1)
+        mass = np.exp(ways + special.xlogy(x01, q[:, None]) + special.xlog1py(self.n - x01, -q[:, None]))
         return (mass * special.bdtr(bound, self.n - x01, given)).sum(axis=1) + self.missed
 
 
@@ -109,7 +118,9 @@ def drop_interval(harmful: int, helpful: int, n: int, level: float = 0.9) -> tup
     Returns:
         (low, high), fractions.
     """
-    z = float(stats.norm.ppf((1 + level) / 2))
+    from scipy import optimize
+
+    z = NormalDist().inv_cdf((1 + level) / 2)
     estimate = (harmful - helpful) / n
 
     def end(sign: int) -> float:
