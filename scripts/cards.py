@@ -1,19 +1,17 @@
-"""Writes a release's model card from hub/card_template.md."""
+"""A release's model card: the library's own, with what was measured on test images."""
 from __future__ import annotations
 
-import math
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult
 
 from timm_cascade import CascadeModel
+from timm_cascade.card import PICTURE, render
 from timm_cascade.files import write_text
-
-TEMPLATE = Path(__file__).parent.parent / 'hub' / 'card_template.md'
 
 
 def device_name() -> str:
@@ -34,25 +32,18 @@ def write_card(model: CascadeModel, recipe: dict[str, Any], report: dict[str, An
         for r in report['rows'] if r['rule'] == dial['rule']
         for kind, name, value in (
             ('accuracy', 'top-1 %', r['accuracy']), ('macs', 'MACs % of backbone', r['macs_share']))]
-    card_data = ModelCardData(
-        library_name='timm', pipeline_tag='image-classification', license=recipe['model']['licence'],
-        tags=['image-classification', 'timm', 'timm-cascade', 'early-exit'], datasets=[data['dataset']],
-        metrics=['accuracy'], model_name=recipe['name'], eval_results=results)
     exits = [
         dict(module=p.module, fraction=p.fraction, threshold=t, accuracy=a, share=s, answered=x)
         for p, t, a, s, x in zip(model.exits, active['thresholds'], report['every_exit']['accuracy'],
                                  active['exit_shares'], active['exit_accuracy'], strict=False)]
-    exits.append(dict(module='the whole network', fraction=1., threshold=math.nan, accuracy=active['full_accuracy'],
+    exits.append(dict(module='the whole network', fraction=1., threshold=0., accuracy=active['full_accuracy'],
                       share=active['exit_shares'][-1], answered=active['exit_accuracy'][-1]))
-    exits[-1]['threshold'] = 0.
-    assert model.calibration is not None
-    card = ModelCard.from_template(
-        card_data, template_path=str(TEMPLATE), name=recipe['name'], repo=f'USER/{recipe["name"]}',
-        base=recipe['model']['base'], recipe_name=recipe['name'], max_drop=dial['max_drop'], rule=dial['rule'],
-        num_classes=model.num_classes, n=report['n'], dataset=data['dataset'], test_split=data['test'],
-        train_split=data['train'], calibration_split=data['calibration'],
-        calibration_n=len(model.calibration.confidence), full_accuracy=active['full_accuracy'],
-        backbone_macs=model.exits[-1].total, device=device_name(), rows=report['rows'], exits=exits,
+    write_text(path, render(
+        model, layout='heads' if model.published else 'full', name=recipe['name'],
+        picture=PICTURE if (path.parent / PICTURE).exists() else None, results=results,
+        metadata=dict(license=recipe['model']['licence'], datasets=[data['dataset']]),
+        marker='', dial=dial, report=report, exits=exits, points=[],
         recipe=yaml.safe_dump(recipe, sort_keys=False).strip(),
-        versions=', '.join(f'{k} {v}' for k, v in model.calibration.provenance['versions'].items()))
-    write_text(path, card.content.rstrip() + '\n')
+        dataset=data['dataset'], test_split=data['test'], train_split=data['train'],
+        calibration_split=data['calibration'], full_accuracy=active['full_accuracy'], device=device_name(),
+        loaded_as=f'It loads with `max_drop={dial["max_drop"]}`, rule `{dial["rule"]}`, already set.'))

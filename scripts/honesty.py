@@ -32,7 +32,7 @@ from timm_cascade.thresholds import Calibration, outcome
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 RULES = ('per_exit', 'joint', 'certified')
 MAX_DROPS = (0.0025, 0.005, 0.01, 0.02)
 SEED = 20190917
@@ -148,6 +148,11 @@ def plot(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     plt.close(figure)
 
 
+def _relative(path: Path) -> Path:
+    path = path.resolve()
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('release', type=Path)
@@ -176,7 +181,7 @@ def main() -> None:
             kept.append(dict(n=lines[0]['n'], draw=lines[0]['draw'], lines=lines))
     lines = [x for k in kept if k['n'] in args.n and k['draw'] < args.draws for x in k['lines']]
     rows = summary(lines)
-    command = (f'python scripts/honesty.py hub/releases/{args.release.name} --recipe hub/recipes/{args.recipe.name} '
+    command = (f'python scripts/honesty.py {_relative(args.release)} --recipe {_relative(args.recipe)} '
                f'--n {" ".join(map(str, args.n))} --draws {args.draws}')
     name = f'honesty.{args.release.name}'
     plot(lines, args.out / f'{name}.png', args.release.name)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import timm_cascade
-from timm_cascade import hub
+from timm_cascade import hub, releases
 
 
 @pytest.fixture
@@ -71,6 +71,51 @@ def test_other_classes_or_channels_adapt_and_say_so(release):
     assert torch.equal(model.backbone.layer1[0].conv1.weight, release[0].backbone.layer1[0].conv1.weight)
 
 
+def test_other_channels_keep_the_heads_and_drop_the_table(release):
+    model, folder = release
+    with pytest.warns(UserWarning, match='calibration and thresholds do not apply') as said:
+        other = timm.create_model(f'local-dir:{folder}', pretrained=True, in_chans=3).eval()
+    assert len(said) == 1 and other.in_chans == 3 and not other.any_open
+    assert other.table is None and other.calibration is None
+    assert all(torch.equal(a, b) for a, b in zip(
+        other.heads.state_dict().values(), model.heads.state_dict().values(), strict=True))
+
+
+def test_another_image_size_is_resampled_and_drops_the_table(tmp_path):
+    model = timm.create_model('cascade_test_vit', num_classes=3, exits=1).eval()
+    model.thresholds = [0.5]
+    folder = timm_cascade.save(model, tmp_path / 'vit')
+    assert torch.equal(timm_cascade.load(folder).thresholds, model.thresholds)
+    with pytest.warns(UserWarning, match=r'images of \(3, 96, 96\)') as said:
+        other = timm.create_model(f'local-dir:{folder}', pretrained=True, img_size=96).eval()
+    assert len(said) == 1 and not other.any_open and other(torch.randn(2, 3, 96, 96)).shape == (2, 3)
+
+
+def test_a_table_of_other_heads_is_not_saved(release, tmp_path):
+    model, _ = release
+    with torch.no_grad():
+        model.heads[0].fc.bias += 1
+    with pytest.raises(ValueError, match='heads_hash'):
+        timm_cascade.save(model, tmp_path / 'new')
+    assert not (tmp_path / 'new').exists()
+
+
+def test_the_card_says_what_there_is(release):
+    model, folder = release
+    card = (folder / hub.CARD).read_text()
+    assert '| joint | 5 %' in card and 'model-index' in card and '{{' not in card and 'None' not in card
+    (folder / hub.CARD).write_text('mine')
+    timm_cascade.save(model, folder)
+    assert (folder / hub.CARD).read_text() == 'mine'
+    timm_cascade.save(model, folder, card='other')
+    assert (folder / hub.CARD).read_text() == 'other'
+
+
+def test_in_half_precision_it_loads_too(release):
+    model = timm.create_model(f'local-dir:{release[1]}', pretrained=True, dtype=torch.bfloat16).eval()
+    assert next(model.parameters()).dtype == torch.bfloat16 and model.any_open and model.table is not None
+
+
 def test_what_timm_s_own_saving_writes_loads_too(release, tmp_path):
     model, _ = release
     timm.models.save_for_hf(model, str(tmp_path / 'foreign'), safe_serialization=True)
@@ -103,7 +148,7 @@ def other_heads(folder):
     (lambda f: (f / hub.WEIGHTS).write_bytes(b''), 'truncated'),
     (drop_heads, 'no heads'),
     (other_heads, 'heads'),
-    (lambda f: change(f / hub.CONFIG, lambda c: c['model_args'].update(head='linear')), 'do not fit'),
+    (lambda f: change(f / hub.CONFIG, lambda c: c['model_args'].update(head='linear')), 'grid, hidden and norm'),
     (lambda f: change(f / hub.CONFIG, lambda c: c['model_args'].update(thresholds=[0.5])), '1 thresholds for 2'),
     (lambda f: change(f / hub.CONFIG, lambda c: c['model_args'].update(exits=['layer9', 'layer1'])), 'layer9'),
     (lambda f: change(f / hub.CONFIG, lambda c: c.update(architecture='resnet18')), 'no cascade'),
@@ -128,9 +173,9 @@ def test_a_full_disk_leaves_the_old_release(release, monkeypatch):
         path.write_bytes(b'half')
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(hub, 'save_file', full)
+    monkeypatch.setattr(releases, 'save_file', full)
     with torch.no_grad():
-        model.heads[0].fc.bias += 1
+        model.backbone.fc.bias += 1
     with pytest.raises(OSError, match='No space'):
         timm_cascade.save(model, folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

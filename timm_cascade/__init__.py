@@ -2,11 +2,14 @@
 
 Importing this package registers `cascade_<name>` with timm for every model timm knows.
 """
+from timm import create_model
+
 from . import registry  # noqa: F401  registers the models
 from .calibration import calibrate
 from .data import ImageData, load_data
+from .errors import HubUnavailableError, PushConflictError, PushDeniedError, PushError, ReleaseError
 from .evaluation import Report, evaluate
-from .hub import ReleaseError, load, push_to_hub, save
+from .hub import load, push_to_hub, save
 from .model import CascadeModel, NotCalibratedError
 from .routing import CascadeOutput
 from .thresholds import Calibration, OperatingPoint, ThresholdTable
@@ -14,7 +17,7 @@ from .training import train_heads
 from .version import __version__
 
 __all__ = [
-    'Calibration', 'CascadeModel', 'CascadeOutput', 'ImageData', 'NotCalibratedError', 'OperatingPoint', 'ReleaseError',
-    'Report', 'ThresholdTable', '__version__', 'calibrate', 'evaluate', 'load', 'load_data', 'push_to_hub', 'save',
-    'train_heads',
+    'Calibration', 'CascadeModel', 'CascadeOutput', 'HubUnavailableError', 'ImageData', 'NotCalibratedError',
+    'OperatingPoint', 'PushConflictError', 'PushDeniedError', 'PushError', 'ReleaseError', 'Report', 'ThresholdTable',
+    '__version__', 'calibrate', 'create_model', 'evaluate', 'load', 'load_data', 'push_to_hub', 'save', 'train_heads',
 ]

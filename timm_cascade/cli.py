@@ -86,9 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     push = commands.add_parser('push', parents=[out], help='upload a release to the Hub')
     push.add_argument('folder')
     push.add_argument('repo', metavar='user/repo')
-    push.add_argument('--private', action='store_true')
-    push.add_argument('--revision')
-    push.add_argument('--create-pr', action='store_true')
+    push.add_argument('--private', action='store_true', help='for a repository that is made')
+    push.add_argument('--revision', help='branch')
+    push.add_argument('--create-pr', action='store_true', help='open a pull request')
+    push.add_argument('--tag', help='git tag for the commit')
+    push.add_argument('--message', help='of the commit')
     push.set_defaults(run=_push)
     return parser
 
@@ -153,21 +155,26 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
 def _info(args: argparse.Namespace) -> dict[str, Any]:
     model = hub.load(args.where)
     return dict(
-        architecture=model.pretrained_cfg['architecture'], num_classes=model.num_classes,
+        architecture=model.pretrained_cfg['architecture'],
+        backbone=None if model.published is None else model.published.to_dict(), num_classes=model.num_classes,
         label_names=model.label_names, input_size=list(hub.binding(model)['input_size']),
         exits=[dict(module=p.module, fraction=round(p.fraction, 4), layout=p.layout, channels=p.channels)
                for p in model.exits],
         stage_macs=model.stage_macs().tolist(), backbone_macs=model.exits[-1].total, heads_hash=model.heads_hash(),
         thresholds=[None if t == float('inf') else t for t in model.thresholds.tolist()],
         calibrated_on=None if model.calibration is None else
-        dict(n=len(model.calibration.confidence), **model.calibration.provenance))
+        dict(n=len(model.calibration.confidence), **model.calibration.provenance),
+        table=None if model.table is None else
+        [dict(rule=p.rule, max_drop=p.max_drop, drop=round(p.drop, 4), macs=round(p.cost_share, 4),
+              exit_shares=[round(s, 3) for s in p.exit_shares], n=p.measured_on, certified=p.certified)
+         for p in model.table.points])
 
 
 def _push(args: argparse.Namespace) -> dict[str, Any]:
-    card = Path(args.folder) / hub.CARD
-    return dict(commit=hub.push_to_hub(
-        hub.load(args.folder), args.repo, private=args.private, revision=args.revision, create_pr=args.create_pr,
-        card=card.read_text(encoding='utf-8') if card.is_file() else None))
+    done = hub.push_to_hub(
+        args.folder, args.repo, private=args.private, revision=args.revision, create_pr=args.create_pr, tag=args.tag,
+        commit_message=args.message)
+    return dict(commit=done.url, files=list(done.files), pull_request=done.pull_request)
 
 
 def _show(result: dict[str, Any], indent: str = '') -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from .backbone import ExitPoint, backbone_macs, resolve_exits
 from .heads import ExitHead, HeadSpec, create_heads, head_configs
 from .routing import CascadeOutput, Router
 from .thresholds import Calibration, OperatingPoint, ThresholdTable
+
+if TYPE_CHECKING:
+    from .published import Published
 
 __all__ = ['CascadeModel', 'NotCalibratedError']
 
@@ -31,7 +34,7 @@ class CascadeModel(nn.Module):
 
     Args:
         backbone: A timm classifier.
-        exits: How many, their cost fractions, or module names (see `backbone.resolve_exits`).
+        exits: How many, their cost fractions, or module names (see `backbone.resolve_exits`); or points known before.
         head: Preset or description of the exit heads (see `heads.head_configs`).
         thresholds: One confidence an exit; inf or None closes it.
     """
@@ -40,13 +43,14 @@ class CascadeModel(nn.Module):
     def __init__(
             self,
             backbone: nn.Module,
-            exits: int | Sequence[float] | Sequence[str] = 3,
+            exits: int | Sequence[float] | Sequence[str] | Sequence[ExitPoint] = 3,
             head: HeadSpec = 'enhanced',
             thresholds: Sequence[float | None] | None = None,
     ) -> None:
         super().__init__()
         # every check comes before the backbone is touched
-        self._points = tuple(resolve_exits(backbone, exits))
+        known = [e for e in exits if isinstance(e, ExitPoint)] if isinstance(exits, Sequence) else []
+        self._points = tuple(known) or tuple(resolve_exits(backbone, exits))  # type: ignore[arg-type]
         self._head_configs = head_configs(head, len(self._points))
         self.backbone = backbone
         self.heads = create_heads(self._points, self.num_classes, self._head_configs)
@@ -57,6 +61,8 @@ class CascadeModel(nn.Module):
         self.default_cfg = self.pretrained_cfg
         self.calibration: Calibration | None = None
         self.table: ThresholdTable | None = None
+        self.published: Published | None = None  # the checkpoint that the backbone was loaded from, nothing adapted
+        self.base_model: str | None = None  # Hub id of what the backbone was made from, for model cards
         self._factory_args: dict[str, Any] = {}
         self._router = Router(backbone, [p.module for p in self._points])
         self._thresholds = [math.inf] * len(self._points)
@@ -192,11 +198,7 @@ class CascadeModel(nn.Module):
 
     def heads_hash(self) -> str:
         """Identifies exits and trained heads: a table made for others does not apply."""
-        digest = hashlib.sha256(repr([p.module for p in self._points]).encode())
-        for name, tensor in sorted(self.heads.state_dict().items()):
-            digest.update(f'{name} {tuple(tensor.shape)}'.encode())
-            digest.update(tensor.detach().to('cpu', torch.float64).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return hash_heads([p.module for p in self._points], self.heads.state_dict())
 
     # ---- timm's contract
 
@@ -241,7 +243,7 @@ class CascadeModel(nn.Module):
             **self._factory_args,
             'exits': [p.module for p in self._points],
             'head': self._head_configs,
-            'thresholds': [None if math.isinf(t) else t for t in self._thresholds],
+            'thresholds': [None if t > 1 else max(t, 0.) for t in self._thresholds],  # of a confidence, the same
         }
 
     @_model_args.setter
@@ -292,6 +294,15 @@ def _reference(dial: Calibration | ThresholdTable, asked: str | None) -> str:
         raise ValueError('this cascade was calibrated without labels: accuracy cannot be promised, only agreement with '
                          'the full network. Use reference="backbone", or calibrate with labels.')
     return asked or ('labels' if labelled else 'backbone')
+
+
+def hash_heads(exits: Sequence[str], state: Mapping[str, Tensor]) -> str:
+    """Identifies exits (names of modules) and the state of their heads."""
+    digest = hashlib.sha256(repr(list(exits)).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f'{name} {tuple(tensor.shape)}'.encode())
+        digest.update(tensor.detach().to('cpu', torch.float64).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _tap_shape(point: ExitPoint) -> tuple[int, ...]:

@@ -10,11 +10,11 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from httpx import HTTPError
 from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HTTPError,  # of the HTTP library that this version of the client is built on
     LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
@@ -142,7 +142,7 @@ class Repository:
         try:
             path = Path(hf_hub_download(
                 self.repo, name, revision=revision, cache_dir=self.cache_dir, force_download=force))
-        except (HTTPError, OSError) as e:
+        except (HTTPError, OSError, ValueError) as e:  # ValueError: a new download while offline
             if damaged is not None:
                 raise ReleaseError(
                     f'{damaged} ({name} of {self}) is damaged: its hash is not the one the Hub gave. Delete the file '

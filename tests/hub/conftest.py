@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from .server import TestHub
+
+PRELUDE = '''
+import json, os, sys, warnings
+from pathlib import Path
+import timm, torch, timm_cascade
+from timm_cascade import hub
+torch.manual_seed(0)
+x = torch.randn(5, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+
+def tiny():
+    return timm.create_model(
+        'cascade_cifar_resnet20', in_chans=1, num_classes=4, exits=['layer1', 'layer2'],
+        pretrained_cfg_overlay=dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,))).eval()
+
+def error(call, *args, **kwargs):
+    """Name and text of what a call raises."""
+    try:
+        call(*args, **kwargs)
+    except Exception as e:
+        return type(e).__name__, str(e)
+    return 'nothing', ''
+'''
+
+
+@pytest.fixture
+def server():
+    with TestHub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def client(server, tmp_path):
+    """Runs code in a fresh process with its own cache; what it leaves in `result` (JSON) comes back."""
+
+    def run(*code: str, cache: str = 'cache', token: str | None = 'owner-token', timeout: float = 300, **env: str):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith('HF_')} | dict(
+            HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / cache), HF_HUB_DISABLE_XET='1',
+            HF_HUB_ETAG_TIMEOUT='30', HF_HUB_DOWNLOAD_TIMEOUT='30',
+            HF_HUB_DISABLE_TELEMETRY='1', OMP_NUM_THREADS='1', **env)
+        if token is not None:
+            environment['HF_TOKEN'] = token
+        script = '\n'.join([PRELUDE, *map(textwrap.dedent, code)]) + '\nprint("RESULT" + json.dumps(result))\n'
+        done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, env=environment,
+                              cwd=tmp_path, timeout=timeout)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.rpartition('RESULT')[2])
+
+    return run
+
+
+@pytest.fixture
+def release(small, images, tmp_path) -> Path:
+    """A full release with table and calibration."""
+    import timm_cascade
+    timm_cascade.train_heads(small, images, epochs=4, batch_size=32, lr=1e-2)
+    timm_cascade.calibrate(small, images)
+    small.set_max_drop(0.1, rule='joint')
+    small.label_names = images.class_names
+    return timm_cascade.save(small, tmp_path / 'release')
