@@ -58,7 +58,7 @@ class CascadeModel(nn.Module):
         self.calibration: Calibration | None = None
         self.table: ThresholdTable | None = None
         self._factory_args: dict[str, Any] = {}
-        self._router = Router(backbone, [p.module for p in self._points])
+        self._router = Router(backbone, self._points)
         self._thresholds = [math.inf] * len(self._points)
         self.train(backbone.training)
         if thresholds is not None:
@@ -172,7 +172,7 @@ class CascadeModel(nn.Module):
 
     def head_macs(self) -> np.ndarray:
         """(M,) MACs of each head for one image."""
-        return np.array([backbone_macs(head, _tap_shape(p)) for head, p in zip(self.heads, self._points, strict=True)],
+        return np.array([backbone_macs(head, p.shape) for head, p in zip(self.heads, self._points, strict=True)],
                         dtype=np.float64)
 
     def stage_macs(self) -> np.ndarray:
@@ -275,7 +275,3 @@ class CascadeModel(nn.Module):
             return self.backbone.load_state_dict(state_dict, strict=strict, assign=assign)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
-
-def _tap_shape(point: ExitPoint) -> tuple[int, ...]:
-    (h, w), c = point.size, point.channels
-    return {'NCHW': (c, h, w), 'NHWC': (h, w, c), 'NLC': (point.prefix_tokens + h * w, c)}[point.layout]
