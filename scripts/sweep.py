@@ -1,12 +1,12 @@
 """Makes a cascade of every timm model and checks it: rows in backbones.csv, a summary in docs/backbones.md.
 
-    python scripts/sweep.py                     # every name that has no row yet, cheapest first; stop and resume at will
-    python scripts/sweep.py --per-module        # the cheapest model of each of timm's module files
-    python scripts/sweep.py --names 'resnet*'   # these, again if they have a row
-    python scripts/sweep.py --summary           # only write docs/backbones.md
+    python scripts/sweep.py                    # every name that has no row yet, cheapest first; stop and resume at will
+    python scripts/sweep.py --per-module       # the cheapest model of each of timm's module files
+    python scripts/sweep.py --names 'resnet*'  # these, again if they have a row
+    python scripts/sweep.py --summary          # only write docs/backbones.md
 
-A model is right when samples that go on get the logits they get in the whole batch, within TOLERANCE of the logits'
-standard deviation: two of four go on at each exit, one goes on, some leave at every exit in sequence, all leave.
+A model is right when samples that go on get the logits they get in the whole batch, within 1e-4 of the logits' standard
+deviation: two of four go on at each exit, one goes on, some leave at every exit in sequence, all leave.
 """
 from __future__ import annotations
 
@@ -17,148 +17,27 @@ import json
 import multiprocessing
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import model_entrypoint
-from torch import Tensor, nn
+from equality import TOLERANCE, batch, check, layout_seen, randomise
+from timm.models import get_pretrained_cfg, model_entrypoint
 from tqdm import tqdm
 
-import timm_cascade
-from timm_cascade.backbone import BackboneError, ExitPoint, tap_of
+from timm_cascade.backbone import BackboneError, backbone_macs
 
 ROOT = Path(__file__).resolve().parent.parent
 CSV = ROOT / 'docs' / 'backbones.csv'
 PAGE = ROOT / 'docs' / 'backbones.md'
-TOLERANCE = 1e-4
 FIELDS = ('name', 'module_file', 'params', 'status', 'error', 'exits', 'fractions', 'layout', 'layout_seen', 'cut',
           'stage_macs', 'input', 'reduced', 'seconds', 'reason')
 MEMORY = 16e9  # bytes of weights and activations that a model may take, estimated; above it is reduced
 MAX_MACS = 60e9  # of one image; above it the model is reduced, or the check takes minutes
-
-
-# ---- the check, also used by the tests
-
-def randomise(model: nn.Module, images: Tensor) -> None:
-    """Weights that let every part of the network matter.
-
-    Fresh timm models have layers that add nothing (zero-initialised classifiers, layer scales of 1e-6): a wrong cut
-    there would not show. Batch norm gets the statistics of `images`, which keeps deep networks finite.
-    """
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.numel() > 1 and p.is_floating_point() and float(p.std()) < 1e-3:
-                p.add_(torch.randn_like(p).mul_(0.02 if p.ndim > 1 else 0.1))
-                if p.ndim == 1 and float(p.mean().abs()) < 1e-3:
-                    p.add_(0.1)
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if norms:
-        momenta = [m.momentum for m in norms]
-        for m in norms:
-            m.momentum = 1.
-            m.train()
-        with torch.no_grad():
-            model(images)
-        for m, momentum in zip(norms, momenta, strict=True):
-            m.momentum = momentum
-            m.eval()
-
-
-def batch(input_size: tuple[int, ...], n: int = 4) -> Tensor:
-    """Random images of different contrast and brightness."""
-    contrast = torch.linspace(0.3, 2, n)[:, None, None, None]
-    return torch.randn(n, *input_size) * contrast + torch.linspace(-1, 1, n)[:, None, None, None]
-
-
-def _stub(leaving: Callable[[int], list[int]], classes: int, head: Callable[[Tensor], Tensor] | None = None,
-          seen: list[Tensor] | None = None) -> Callable[[Tensor], Tensor]:
-    """A head that sends rows `leaving(rows)` away and nobody else."""
-    def answer(tap: Tensor) -> Tensor:
-        if head is not None and seen is not None:
-            seen.append(head(tap))
-        logits = tap.new_zeros(len(tap), classes)
-        logits[leaving(len(tap)), 0] = 100
-        return logits
-    return answer
-
-
-@torch.no_grad()
-def check(model: timm_cascade.CascadeModel, images: Tensor) -> float:
-    """Largest error of survivors' logits, over the logits' standard deviation.
-
-    Raises:
-        ValueError: The backbone answers every image alike, or nothing finite: the check would be blind.
-    """
-    want = model.backbone(images)
-    every = model.forward_exits(images)
-    scale = float(want.std())
-    if not torch.isfinite(want).all() or not float(want.std(0).mean()) > 1e-3 * scale:
-        raise ValueError(f'blind: logits of std {scale:.2g} that do not depend on the image')
-    if not torch.allclose(every[-1], want, atol=TOLERANCE * scale):
-        raise ValueError('forward_exits does not end with the backbone\'s logits')
-    count, n, classes = len(model.exits), len(images), model.num_classes
-    worst = 0.
-
-    def run(stubs: list, open_exits: list[float]) -> Any:
-        return model._router.route(model.backbone, images, stubs, open_exits)
-
-    for i in range(count):
-        for keep in ([0, 2], [1]):
-            gone = [k for k in range(n) if k not in keep]
-            stubs: list = [None] * count
-            stubs[i] = _stub(lambda rows, gone=gone: gone, classes)
-            out = run(stubs, [0.9 if k == i else float('inf') for k in range(count)])
-            assert (out.exit == count).nonzero().flatten().tolist() == keep, out.exit
-            worst = max(worst, float((out.logits[keep] - want[keep]).abs().max()) / scale)
-    seen: list[list[Tensor]] = [[] for _ in range(count)]
-    alive = [list(range(n))]
-    for _ in range(count):
-        alive.append(alive[-1][:-1] if len(alive[-1]) > 1 else alive[-1])
-    out = run([_stub(lambda rows: [rows - 1] if rows > 1 else [], classes, head, s)
-               for head, s in zip(model.heads, seen, strict=True)], [0.9] * count)
-    keep = alive[-1]
-    assert (out.exit == count).nonzero().flatten().tolist() == keep, out.exit
-    worst = max(worst, float((out.logits[keep] - want[keep]).abs().max()) / scale)
-    for i, (s, rows) in enumerate(zip(seen, alive, strict=False)):  # and the taps are the whole batch's
-        worst = max(worst, float((s[0] - every[i][rows]).abs().max() / every[i].std().clamp_min(1e-6)))
-    for i in (0, count - 1):
-        stubs = [None] * count
-        stubs[i] = _stub(lambda rows: list(range(rows)), classes)
-        out = run(stubs, [0.9 if k == i else float('inf') for k in range(count)])
-        assert out.exit.tolist() == [i] * n, out.exit
-    return worst
-
-
-def _as_picture(tap: Tensor, point: ExitPoint) -> Tensor:
-    if point.layout == 'NHWC':
-        return tap.permute(0, 3, 1, 2)
-    if point.layout == 'NLC':
-        return tap[:, point.prefix_tokens:].transpose(1, 2).unflatten(2, point.size)
-    return tap
-
-
-@torch.no_grad()
-def layout_seen(model: timm_cascade.CascadeModel, images: Tensor) -> str:
-    """How many exits' layouts agree by value with timm's forward_intermediates, of those it returns too."""
-    taps, _ = model._router.collect(model.backbone, images[:2], [lambda tap: tap] * len(model.exits))
-    try:
-        pictures = model.backbone.forward_intermediates(images[:2], output_fmt='NCHW', intermediates_only=True)
-    except Exception as e:
-        return f'no forward_intermediates ({type(e).__name__})'
-    same = other = 0
-    for tap, point in zip(taps, model.exits, strict=True):
-        ours = _as_picture(tap, point)
-        for p in pictures:
-            if isinstance(p, Tensor) and p.numel() == ours.numel() and torch.allclose(
-                    p.flatten().sort().values, ours.flatten().sort().values, atol=1e-5):
-                agrees = p.shape == ours.shape and torch.allclose(p, ours, atol=1e-5)
-                same, other = same + agrees, other + (not agrees)
-                break
-    return f'{same} agree' + (f', {other} differ' if other else '')
 
 
 # ---- one model
@@ -204,19 +83,18 @@ def measure(name: str, reduction: dict[str, Any]) -> dict[str, Any]:
 
 
 def reductions(name: str) -> list[dict[str, Any]]:
-    """What to make a model with until it fits: nothing, else a smaller input, else fewer blocks."""
-    steps: list[dict[str, Any]] = [{}]
-    from timm.models import get_pretrained_cfg
+    """What to make a model with until it fits: nothing, else a smaller input, else fewer blocks too."""
     cfg = get_pretrained_cfg(name)
-    if cfg is not None and cfg.input_size[-1] > 128 and cfg.input_size[1] == cfg.input_size[2]:
-        steps.append(dict(img_size=224 if cfg.input_size[-1] > 288 else 128))
-    steps.append(dict(depth=4))
-    return steps
+    channels, *pixels = cfg.input_size if cfg is not None else (3, 224, 224)
+    small = 224 if max(pixels) > 288 else 128
+    inputs: list[dict[str, Any]] = [
+        {'img_size': small}, {'pretrained_cfg_overlay': {'input_size': [channels, small, small]}}]
+    blocks: list[dict[str, Any]] = [{'depth': 4}, {'depths': [1, 1, 2, 1]}]
+    return [{}, *inputs, *blocks, *({**i, **b} for b in blocks for i in inputs)]
 
 
 def size_of(name: str, kwargs: dict[str, Any]) -> tuple[int, float]:
     """Parameters and MACs of one image, on the meta device."""
-    from timm_cascade.backbone import backbone_macs
     with torch.device('meta'):
         model = create(name, **kwargs)
     params = sum(p.numel() for p in model.parameters())
@@ -338,45 +216,48 @@ def _one(worker: Worker, name: str, timeout: float) -> dict[str, Any]:
 
 def write_page(rows: dict[str, dict[str, Any]]) -> None:
     names = all_names()
-    families: dict[str, list[str]] = {}
-    for name in names:
-        families.setdefault(module_file(name), []).append(name)
     done = [rows[n] for n in names if n in rows]
-
-    def count(status: str, of: list[dict[str, Any]] = done) -> int:
-        return sum(row['status'] == status for row in of)
-
+    total = Counter(row['status'] for row in done)
     reduced = sum(bool(row.get('reduced')) for row in done)
-    lines = [
-        '# Backbones', '', 'Written by `scripts/sweep.py` from [backbones.csv](backbones.csv), which has a row for each '
-        'model. "Equal" means: samples that go on get the logits they get in the whole batch, within 1e-4 of the '
-        'logits\' standard deviation, for keep sets of two and of one, exits in sequence, and everybody leaving; random '
-        'weights, fp32, CPU.', '',
-        f'timm {timm.__version__}, torch {torch.__version__.split("+")[0]}. Of {len(names)} names {len(done)} were run: '
-        f'{count("equal")} equal, {count("differs")} differ, {count("fails")} fail, {count("no classifier")} are '
-        f'encoders without a classifier, {count("not run")} too large or too slow here. {reduced} of them ran smaller '
-        f'than published; their rows say how. {len(names) - len(done)} names have no row yet.', '',
-        '| module file | names | run | equal | no classifier | reduced | cut | largest error | not equal |',
-        '| --- | --- | --- | --- | --- | --- | --- | --- | --- |']
-    for family in sorted(families):
-        own = [rows[n] for n in families[family] if n in rows]
+    lines = f"""# Backbones
+
+Written by `scripts/sweep.py` from [backbones.csv](backbones.csv), which has one row a model. "Equal" means: samples
+that go on get the logits they get in the whole batch, within 1e-4 of the logits' standard deviation, for two of four
+and for one going on at each exit, for exits in sequence, and everybody leaving. Random weights, fp32, CPU; timm
+{timm.__version__}, torch {torch.__version__.split("+")[0]}.
+
+Of {len(names)} names {len(done)} were run: {total["equal"]} equal, {total["differs"]} differ, {total["fails"]} fail,
+{total["no classifier"]} are encoders without a classifier, {total["not run"]} were too large or too slow here.
+{reduced} ran with a smaller input or fewer blocks than published; their rows say so. {len(names) - len(done)} names
+have no row yet.
+
+`cut` is how samples leave: `hook` where the batch can shrink inside the backbone's own code, `export` where the
+exported graph is split at the exits (`model.exits[i].cut` says it for a model).
+
+| module file | names | run | equal | no classifier | reduced | cut | largest error | others |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |""".split('\n')
+    for family, members in sorted(_by_file(names).items()):
+        own = [rows[n] for n in members if n in rows]
+        statuses = Counter(row['status'] for row in own)
         cuts = sorted({cut for row in own for cut in (row.get('cut') or '').split(';') if cut})
-        errors = [float(row['error']) for row in own if row.get('error')]
-        bad = [row['name'] for row in own if row['status'] not in ('equal', 'no classifier')]
-        lines.append(
-            f'| {family} | {len(families[family])} | {len(own)} | {count("equal", own)} | '
-            f'{count("no classifier", own)} | {sum(bool(r.get("reduced")) for r in own)} | {", ".join(cuts)} | '
-            f'{max(errors):.0e} |' if errors else
-            f'| {family} | {len(families[family])} | {len(own)} | {count("equal", own)} | '
-            f'{count("no classifier", own)} | {sum(bool(r.get("reduced")) for r in own)} | {", ".join(cuts)} | |')
-        lines[-1] += f' {", ".join(bad)} |'
-    problems = [row for row in done if row['status'] not in ('equal', 'no classifier')]
-    if problems:
-        lines += ['', '## Not equal', '', *(f'- `{r["name"]}`: {r["status"]}, {r["reason"]}' for r in problems)]
-    encoders = [row for row in done if row['status'] == 'no classifier']
-    if encoders:
-        lines += ['', '## Encoders without a classifier', '', *(f'- `{r["name"]}`: {r["reason"]}' for r in encoders)]
+        error = max((float(row['error']) for row in own if row.get('error')), default=None)
+        others = [row['name'] for row in own if row['status'] not in ('equal', 'no classifier')]
+        cells = (family, len(members), len(own), statuses['equal'], statuses['no classifier'],
+                 sum(bool(row.get('reduced')) for row in own), ', '.join(cuts),
+                 '' if error is None else f'{error:.0e}', ', '.join(others))
+        lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
+    for title, statuses_shown in (('Not equal', ('differs', 'fails', 'not run')), ('Encoders', ('no classifier',))):
+        shown = [row for row in done if row['status'] in statuses_shown]
+        if shown:
+            lines += ['', f'## {title}', '', *(f'- `{row["name"]}`: {row["status"]}. {row["reason"]}' for row in shown)]
     PAGE.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+
+
+def _by_file(names: list[str]) -> dict[str, list[str]]:
+    files: dict[str, list[str]] = {}
+    for name in names:
+        files.setdefault(module_file(name), []).append(name)
+    return files
 
 
 def _cheapest_of_each_file(names: list[str]) -> Iterator[str]:

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from .routing import CascadeOutput, Router
 from .thresholds import Calibration, OperatingPoint, ThresholdTable
 
 __all__ = ['CascadeModel', 'NotCalibratedError']
+
+_ANCHOR = re.compile(r'(?<![\[\\])\^')
 
 
 class NotCalibratedError(RuntimeError):
@@ -58,6 +61,7 @@ class CascadeModel(nn.Module):
         self.calibration: Calibration | None = None
         self.table: ThresholdTable | None = None
         self._factory_args: dict[str, Any] = {}
+        self._head_macs: list[int] | None = None
         self._router = Router(backbone, self._points)
         self._thresholds = [math.inf] * len(self._points)
         self.train(backbone.training)
@@ -122,6 +126,8 @@ class CascadeModel(nn.Module):
         if isinstance(values, Tensor):
             values = values.tolist()
         numbers = [math.inf if v is None else float(v) for v in values]
+        if not self.num_classes and not all(math.isinf(t) for t in numbers):
+            raise ValueError('this model has no classes, so no exit can answer; reset_classifier(num_classes) first.')
         if len(numbers) != len(self._points):
             raise ValueError(f'{len(numbers)} thresholds for {len(self._points)} exits; give one an exit '
                              f'({", ".join(p.module for p in self._points)}).')
@@ -171,9 +177,10 @@ class CascadeModel(nn.Module):
     # ---- what it costs, and which heads these are
 
     def head_macs(self) -> np.ndarray:
-        """(M,) MACs of each head for one image."""
-        return np.array([backbone_macs(head, p.shape) for head, p in zip(self.heads, self._points, strict=True)],
-                        dtype=np.float64)
+        """(M,) MACs of each head for one image; counted once."""
+        if self._head_macs is None:
+            self._head_macs = [backbone_macs(h, p.shape) for h, p in zip(self.heads, self._points, strict=True)]
+        return np.array(self._head_macs, dtype=np.float64)
 
     def stage_macs(self) -> np.ndarray:
         """(M+1,) MACs of each stage for one image, its head included."""
@@ -257,6 +264,8 @@ class CascadeModel(nn.Module):
         training = self.heads.training
         self.heads = create_heads(self._points, num_classes, self._head_configs)
         self.heads.to(device=reference.device, dtype=reference.dtype).train(training)
+        self._head_macs = None
+        self._router.forget()
         self.label_names = None
         self.forget_calibration()
 
@@ -268,6 +277,20 @@ class CascadeModel(nn.Module):
     def no_weight_decay(self) -> set[str]:
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else set()
         return {f'backbone.{name}' for name in names}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any] | Callable[[str], Any]:
+        """The backbone's groups, for its parameters under their names here; heads match none, so they come last."""
+        def renamed(pattern: str) -> str:
+            # timm matches from the start of a name, so anchors say nothing; behind a prefix they would never hold
+            return rf'^backbone\.(?:{_ANCHOR.sub("", pattern)})'
+
+        groups = self.backbone.group_matcher(coarse=coarse)
+        if callable(groups):
+            return lambda name: groups(name.removeprefix('backbone.')) if name.startswith('backbone.') else math.inf
+        return {
+            group: renamed(spec) if isinstance(spec, str) else spec and [(renamed(p), order) for p, order in spec]
+            for group, spec in groups.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads a cascade's state, or the state of a plain timm backbone into `backbone`."""
