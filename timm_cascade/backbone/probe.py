@@ -26,6 +26,25 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def _on_meta(model: nn.Module) -> Iterator[None]:
+    """Lends the modules meta tensors for their own.
+
+    torch.func.functional_call does not: where one module stands under two names it puts the lent tensors back.
+    """
+    lent: dict[Tensor, Tensor] = {}
+    owned = [(m.__dict__, key, m.__dict__[key]) for m in model.modules() for key in ('_parameters', '_buffers')]
+    try:
+        for attributes, key, tensors in owned:
+            attributes[key] = {
+                name: t if t is None else lent.setdefault(t, torch.empty_like(t, device='meta'))
+                for name, t in tensors.items()}
+        yield
+    finally:
+        for attributes, key, tensors in owned:
+            attributes[key] = tensors
+
+
 def meta_pass(
         model: nn.Module,
         input_size: tuple[int, ...],
@@ -40,9 +59,6 @@ def meta_pass(
     Returns:
         The model's output, and its MACs for one image; norms and activations count 0.
     """
-    def meta(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: torch.empty_like(t, device='meta') for name, t in tensors}
-
     counter = FlopCounterMode(display=False) if count else None
 
     def macs() -> int:
@@ -55,9 +71,8 @@ def meta_pass(
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     images = torch.empty(PROBE_BATCH, *input_size, device='meta', dtype=dtype)
     try:
-        with _eval_mode(model), torch.no_grad(), counter or nullcontext():
-            state = {**meta(model.named_parameters()), **meta(model.named_buffers())}
-            output = torch.func.functional_call(model, state, (images,))
+        with torch.no_grad(), _eval_mode(model), _on_meta(model), counter or nullcontext():
+            output = model(images)
         return output, macs()
     finally:
         for handle in handles:
