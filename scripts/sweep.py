@@ -29,7 +29,7 @@ from equality import TOLERANCE, batch, check, layout_seen, randomise
 from timm.models import get_pretrained_cfg, model_entrypoint
 from tqdm import tqdm
 
-from timm_cascade.backbone import BackboneError, backbone_macs
+from timm_cascade.backbone import BackboneError, backbone_macs, input_size_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CSV = ROOT / 'docs' / 'backbones.csv'
@@ -69,7 +69,7 @@ def measure(name: str, reduction: dict[str, Any]) -> dict[str, Any]:
             layout=';'.join(f'{p.layout} {p.channels}x{p.size[0]}x{p.size[1]}+{p.prefix_tokens}' for p in model.exits),
             cut=';'.join(p.cut for p in model.exits),
             stage_macs=';'.join(str(int(m)) for m in model.stage_macs()))
-        input_size = timm.data.resolve_model_data_config(model)['input_size']
+        input_size = input_size_of(model.backbone)
         row['input'] = 'x'.join(map(str, input_size))
         images = batch(input_size)
         randomise(model, images)
@@ -98,7 +98,7 @@ def size_of(name: str, kwargs: dict[str, Any]) -> tuple[int, float]:
     with torch.device('meta'):
         model = create(name, **kwargs)
     params = sum(p.numel() for p in model.parameters())
-    return params, backbone_macs(model, timm.data.resolve_model_data_config(model)['input_size'])
+    return params, backbone_macs(model, input_size_of(model))
 
 
 def _worker(connection: Connection) -> None:
@@ -167,7 +167,7 @@ def by_cost(names: list[str]) -> list[str]:
         try:
             with torch.device('meta'):
                 model = create(name)
-            pixels = timm.data.resolve_model_data_config(model)['input_size']
+            pixels = input_size_of(model)
             sizes[name] = sum(p.numel() for p in model.parameters()) * (0.3 + pixels[1] * pixels[2] / 224 ** 2)
         except Exception:
             sizes[name] = 1e9

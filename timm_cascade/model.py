@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 
-from .backbone import ExitPoint, backbone_macs, resolve_exits
+from .backbone import ExitPoint, backbone_macs, input_size_of, resolve_exits
 from .heads import ExitHead, HeadSpec, create_heads, head_configs
 from .routing import CascadeOutput, Router
 from .thresholds import Calibration, OperatingPoint, ThresholdTable
@@ -80,7 +79,7 @@ class CascadeModel(nn.Module):
         Raises:
             ValueError: Images of another shape or number of channels than the backbone's.
         """
-        in_chans = get_model_input_config(self.backbone)['input_size'][0]
+        in_chans = input_size_of(self.backbone)[0]
         if x.ndim != 4 or x.shape[1] != in_chans:
             raise ValueError(f'images are {tuple(x.shape)}; expected (N, {in_chans}, H, W). Convert them, or create '
                              f'the model with in_chans={x.shape[1] if x.ndim == 4 else "..."}.')
@@ -225,7 +224,7 @@ class CascadeModel(nn.Module):
 
     @property
     def in_chans(self) -> int:
-        return get_model_input_config(self.backbone)['input_size'][0]
+        return input_size_of(self.backbone)[0]
 
     @property
     def _traits(self) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class StagedBackbone:
             stage.inputs = list(needed)
             stage.live = [n for n in (self.images, *home) if (home.get(n, -1) <= i < last[n])]
             wanted = {n: None for n in (*stage.live, stage.tap) if n in own and not _is_number(n)}
-            stage.outputs = list(wanted)  # type: ignore[arg-type]
+            stage.outputs = list(wanted)
             if i < count and stage.tap not in own:  # two exits at one place, or an exit at the images
                 raise ValueError(f'nothing is computed between exit {i} and the one before it')
         return stages
@@ -138,7 +138,7 @@ class StagedBackbone:
         """Rows of a live tensor for each sample."""
         if not isinstance(value, Tensor):
             raise ValueError(f'{type(value).__name__} crosses an exit')
-        sizes = [s.node.expr if isinstance(s, torch.SymInt) else s for s in value.shape]
+        sizes: list[Any] = [s.node.expr if isinstance(s, torch.SymInt) else s for s in value.shape]
         if not any(self.batch in getattr(s, 'free_symbols', ()) for s in sizes):
             return 0
         each = sizes[0].subs(self.batch, 1) if self.batch in getattr(sizes[0], 'free_symbols', ()) else 0
@@ -158,15 +158,16 @@ class StagedBackbone:
             inputs = [self._value(node, values, backbone, alive) for node in stage.inputs]
             values.update(zip(stage.outputs, stage.module(*inputs), strict=True))
             assert stage.tap is not None
+            tap = values[stage.tap]
             if index == len(self.stages) - 1:
-                break
-            keep = leave(index, values[stage.tap])
+                return tap
+            keep = leave(index, tap)
             values = {node: values[node] for node in stage.live if node in values}
             if keep is not None:
                 alive = len(keep)
                 values = {node: tree_map(lambda t, r, keep=keep: _select(t, keep, r), value, self.rows[node])
                           for node, value in values.items()}
-        return values[stage.tap]
+        raise AssertionError('no last stage')
 
     def _value(self, node: fx.Node, values: dict[fx.Node, Any], backbone: nn.Module, alive: int) -> Any:
         if node in values:
@@ -189,7 +190,7 @@ def _is_assertion(node: fx.Node) -> bool:
 
 def _select(tensor: Tensor, keep: Tensor, rows: int) -> Tensor:
     """Rows of samples `keep`, in the memory order that the tensor had: the graph's views rely on it."""
-    order: Sequence[int] = sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d)) if rows else ()
+    order: Sequence[int] = sorted(range(tensor.ndim), key=tensor.stride, reverse=True) if rows else ()
     selected = select_rows(tensor, keep, rows)
     if list(order) == list(range(len(order))):
         return selected

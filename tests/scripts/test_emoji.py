@@ -146,7 +146,7 @@ def test_missing_npm_and_another_package_than_the_pinned_one_are_refused(tmp_pat
         emoji.fetch('google', tmp_path)
     npm.write_text(f'#!{sys.executable}\nraise SystemExit("E404")\n')
     tarball.unlink()
-    with pytest.raises(RuntimeError, match='gave no .*E404'):
+    with pytest.raises(RuntimeError, match=r'gave no .*E404'):
         emoji.fetch('google', tmp_path)
 
 

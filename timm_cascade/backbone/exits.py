@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .layout import find_layout
 from .probe import PROBE_BATCH, meta_pass
 
-__all__ = ['BackboneError', 'ExitError', 'ExitPoint', 'candidates', 'cut', 'resolve_exits', 'select_rows', 'tap_of']
+__all__ = ['BackboneError', 'ExitError', 'ExitPoint', 'candidates', 'cut', 'input_size_of', 'resolve_exits',
+           'select_rows', 'tap_of']
 
 # an exit that hooks can cut is preferred to one that needs the exported graph, unless it lies this much farther away
 # from the share of the cost that was asked for
@@ -95,7 +96,8 @@ def cut(output: Any, keep: Tensor, point: ExitPoint) -> Any:
     return tree_map(lambda t: select_rows(t, keep, next(rows)) if isinstance(t, Tensor) else t, output)
 
 
-def _input_size(backbone: nn.Module) -> tuple[int, ...]:
+def input_size_of(backbone: nn.Module) -> tuple[int, ...]:
+    """(C, H, W) of the images that the backbone was built for."""
     return tuple(get_model_input_config(backbone)['input_size'])
 
 
@@ -143,7 +145,7 @@ def candidates(backbone: nn.Module) -> list[ExitPoint]:
             seen.setdefault(name, []).append((macs, [t.shape for t in _tensors(output)]))
         return hook
 
-    input_size = _input_size(backbone)
+    input_size = input_size_of(backbone)
     output, total = meta_pass(backbone, input_size, {name: record(name) for name in _block_names(backbone)})
     _check_classifier(backbone, output)
     points: dict[tuple, ExitPoint] = {}
@@ -190,7 +192,7 @@ def _survives(backbone: nn.Module, points: Sequence[ExitPoint], leaving: int) ->
         return hook
 
     try:
-        output, _ = meta_pass(backbone, _input_size(backbone), {p.module: drop(p) for p in points}, count=False)
+        output, _ = meta_pass(backbone, input_size_of(backbone), {p.module: drop(p) for p in points}, count=False)
     except Exception:  # whatever a model raises when its batch shrinks on the way, it cannot be cut here
         return False
     return isinstance(output, Tensor) and len(output) == reached[-1] == PROBE_BATCH - leaving * len(points)
