@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import timm_cascade
-from timm_cascade.backbone import ExitPoint
+from timm_cascade.backbone import ExitPoint, candidates
+from timm_cascade.routing import Router
 
 TOLERANCE = 1e-4  # of the logits' standard deviation
 
@@ -113,19 +114,25 @@ def _as_picture(tap: Tensor, point: ExitPoint) -> Tensor:
 
 @torch.no_grad()
 def layout_seen(model: timm_cascade.CascadeModel, images: Tensor) -> str:
-    """How many exits' layouts agree by value with timm's forward_intermediates, of those it returns too."""
-    taps, _ = model._router.collect(model.backbone, images[:2], [lambda tap: tap] * len(model.exits))
+    """How many places' layouts agree by value with timm's forward_intermediates, of those that it returns too."""
     try:
         pictures = model.backbone.forward_intermediates(images[:2], output_fmt='NCHW', intermediates_only=True)
     except Exception as e:
         return f'no forward_intermediates ({type(e).__name__})'
-    same = other = 0
-    for tap, point in zip(taps, model.exits, strict=True):
-        ours = _as_picture(tap, point)
-        for p in pictures:
-            if isinstance(p, Tensor) and p.numel() == ours.numel() and torch.allclose(
-                    p.flatten().sort().values, ours.flatten().sort().values, atol=1e-5):
-                agrees = p.shape == ours.shape and torch.allclose(p, ours, atol=1e-5)
-                same, other = same + agrees, other + (not agrees)
+    points = candidates(model.backbone)
+    router = Router(model.backbone, points)
+    taps, _ = router.collect(model.backbone, images[:2], [torch.clone] * len(points))
+    router.detach()
+    counts = {'agree': 0, 'differ': 0, 'without grid': 0}
+    for tap, point in zip(taps, points, strict=True):
+        values = _as_picture(tap, point)
+        for picture in pictures:
+            if picture.numel() == values.numel() and torch.allclose(_sorted(picture), _sorted(values), atol=1e-5):
+                agrees = picture.shape == values.shape and torch.allclose(picture, values, atol=1e-5)
+                counts['agree' if agrees else 'without grid' if 1 in point.size else 'differ'] += 1
                 break
-    return f'{same} agree' + (f', {other} differ' if other else '')
+    return ', '.join(f'{n} {what}' for what, n in counts.items() if n) or 'none returned'
+
+
+def _sorted(t: Tensor) -> Tensor:
+    return t.flatten().sort().values

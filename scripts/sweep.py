@@ -1,7 +1,8 @@
 """Makes a cascade of every timm model and checks it: rows in backbones.csv, a summary in docs/backbones.md.
 
     python scripts/sweep.py                    # every name that has no row yet, cheapest first; stop and resume at will
-    python scripts/sweep.py --per-module       # the cheapest model of each of timm's module files
+    python scripts/sweep.py --per-module       # the same, for the cheapest model of each of timm's module files
+    python scripts/sweep.py --retry            # also those whose row says anything but "equal"
     python scripts/sweep.py --names 'resnet*'  # these, again if they have a row
     python scripts/sweep.py --summary          # only write docs/backbones.md
 
@@ -36,6 +37,7 @@ CSV = ROOT / 'docs' / 'backbones.csv'
 PAGE = ROOT / 'docs' / 'backbones.md'
 FIELDS = ('name', 'module_file', 'params', 'status', 'error', 'exits', 'fractions', 'layout', 'layout_seen', 'cut',
           'stage_macs', 'input', 'reduced', 'seconds', 'reason')
+SETTLED = ('equal', 'no classifier')
 MEMORY = 16e9  # bytes of weights and activations that a model may take, estimated; above it is reduced
 MAX_MACS = 60e9  # of one image; above it the model is reduced, or the check takes minutes
 
@@ -241,7 +243,7 @@ exported graph is split at the exits (`model.exits[i].cut` says it for a model).
         statuses = Counter(row['status'] for row in own)
         cuts = sorted({cut for row in own for cut in (row.get('cut') or '').split(';') if cut})
         error = max((float(row['error']) for row in own if row.get('error')), default=None)
-        others = [row['name'] for row in own if row['status'] not in ('equal', 'no classifier')]
+        others = [row['name'] for row in own if row['status'] not in SETTLED]
         cells = (family, len(members), len(own), statuses['equal'], statuses['no classifier'],
                  sum(bool(row.get('reduced')) for row in own), ', '.join(cuts),
                  '' if error is None else f'{error:.0e}', ', '.join(others))
@@ -262,7 +264,7 @@ def _by_file(names: list[str]) -> dict[str, list[str]]:
 
 def _cheapest_of_each_file(names: list[str]) -> Iterator[str]:
     seen = set()
-    for name in by_cost(names):
+    for name in names:
         if module_file(name) not in seen:
             seen.add(module_file(name))
             yield name
@@ -271,7 +273,8 @@ def _cheapest_of_each_file(names: list[str]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--names', nargs='+', help='names or patterns; run again even if they have a row')
-    parser.add_argument('--per-module', action='store_true', help='the cheapest model of each module file, again')
+    parser.add_argument('--per-module', action='store_true', help='only the cheapest model of each module file')
+    parser.add_argument('--retry', action='store_true', help='run again what did not come out equal')
     parser.add_argument('--limit', type=int, help='at most so many')
     parser.add_argument('--minutes', type=float, default=float('inf'), help='start no model after this time')
     parser.add_argument('--timeout', type=float, default=600, help='seconds for one model')
@@ -280,13 +283,14 @@ def main() -> None:
     if args.summary:
         write_page(read_rows())
         return
-    names = all_names()
+    names = by_cost(all_names())
+    if args.per_module:
+        names = list(_cheapest_of_each_file(names))
     if args.names:
-        names = by_cost([n for n in names if any(fnmatch.fnmatch(n, p) for p in args.names)])
-    elif args.per_module:
-        names = sorted(_cheapest_of_each_file(names))
+        names = [n for n in names if any(fnmatch.fnmatch(n, p) for p in args.names)]
     else:
-        names = by_cost([n for n in names if n not in read_rows()])
+        settled = {n for n, row in read_rows().items() if not args.retry or row['status'] in SETTLED}
+        names = [n for n in names if n not in settled]
     sweep(names[:args.limit], args.timeout, time.time() + 60 * args.minutes)
 
 

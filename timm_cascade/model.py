@@ -277,19 +277,27 @@ class CascadeModel(nn.Module):
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else set()
         return {f'backbone.{name}' for name in names}
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any] | Callable[[str], Any]:
-        """The backbone's groups, for its parameters under their names here; heads match none, so they come last."""
+    @property
+    def group_matcher(self) -> Callable[..., Any]:
+        """The backbone's groups, for its parameters under their names here; heads match none, so they come last.
+
+        A property, so that this model has it only where its backbone has: timm asks `hasattr`.
+        """
+        matcher = self.backbone.group_matcher
+
         def renamed(pattern: str) -> str:
             # timm matches from the start of a name, so anchors say nothing; behind a prefix they would never hold
             return rf'^backbone\.(?:{_ANCHOR.sub("", pattern)})'
 
-        groups = self.backbone.group_matcher(coarse=coarse)
-        if callable(groups):
-            return lambda name: groups(name.removeprefix('backbone.')) if name.startswith('backbone.') else math.inf
-        return {
-            group: renamed(spec) if isinstance(spec, str) else spec and [(renamed(p), order) for p, order in spec]
-            for group, spec in groups.items()}
+        def group(coarse: bool = False) -> dict[str, Any] | Callable[[str], Any]:
+            groups = matcher(coarse=coarse)
+            if callable(groups):
+                return lambda name: groups(name.removeprefix('backbone.')) if name.startswith('backbone.') else math.inf
+            return {
+                key: renamed(spec) if isinstance(spec, str) else spec and [(renamed(p), order) for p, order in spec]
+                for key, spec in groups.items()}
+
+        return group
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads a cascade's state, or the state of a plain timm backbone into `backbone`."""

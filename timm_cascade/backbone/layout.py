@@ -9,6 +9,8 @@ from torch import nn
 __all__ = ['find_layout']
 
 MAX_PREFIX = 16  # class and register tokens before the grid's
+# models whose tokens do not stand in the order of the picture: Hiera's are sorted by mask unit until its end
+UNORDERED = ('Hiera',)
 
 
 def find_layout(backbone: nn.Module, shape: tuple[int, ...], input_size: tuple[int, ...]) -> dict[str, Any] | None:
@@ -33,6 +35,8 @@ def find_layout(backbone: nn.Module, shape: tuple[int, ...], input_size: tuple[i
     elif len(shape) == 2:
         tokens, channels = shape
         own = getattr(backbone, 'num_prefix_tokens', 0) or 0
+        if type(backbone).__name__ in UNORDERED:
+            return dict(layout='NLC', channels=channels, size=(1, tokens - own), prefix_tokens=own)
         for prefix in dict.fromkeys((own, *range(MAX_PREFIX + 1))):
             size = _grid(tokens - prefix, height, width)
             if size is not None:
