@@ -234,7 +234,16 @@ Of {len(names)} names {len(done)} were run: {total["equal"]} equal, {total["diff
 have no row yet.
 
 `cut` is how samples leave: `hook` where the batch can shrink inside the backbone's own code, `export` where the
-exported graph is split at the exits (`model.exits[i].cut` says it for a model).
+exported graph is split at the exits (`model.exits[i].cut` and `timm-cascade info` say it for a model; the first batch
+of each size, dtype and device then takes an export, some seconds to a minute).
+
+timm's own scripts take a `cascade_*` name once the package is imported; for a script that is not yours:
+
+    python -m timm_cascade.run validate.py DATA --model cascade_resnet50 ...
+
+In training mode a cascade is its backbone, and its heads get no gradient: train.py trains the backbone, and wrapped in
+DistributedDataParallel it needs `find_unused_parameters`. The simpler way is to train `resnet50` and to give its
+checkpoint to `timm-cascade train --checkpoint`.
 
 | module file | names | run | equal | no classifier | reduced | cut | largest error | others |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |""".split('\n')
@@ -262,7 +271,7 @@ def _by_file(names: list[str]) -> dict[str, list[str]]:
     return files
 
 
-def _cheapest_of_each_file(names: list[str]) -> Iterator[str]:
+def cheapest_of_each_file(names: list[str]) -> Iterator[str]:
     seen = set()
     for name in names:
         if module_file(name) not in seen:
@@ -285,7 +294,7 @@ def main() -> None:
         return
     names = by_cost(all_names())
     if args.per_module:
-        names = list(_cheapest_of_each_file(names))
+        names = list(cheapest_of_each_file(names))
     if args.names:
         names = [n for n in names if any(fnmatch.fnmatch(n, p) for p in args.names)]
     else:

@@ -99,6 +99,12 @@ class Net(torch.nn.Module):
         return self.fc(self.blocks(x).mean((2, 3)))
 
 
+def test_more_exits_than_images_in_a_probe():
+    model = timm.create_model('vit_tiny_patch16_224', depth=14)
+    names = [f'blocks.{i}' for i in range(13)]
+    assert [(p.module, p.cut) for p in resolve_exits(model, names)] == [(name, 'hook') for name in names]
+
+
 def test_a_place_inside_a_residual_branch_is_refused_and_not_listed():
     with pytest.raises(ExitError, match='residual') as e:
         resolve_exits(Net(), ['blocks.0.branch.0'])

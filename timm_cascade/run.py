@@ -1,7 +1,6 @@
 """Runs a script that knows nothing of cascades with `cascade_*` names registered.
 
     python -m timm_cascade.run validate.py --model cascade_resnet50 ...
-    torchrun --nproc_per_node 2 -m timm_cascade.run train.py ...
 """
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -198,6 +198,11 @@ def _survives(backbone: nn.Module, points: Sequence[ExitPoint], leaving: int) ->
     return isinstance(output, Tensor) and len(output) == reached[-1] == PROBE_BATCH - leaving * len(points)
 
 
+def _in_sequence(backbone: nn.Module, points: Sequence[ExitPoint]) -> bool:
+    step = PROBE_BATCH - 2  # more exits than images are tried in parts
+    return all(_survives(backbone, points[i:i + step], 1) for i in range(0, len(points), step))
+
+
 def _kind(name: str) -> str:
     """stage4.0.branches.1.2 is of the kind stage4.#.branches.#.#; blocks.3 of the kind blocks.#"""
     match = re.match(r'[^.\d]*(\.[^.\d]+)*\.?\d+\.', name)
@@ -228,10 +233,6 @@ class _Cuts:
                              for p in self.points)
                 self.known[name] = None if inside else 'export'
         return self.known[name]
-
-    def point(self, point: ExitPoint) -> ExitPoint:
-        way = self.at(point)
-        return point if way == 'hook' else ExitPoint(**{**point.__dict__, 'cut': way})
 
     def listing(self) -> str:
         return ', '.join(str(p) for p in self.points if self.at(p))
@@ -272,13 +273,13 @@ def _by_name(names: list[str], points: Sequence[ExitPoint], cuts: _Cuts) -> list
     if len(set(names)) < len(names):
         raise ExitError(f'exits {names} names a module twice; name each once.')
     chosen = sorted((by_name[name] for name in names), key=lambda p: p.macs)
-    if _survives(cuts.backbone, chosen, 1):
+    if _in_sequence(cuts.backbone, chosen):
         return chosen
     wrong = [p.module for p in chosen if cuts.at(p) is None]
     if wrong:
         raise ExitError(f'the batch cannot be cut at {wrong}, inside a residual branch; choose others from (module, '
                         f'share of the cost): {cuts.listing()}')
-    return _one_way([cuts.point(p) for p in chosen])
+    return _one_way(chosen, cuts)
 
 
 def _by_fraction(fractions: list[float], points: Sequence[ExitPoint], cuts: _Cuts) -> list[ExitPoint]:
@@ -286,9 +287,9 @@ def _by_fraction(fractions: list[float], points: Sequence[ExitPoint], cuts: _Cut
     picked: list[ExitPoint] = []
     for fraction in fractions:
         picked.extend(sorted((p for p in points if p not in picked), key=lambda p: abs(p.fraction - fraction))[:1])
-    if len(picked) == len(fractions) and len(picked) < PROBE_BATCH and _survives(
-            cuts.backbone, sorted(picked, key=lambda p: p.macs), 1):
-        return sorted(picked, key=lambda p: p.macs)
+    picked.sort(key=lambda p: p.macs)
+    if len(picked) == len(fractions) and _in_sequence(cuts.backbone, picked):
+        return picked
     picked = []
     for fraction in fractions:
         def distance(p: ExitPoint, fraction: float = fraction) -> float:
@@ -307,11 +308,11 @@ def _by_fraction(fractions: list[float], points: Sequence[ExitPoint], cuts: _Cut
             raise ExitError(f'{len(fractions)} exits asked for, {len(picked)} found; the backbone can have them at: '
                             f'{cuts.listing()}')
         picked.append(best)
-    return _one_way([cuts.point(p) for p in sorted(picked, key=lambda p: p.macs)])
+    return _one_way(sorted(picked, key=lambda p: p.macs), cuts)
 
 
-def _one_way(points: list[ExitPoint]) -> list[ExitPoint]:
+def _one_way(points: list[ExitPoint], cuts: _Cuts) -> list[ExitPoint]:
     """A backbone is run in one way: where one exit needs the exported graph, all take it."""
-    if all(p.cut == 'hook' for p in points):
+    if all(cuts.at(p) == 'hook' for p in points) and _in_sequence(cuts.backbone, points):
         return points
-    return [ExitPoint(**{**p.__dict__, 'cut': 'export'}) for p in points]
+    return [replace(p, cut='export') for p in points]
