@@ -44,6 +44,7 @@ def test_the_whole_path(capsys, idx, tmp_path):
 
     status, result, _ = run(capsys, 'info', folder)
     assert [e['module'] for e in result['exits']] == ['layer1', 'layer2'] and result['calibrated_on']['n'] == 32
+    assert [e['cut'] for e in result['exits']] == ['hook', 'hook']
     assert main(['info', str(folder)]) == 0
     assert 'module=layer1' in capsys.readouterr().out
 

@@ -158,7 +158,7 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
         architecture=model.pretrained_cfg['architecture'],
         backbone=None if model.published is None else model.published.to_dict(), num_classes=model.num_classes,
         label_names=model.label_names, input_size=list(hub.binding(model)['input_size']),
-        exits=[dict(module=p.module, fraction=round(p.fraction, 4), layout=p.layout, channels=p.channels)
+        exits=[dict(module=p.module, fraction=round(p.fraction, 4), layout=p.layout, channels=p.channels, cut=p.cut)
                for p in model.exits],
         stage_macs=model.stage_macs().tolist(), backbone_macs=model.exits[-1].total, heads_hash=model.heads_hash(),
         thresholds=[None if t == float('inf') else t for t in model.thresholds.tolist()],

@@ -1,6 +1,7 @@
 """Exit heads: a tap in, logits out."""
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,9 +64,13 @@ class ExitHead(nn.Module):
             tap = tap.permute(0, 3, 1, 2)
         elif self.layout == 'NLC':
             tap = tap[:, self.prefix_tokens:].transpose(1, 2)
-            # any grid if the tokens form one, else one mean over all of them
-            tap = tap.unflatten(2, self.size if self.size[0] > 1 else (1, -1))
+            tap = tap.unflatten(2, (self._rows(tap.shape[2]), -1))
         return F.adaptive_avg_pool2d(tap, self.grid).flatten(1)
+
+    def _rows(self, tokens: int) -> int:
+        """Rows of the grid that the tokens form: of the aspect that `size` has, if the images have another size."""
+        h, w = self.size
+        return h if h == 1 or tokens == h * w else round(math.sqrt(tokens * h / w))
 
     def classify(self, pooled: Tensor) -> Tensor:
         """(N, in_features) to logits (N, num_classes)."""

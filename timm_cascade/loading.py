@@ -11,11 +11,10 @@ from typing import Any
 import timm
 import torch
 from timm.models import PretrainedCfg
-from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from .backbone import ExitPoint, resolve_exits
+from .backbone import ExitPoint, input_size_of, resolve_exits
 from .errors import ReleaseError
 from .heads import HeadSpec, create_heads, head_configs
 from .model import CascadeModel
@@ -137,7 +136,7 @@ def _load_release(
             pretrained_model_args=config.backbone_args, cache_dir=cache_dir, **request)
     backbone.pretrained_cfg.pop('state_dict', None)
 
-    same_input = tuple(get_model_input_config(backbone)['input_size']) == config.input_size
+    same_input = input_size_of(backbone) == config.input_size
     same_classes = backbone.num_classes == config.num_classes
     same_exits = own['exits'] == config.model_args['exits']
     with _described_by(release):
@@ -157,7 +156,7 @@ def _load_release(
             model.thresholds = own['thresholds']
     else:
         asked = (f'{backbone.num_classes} classes' if not same_classes else
-                 f'images of {tuple(get_model_input_config(backbone)["input_size"])}' if not same_input else
+                 f'images of {input_size_of(backbone)}' if not same_input else
                  'other exits or heads')
         lost = 'calibration and thresholds do not' if fit else 'heads and thresholds do not'
         warnings.warn(f'{release} was made for {config.num_classes} classes and images of {config.input_size}; asked '

@@ -3,15 +3,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 
-from .backbone import ExitPoint, backbone_macs, resolve_exits
+from .backbone import ExitPoint, backbone_macs, input_size_of, resolve_exits
 from .heads import ExitHead, HeadSpec, create_heads, head_configs
 from .routing import CascadeOutput, Router
 from .thresholds import Calibration, OperatingPoint, ThresholdTable
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .published import Published
 
 __all__ = ['CascadeModel', 'NotCalibratedError']
+
+_ANCHOR = re.compile(r'(?<![\[\\])\^')
 
 
 class NotCalibratedError(RuntimeError):
@@ -64,7 +66,8 @@ class CascadeModel(nn.Module):
         self.published: Published | None = None  # the checkpoint that the backbone was loaded from, nothing adapted
         self.base_model: str | None = None  # Hub id of what the backbone was made from, for model cards
         self._factory_args: dict[str, Any] = {}
-        self._router = Router(backbone, [p.module for p in self._points])
+        self._head_macs: list[int] | None = None
+        self._router = Router(backbone, self._points)
         self._thresholds = [math.inf] * len(self._points)
         self.train(backbone.training)
         if thresholds is not None:
@@ -82,7 +85,7 @@ class CascadeModel(nn.Module):
         Raises:
             ValueError: Images of another shape or number of channels than the backbone's.
         """
-        in_chans = get_model_input_config(self.backbone)['input_size'][0]
+        in_chans = input_size_of(self.backbone)[0]
         if x.ndim != 4 or x.shape[1] != in_chans:
             raise ValueError(f'images are {tuple(x.shape)}; expected (N, {in_chans}, H, W). Convert them, or create '
                              f'the model with in_chans={x.shape[1] if x.ndim == 4 else "..."}.')
@@ -128,6 +131,8 @@ class CascadeModel(nn.Module):
         if isinstance(values, Tensor):
             values = values.tolist()
         numbers = [math.inf if v is None else float(v) for v in values]
+        if not self.num_classes and not all(math.isinf(t) for t in numbers):
+            raise ValueError('this model has no classes, so no exit can answer; reset_classifier(num_classes) first.')
         if len(numbers) != len(self._points):
             raise ValueError(f'{len(numbers)} thresholds for {len(self._points)} exits; give one an exit '
                              f'({", ".join(p.module for p in self._points)}).')
@@ -187,9 +192,10 @@ class CascadeModel(nn.Module):
     # ---- what it costs, and which heads these are
 
     def head_macs(self) -> np.ndarray:
-        """(M,) MACs of each head for one image."""
-        return np.array([backbone_macs(head, _tap_shape(p)) for head, p in zip(self.heads, self._points, strict=True)],
-                        dtype=np.float64)
+        """(M,) MACs of each head for one image; counted once."""
+        if self._head_macs is None:
+            self._head_macs = [backbone_macs(h, p.shape) for h, p in zip(self.heads, self._points, strict=True)]
+        return np.array(self._head_macs, dtype=np.float64)
 
     def stage_macs(self) -> np.ndarray:
         """(M+1,) MACs of each stage for one image, its head included."""
@@ -230,7 +236,7 @@ class CascadeModel(nn.Module):
 
     @property
     def in_chans(self) -> int:
-        return get_model_input_config(self.backbone)['input_size'][0]
+        return input_size_of(self.backbone)[0]
 
     @property
     def _traits(self) -> dict[str, Any]:
@@ -269,6 +275,8 @@ class CascadeModel(nn.Module):
         training = self.heads.training
         self.heads = create_heads(self._points, num_classes, self._head_configs)
         self.heads.to(device=reference.device, dtype=reference.dtype).train(training)
+        self._head_macs = None
+        self._router.forget()
         self.label_names = None
         self.forget_calibration()
 
@@ -280,6 +288,28 @@ class CascadeModel(nn.Module):
     def no_weight_decay(self) -> set[str]:
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else set()
         return {f'backbone.{name}' for name in names}
+
+    @property
+    def group_matcher(self) -> Callable[..., Any]:
+        """The backbone's groups, for its parameters under their names here; heads match none, so they come last.
+
+        A property, so that this model has it only where its backbone has: timm asks `hasattr`.
+        """
+        matcher = self.backbone.group_matcher
+
+        def renamed(pattern: str) -> str:
+            # timm matches from the start of a name, so anchors say nothing; behind a prefix they would never hold
+            return rf'^backbone\.(?:{_ANCHOR.sub("", pattern)})'
+
+        def group(coarse: bool = False) -> dict[str, Any] | Callable[[str], Any]:
+            groups = matcher(coarse=coarse)
+            if callable(groups):
+                return lambda name: groups(name.removeprefix('backbone.')) if name.startswith('backbone.') else math.inf
+            return {
+                key: renamed(spec) if isinstance(spec, str) else spec and [(renamed(p), order) for p, order in spec]
+                for key, spec in groups.items()}
+
+        return group
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads a cascade's state, or the state of a plain timm backbone into `backbone`."""
@@ -303,8 +333,3 @@ def hash_heads(exits: Sequence[str], state: Mapping[str, Tensor]) -> str:
         digest.update(f'{name} {tuple(tensor.shape)}'.encode())
         digest.update(tensor.detach().to('cpu', torch.float64).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _tap_shape(point: ExitPoint) -> tuple[int, ...]:
-    (h, w), c = point.size, point.channels
-    return {'NCHW': (c, h, w), 'NHWC': (h, w, c), 'NLC': (point.prefix_tokens + h * w, c)}[point.layout]

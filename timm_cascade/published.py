@@ -15,9 +15,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from timm.models import get_pretrained_cfg
-from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 
+from .backbone import input_size_of
 from .errors import ReleaseError
 from .sources import COMMIT, Repository
 
@@ -139,7 +139,7 @@ def identify(backbone: nn.Module, cache_dir: str | Path | None = None) -> Publis
     cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
     name = '.'.join(str(part) for part in (cfg['architecture'], cfg.get('tag')) if part)
     adapted = (backbone.num_classes != cfg['num_classes'] or
-               tuple(get_model_input_config(backbone)['input_size']) != tuple(cfg['input_size']))
+               input_size_of(backbone) != tuple(cfg['input_size']))
     if adapted or cfg.get('state_dict') or cfg.get('file') or cfg.get('label_offset'):
         return None
     hub_id = revision = filename = None

@@ -19,9 +19,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
-from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 
+from .backbone import input_size_of
 from .card import GENERATED, PICTURE, render
 from .errors import ReleaseError
 from .files import replacing, write_text
@@ -185,7 +185,7 @@ def _part(state: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
 def binding(model: CascadeModel) -> dict[str, Any]:
     """What a threshold table must agree on with the model it is used with."""
     return dict(exits=tuple(p.module for p in model.exits), num_classes=model.num_classes,
-                heads_hash=model.heads_hash(), input_size=tuple(get_model_input_config(model.backbone)['input_size']))
+                heads_hash=model.heads_hash(), input_size=input_size_of(model.backbone))
 
 
 def save(

@@ -34,6 +34,7 @@ MAX_LENGTH = 1000  # of lists and texts in model_args and pretrained_cfg
 MAX_NUMBER = 1 << 20
 MAX_CLASSES = 1 << 20
 MAX_EXITS = 256
+MAX_ITEMS = 64  # tensors in the output of a module
 MAX_SIDE = 1 << 14
 
 
@@ -84,7 +85,7 @@ def cascade_entry(
 ) -> dict[str, Any]:
     """What a release's config.json holds under `cascade`."""
     return dict(
-        format_version=FORMAT_VERSION, layout=layout, exits=[{**asdict(p), 'size': list(p.size)} for p in points],
+        format_version=FORMAT_VERSION, layout=layout, exits=[asdict(p) for p in points],
         heads_hash=heads_hash,
         backbone=dict(digest=digest, base_model=base_model) if published is None else published.to_dict())
 
@@ -257,6 +258,9 @@ def _exit_point(entry: Any) -> ExitPoint:
     right = (isinstance(entry['module'], str) and entry['layout'] in ('NCHW', 'NHWC', 'NLC')
              and isinstance(size, list) and len(size) == 2 and all(_is_count(s, MAX_SIDE * MAX_SIDE, 1) for s in size)
              and _is_count(entry['channels'], MAX_NUMBER, 1) and _is_count(entry['prefix_tokens'], MAX_NUMBER)
+             and entry['cut'] in ('hook', 'export') and _is_count(entry['item'], MAX_ITEMS)
+             and isinstance(entry['rows'], list) and entry['item'] < len(entry['rows']) <= MAX_ITEMS
+             and all(_is_count(r, MAX_NUMBER) for r in entry['rows']) and entry['rows'][entry['item']] == 1
              and _is_count(entry['macs'], 1 << 60, 1) and _is_count(entry['total'], 1 << 60, entry['macs']))
-    _expect(right, 'the exit', entry, 'module, layout, channels, size, prefix_tokens, macs and total in range')
-    return ExitPoint(**{**entry, 'size': tuple(size)})
+    _expect(right, 'the exit', entry, f'{names} in range')
+    return ExitPoint(**{**entry, 'size': tuple(size), 'rows': tuple(entry['rows'])})

@@ -1,25 +1,30 @@
-"""Where exits may sit in a timm model, what their taps look like and what the network costs up to them.
-
-Everything is read off forward passes on the meta device: nothing is computed, no weight is touched or copied.
-"""
+"""Where exits may sit in a timm model, what their taps look like and what the network costs up to them."""
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['ExitError', 'ExitPoint', 'backbone_macs', 'candidates', 'cut', 'resolve_exits', 'tap_of']
+from .layout import find_layout
+from .probe import PROBE_BATCH, meta_pass
 
-PROBE_BATCH = 4  # images in a meta pass; a cut keeps PROBE_KEEP of them
-PROBE_KEEP = 2
+__all__ = ['BackboneError', 'ExitError', 'ExitPoint', 'candidates', 'cut', 'input_size_of', 'resolve_exits',
+           'select_rows', 'tap_of']
+
+# an exit that hooks can cut is preferred to one that needs the exported graph, unless it lies this much farther away
+# from the share of the cost that was asked for
+EXPORT_PENALTY = 0.1
+
+
+class BackboneError(ValueError):
+    """A timm model that cannot be a backbone: it does not classify."""
 
 
 class ExitError(ValueError):
@@ -38,6 +43,10 @@ class ExitPoint:
         prefix_tokens: Tokens before the grid's (class token, registers), NLC only.
         macs: Multiply-accumulates of the backbone for one image up to and with this module, no heads.
         total: The same for the whole backbone.
+        cut: How samples leave here: `hook` (the batch shrinks inside the module's output), or `export` (the backbone
+            is exported and split here, because its own code keeps the full batch in other places).
+        item: Which tensor of the module's output is the tap, where it returns several.
+        rows: Rows that each tensor of the output has for one sample; 0 for one that all samples share.
     """
     module: str
     layout: str
@@ -46,137 +55,187 @@ class ExitPoint:
     prefix_tokens: int
     macs: int
     total: int
+    cut: str = 'hook'
+    item: int = 0
+    rows: tuple[int, ...] = (1,)
 
     @property
     def fraction(self) -> float:
         """Share of the backbone's cost that is spent up to here."""
         return self.macs / self.total if self.total else 0.
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample's tap."""
+        (h, w), c = self.size, self.channels
+        return {'NCHW': (c, h, w), 'NHWC': (h, w, c), 'NLC': (self.prefix_tokens + h * w, c)}[self.layout]
+
     def __str__(self) -> str:
         return f'{self.module} ({self.fraction:.0%})'
 
 
-def tap_of(output: Any) -> Tensor:
-    """The tensor that a head reads from a module's output: the output, or the first tensor in it."""
-    return output if isinstance(output, Tensor) else next(t for t in tree_leaves(output) if isinstance(t, Tensor))
+def _tensors(output: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
 
 
-def cut(output: Any, keep: Tensor) -> Any:
-    """Rows `keep` (indices) of every tensor in a module's output."""
-    return tree_map(lambda t: t[keep] if isinstance(t, Tensor) else t, output)
+def tap_of(output: Any, point: ExitPoint) -> Tensor:
+    """The tensor that a head reads from a module's output."""
+    return output if isinstance(output, Tensor) else _tensors(output)[point.item]
 
 
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def select_rows(tensor: Tensor, keep: Tensor, rows: int = 1) -> Tensor:
+    """The rows of samples `keep` (indices); a sample owns `rows` consecutive ones, 0 for all samples the same."""
+    if rows == 0:
+        return tensor
+    return tensor[keep] if rows == 1 else tensor.unflatten(0, (-1, rows))[keep].flatten(0, 1)
 
 
-def _meta_pass(model: nn.Module, input_size: tuple[int, ...], hooks: dict[str, Callable]) -> tuple[Any, int]:
-    """Runs `model` on PROBE_BATCH meta images with forward hooks; its output and its MACs for one image.
-
-    A hook is called as hook(macs of one image so far, output); what it returns, if not None, replaces the output.
-    """
-    def meta(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: torch.empty_like(t, device='meta') for name, t in tensors}
-
-    counter = FlopCounterMode(display=False)
-
-    def macs() -> int:
-        return counter.get_total_flops() // 2 // PROBE_BATCH
-
-    def registered(hook: Callable) -> Callable:
-        return lambda module, args, output: hook(macs(), output)
-
-    handles = [model.get_submodule(name).register_forward_hook(registered(h)) for name, h in hooks.items()]
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    images = torch.empty(PROBE_BATCH, *input_size, device='meta', dtype=dtype)
-    try:
-        with _eval_mode(model), torch.no_grad(), counter:
-            state = {**meta(model.named_parameters()), **meta(model.named_buffers())}
-            output = torch.func.functional_call(model, state, (images,))
-        return output, macs()
-    finally:
-        for handle in handles:
-            handle.remove()
+def cut(output: Any, keep: Tensor, point: ExitPoint) -> Any:
+    """Samples `keep` (indices) of a module's output."""
+    rows = iter(point.rows)
+    return tree_map(lambda t: select_rows(t, keep, next(rows)) if isinstance(t, Tensor) else t, output)
 
 
-def _input_size(backbone: nn.Module) -> tuple[int, ...]:
+def input_size_of(backbone: nn.Module) -> tuple[int, ...]:
+    """(C, H, W) of the images that the backbone was built for."""
     return tuple(get_model_input_config(backbone)['input_size'])
 
 
-def backbone_macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
-    """MACs of one forward pass for one image (or one tap) of `input_size`; norms and activations count 0."""
-    return _meta_pass(model, input_size, {})[1]
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Sequential, nn.ModuleList))
 
 
 def _block_names(backbone: nn.Module) -> list[str]:
-    """feature_info modules and the elements of block lists, in the order the model holds them."""
-    names = {info['module'] for info in getattr(backbone, 'feature_info', None) or [] if info.get('module')}
+    """feature_info modules, the elements of block lists and numbered children, in the order the model holds them."""
     modules = dict(backbone.named_modules())
+    features = {info.get('module') for info in getattr(backbone, 'feature_info', None) or []}
+    names = {name for name in features if name in modules}
     for name, module in modules.items():
-        if isinstance(module, (nn.Sequential, nn.ModuleList)):
+        if _is_list(module):
             # a list of layers without children of their own is the inside of a block, not a list of blocks
             names.update(f'{name}.{child}'.lstrip('.') for child, m in module.named_children()
-                         if next(m.children(), None) is not None)
-    return [name for name in modules if name in names]
+                         if _has_children(m) and re.search(r'\d', child))
+    # block1, block2, ...; cell_0, cell_1, ...; Mixed_5b, Mixed_5c, ...
+    series: dict[str, list[str]] = {}
+    for child, m in backbone.named_children():
+        stem = re.sub(r'\d+[a-z]?$', '', child)
+        if stem != child and _has_children(m):
+            series.setdefault(stem, []).append(child)
+    names.update(child for children in series.values() if len(children) > 1 for child in children)
+    # stems and single layers are places too, but poor ones: only for networks that have nothing else (VGG)
+    blocks = {n for n in names if _has_children(modules[n]) and not re.match(r'stem|patch_embed|conv_?1|pos_', n)}
+    names = blocks if len(blocks) > 3 else names
+    return [name for name in modules if name in names and name]
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
 
 
 def candidates(backbone: nn.Module) -> list[ExitPoint]:
-    """Every place where the backbone could have an exit, cheapest first; whether it can be cut is probed later."""
-    seen: dict[str, list[tuple[int, Tensor]]] = {}
+    """Every place where the backbone could have an exit, cheapest first; whether it can be cut is probed later.
+
+    Raises:
+        BackboneError: The model does not return logits.
+    """
+    seen: dict[str, list[tuple[int, list[torch.Size]]]] = {}
 
     def record(name: str) -> Callable:
         def hook(macs: int, output: Any) -> None:
-            if any(isinstance(t, Tensor) for t in tree_leaves(output)):
-                seen.setdefault(name, []).append((macs, tap_of(output)))
+            seen.setdefault(name, []).append((macs, [t.shape for t in _tensors(output)]))
         return hook
 
-    _, total = _meta_pass(backbone, _input_size(backbone), {name: record(name) for name in _block_names(backbone)})
+    input_size = input_size_of(backbone)
+    output, total = meta_pass(backbone, input_size, {name: record(name) for name in _block_names(backbone)})
+    _check_classifier(backbone, output)
     points: dict[tuple, ExitPoint] = {}
     for name, calls in seen.items():
-        if len(calls) != 1 or calls[0][1].shape[:1] != (PROBE_BATCH,) or not 0 < calls[0][0] < total:
+        macs, shapes = calls[0]
+        if len(calls) != 1 or not 0 < macs < total:
             continue
-        macs, tap = calls[0]
-        layout = _layout(backbone, tuple(tap.shape))
-        if layout is not None:
-            # the last block of a stage and the stage end at the same place: keep the shorter name
-            key = (macs, tuple(tap.shape))
-            if key not in points or len(name) < len(points[key].module):
-                points[key] = ExitPoint(name, **layout, macs=macs, total=total)
+        rows = tuple(s[0] // PROBE_BATCH if s and s[0] % PROBE_BATCH == 0 else 0 for s in shapes)
+        layouts = {i: layout for i, (s, r) in enumerate(zip(shapes, rows, strict=True)) if r == 1
+                   if (layout := find_layout(backbone, tuple(s[1:]), input_size)) is not None}
+        if not layouts:
+            continue
+        item = max(layouts, key=lambda i: (layouts[i]['channels'], i))  # of several scales the one that tells most
+        # the last block of a stage and the stage end at the same place: keep the shorter name
+        key = (macs, tuple(shapes[item]))
+        if key not in points or len(name) < len(points[key].module):
+            points[key] = ExitPoint(name, **layouts[item], macs=macs, total=total, item=item, rows=rows)
     return sorted(points.values(), key=lambda p: p.macs)
 
 
-def _layout(backbone: nn.Module, shape: tuple[int, ...]) -> dict[str, Any] | None:
-    if len(shape) == 4:
-        _, a, b, c = shape
-        square_first, square_last = a == b, b == c
-        nhwc = square_first if square_first != square_last else getattr(backbone, 'output_fmt', 'NCHW') == 'NHWC'
-        if nhwc:
-            return dict(layout='NHWC', channels=c, size=(a, b), prefix_tokens=0)
-        return dict(layout='NCHW', channels=a, size=(b, c), prefix_tokens=0)
-    if len(shape) == 3:
-        _, tokens, channels = shape
-        prefix = getattr(backbone, 'num_prefix_tokens', 0)
-        side = math.isqrt(max(tokens - prefix, 0))
-        size = (side, side) if side and side * side == tokens - prefix else (1, tokens - prefix)
-        return dict(layout='NLC', channels=channels, size=size, prefix_tokens=prefix)
-    return None
+def _check_classifier(backbone: nn.Module, output: Any) -> None:
+    classes = getattr(backbone, 'num_classes', None)
+    want = (PROBE_BATCH, classes) if classes else (PROBE_BATCH,)
+    found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if classes is None or not isinstance(output, Tensor) or (
+            output.ndim != 2 if classes else output.ndim < 2) or found[:len(want)] != want:
+        name = (getattr(backbone, 'pretrained_cfg', None) or {}).get('architecture') or type(backbone).__name__
+        shape = ('N', *found[1:]) if isinstance(found, tuple) else found
+        raise BackboneError(
+            f'{name} is an encoder without a classifier: it returns {shape} where a cascade needs logits (N, '
+            f'num_classes). Choose a model that classifies; timm often has the same encoder with a head.')
 
 
-def _can_cut(backbone: nn.Module, point: ExitPoint) -> bool:
-    """Whether the backbone, its batch cut at this module, ends with as many rows as were kept."""
-    keep = torch.empty(PROBE_KEEP, dtype=torch.long, device='meta')
+def _survives(backbone: nn.Module, points: Sequence[ExitPoint], leaving: int) -> bool:
+    """Whether the backbone, `leaving` samples gone at each of these exits, ends with those that were kept."""
+    reached = [PROBE_BATCH]
+
+    def drop(point: ExitPoint) -> Callable:
+        def hook(macs: int, output: Any) -> Any:
+            if len(tap_of(output, point)) != reached[-1]:
+                raise ValueError('a tap has other rows than samples')
+            reached.append(reached[-1] - leaving)
+            return cut(output, torch.empty(reached[-1], dtype=torch.long, device='meta'), point)
+        return hook
+
     try:
-        output, _ = _meta_pass(backbone, _input_size(backbone), {point.module: lambda macs, out: cut(out, keep)})
+        output, _ = meta_pass(backbone, input_size_of(backbone), {p.module: drop(p) for p in points}, count=False)
     except Exception:  # whatever a model raises when its batch shrinks on the way, it cannot be cut here
         return False
-    return isinstance(output, Tensor) and output.shape[0] == PROBE_KEEP
+    return isinstance(output, Tensor) and len(output) == reached[-1] == PROBE_BATCH - leaving * len(points)
+
+
+def _in_sequence(backbone: nn.Module, points: Sequence[ExitPoint]) -> bool:
+    step = PROBE_BATCH - 2  # more exits than images are tried in parts
+    return all(_survives(backbone, points[i:i + step], 1) for i in range(0, len(points), step))
+
+
+def _kind(name: str) -> str:
+    """stage4.0.branches.1.2 is of the kind stage4.#.branches.#.#; blocks.3 of the kind blocks.#"""
+    match = re.match(r'[^.\d]*(\.[^.\d]+)*\.?\d+\.', name)
+    start = match.end() if match else 0
+    return name[:start] + re.sub(r'\d+', '#', name[start:])
+
+
+class _Cuts:
+    """How samples can leave at each place of a backbone; found when asked, each place once."""
+
+    def __init__(self, backbone: nn.Module, points: Sequence[ExitPoint]) -> None:
+        self.backbone = backbone
+        self.points = points
+        self.known: dict[str, str | None] = {}
+        self.failed: Counter[str] = Counter()
+
+    def at(self, point: ExitPoint) -> str | None:
+        """`hook`, `export`, or None: inside a block, where something else of it is still to be added."""
+        name = point.module
+        if name not in self.known:
+            # where two of a kind could not be cut, such as the branches of one stage, the others are not tried
+            kind = _kind(name)
+            if self.failed[kind] < 2 and _survives(self.backbone, [point], 7):
+                self.known[name] = 'hook'
+            else:
+                self.failed[kind] += 1
+                inside = any(name.startswith(f'{p.module}.') and not _is_list(self.backbone.get_submodule(p.module))
+                             for p in self.points)
+                self.known[name] = None if inside else 'export'
+        return self.known[name]
+
+    def listing(self) -> str:
+        return ', '.join(str(p) for p in self.points if self.at(p))
 
 
 def resolve_exits(backbone: nn.Module, exits: int | Sequence[float] | Sequence[str]) -> list[ExitPoint]:
@@ -187,36 +246,73 @@ def resolve_exits(backbone: nn.Module, exits: int | Sequence[float] | Sequence[s
         exits: How many (spread evenly over the cost), their cost fractions (each in 0..1), or module names.
 
     Raises:
+        BackboneError: The model does not classify.
         ExitError: No such module, a fraction outside 0..1, or a place where the backbone cannot be cut.
     """
     points = candidates(backbone)
-    listing = ', '.join(map(str, points))
+    cuts = _Cuts(backbone, points)
     if isinstance(exits, str):
         exits = [exits]
     if not isinstance(exits, int) and any(isinstance(e, str) for e in exits):
-        by_name = {p.module: p for p in points}
-        unknown = [e for e in exits if e not in by_name]
-        if unknown:
-            raise ExitError(f'no exit can sit at {unknown}; choose from (module, share of the cost): {listing}')
-        if len(set(exits)) < len(exits):
-            raise ExitError(f'exits {list(exits)} names a module twice; name each once.')
-        chosen = sorted((by_name[str(e)] for e in exits), key=lambda p: p.macs)
-        wrong = [p.module for p in chosen if not _can_cut(backbone, p)]
-        if wrong:
-            raise ExitError(f'the batch cannot be cut at {wrong} (inside a residual branch, for instance); '
-                            f'choose others from: {listing}')
-        return chosen
+        return _by_name([str(e) for e in exits], points, cuts)
     if isinstance(exits, int):
         if exits < 1:
             raise ExitError(f'exits={exits}: a cascade has at least one exit.')
         exits = [(i + 1) / (exits + 1) for i in range(exits)]
-    if not len(exits) or any(not 0 < float(f) < 1 for f in exits):
-        raise ExitError(f'exits={list(exits)}: cost fractions lie strictly between 0 and 1.')
-    picked: set[ExitPoint] = set()
-    for fraction in sorted(float(f) for f in exits):
-        nearest = sorted(points, key=lambda p: abs(p.fraction - fraction))
-        point = next((p for p in nearest if p not in picked and _can_cut(backbone, p)), None)
-        if point is None:
-            raise ExitError(f'{len(exits)} exits asked for, {len(picked)} found; places seen: {listing}')
-        picked.add(point)
-    return sorted(picked, key=lambda p: p.macs)
+    fractions = sorted(float(f) for f in exits)
+    if not fractions or any(not 0 < f < 1 for f in fractions):
+        raise ExitError(f'exits={fractions}: cost fractions lie strictly between 0 and 1.')
+    return _by_fraction(fractions, points, cuts)
+
+
+def _by_name(names: list[str], points: Sequence[ExitPoint], cuts: _Cuts) -> list[ExitPoint]:
+    by_name = {p.module: p for p in points}
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise ExitError(f'no exit can sit at {unknown}; choose from (module, share of the cost): {cuts.listing()}')
+    if len(set(names)) < len(names):
+        raise ExitError(f'exits {names} names a module twice; name each once.')
+    chosen = sorted((by_name[name] for name in names), key=lambda p: p.macs)
+    if _in_sequence(cuts.backbone, chosen):
+        return chosen
+    wrong = [p.module for p in chosen if cuts.at(p) is None]
+    if wrong:
+        raise ExitError(f'the batch cannot be cut at {wrong}, inside a residual branch; choose others from (module, '
+                        f'share of the cost): {cuts.listing()}')
+    return _one_way(chosen, cuts)
+
+
+def _by_fraction(fractions: list[float], points: Sequence[ExitPoint], cuts: _Cuts) -> list[ExitPoint]:
+    # nearly always hooks can cut at the nearest places; one pass shows it
+    picked: list[ExitPoint] = []
+    for fraction in fractions:
+        picked.extend(sorted((p for p in points if p not in picked), key=lambda p: abs(p.fraction - fraction))[:1])
+    picked.sort(key=lambda p: p.macs)
+    if len(picked) == len(fractions) and _in_sequence(cuts.backbone, picked):
+        return picked
+    picked = []
+    for fraction in fractions:
+        def distance(p: ExitPoint, fraction: float = fraction) -> float:
+            return abs(p.fraction - fraction)
+
+        best: ExitPoint | None = None
+        for p in sorted((p for p in points if p not in picked), key=distance):
+            if best is not None and distance(p) > distance(best) + EXPORT_PENALTY:
+                break
+            way = cuts.at(p)
+            if way == 'hook' or (way and best is None):
+                best = p
+            if way == 'hook':
+                break
+        if best is None:
+            raise ExitError(f'{len(fractions)} exits asked for, {len(picked)} found; the backbone can have them at: '
+                            f'{cuts.listing()}')
+        picked.append(best)
+    return _one_way(sorted(picked, key=lambda p: p.macs), cuts)
+
+
+def _one_way(points: list[ExitPoint], cuts: _Cuts) -> list[ExitPoint]:
+    """A backbone is run in one way: where one exit needs the exported graph, all take it."""
+    if all(cuts.at(p) == 'hook' for p in points) and _in_sequence(cuts.backbone, points):
+        return points
+    return [replace(p, cut='export') for p in points]

@@ -1,0 +1,138 @@
+"""Whether a cascade answers as its backbone does: samples that go on get the logits they get in the whole batch."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import timm_cascade
+from timm_cascade.backbone import ExitPoint, candidates
+from timm_cascade.routing import Router
+
+TOLERANCE = 1e-4  # of the logits' standard deviation
+
+
+def randomise(model: nn.Module, images: Tensor) -> None:
+    """Weights that let every part of the network matter.
+
+    Fresh timm models have layers that add nothing (zero-initialised classifiers, layer scales of 1e-6): a wrong cut
+    there would not show. Batch norm gets the statistics of `images`, which keeps deep networks finite.
+    """
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.numel() > 1 and p.is_floating_point() and float(p.std()) < 1e-3:
+                p.add_(torch.randn_like(p).mul_(0.02 if p.ndim > 1 else 0.1))
+                if p.ndim == 1 and float(p.mean().abs()) < 1e-3:
+                    p.add_(0.1)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if norms:
+        momenta = [m.momentum for m in norms]
+        for m in norms:
+            m.momentum = 1.
+            m.train()
+        with torch.no_grad():
+            model(images)
+        for m, momentum in zip(norms, momenta, strict=True):
+            m.momentum = momentum
+            m.eval()
+
+
+def batch(input_size: tuple[int, ...], n: int = 4) -> Tensor:
+    """Random images of different contrast and brightness."""
+    contrast = torch.linspace(0.3, 2, n)[:, None, None, None]
+    return torch.randn(n, *input_size) * contrast + torch.linspace(-1, 1, n)[:, None, None, None]
+
+
+def _stub(leaving: Callable[[int], list[int]], classes: int, head: Callable[[Tensor], Tensor] | None = None,
+          seen: list[Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+    """A head that sends rows `leaving(rows)` away and nobody else."""
+    def answer(tap: Tensor) -> Tensor:
+        if head is not None and seen is not None:
+            seen.append(head(tap))
+        logits = tap.new_zeros(len(tap), classes)
+        logits[leaving(len(tap)), 0] = 100
+        return logits
+    return answer
+
+
+@torch.no_grad()
+def check(model: timm_cascade.CascadeModel, images: Tensor) -> float:
+    """Largest error of survivors' logits, over the logits' standard deviation.
+
+    Raises:
+        ValueError: The backbone answers every image alike, or nothing finite: the check would be blind.
+    """
+    want = model.backbone(images)
+    every = model.forward_exits(images)
+    scale = float(want.std())
+    if not torch.isfinite(want).all() or not float(want.std(0).mean()) > 1e-3 * scale:
+        raise ValueError(f'blind: logits of std {scale:.2g} that do not depend on the image')
+    if not torch.allclose(every[-1], want, atol=TOLERANCE * scale):
+        raise ValueError('forward_exits does not end with the backbone\'s logits')
+    count, n, classes = len(model.exits), len(images), model.num_classes
+    worst = 0.
+
+    def run(stubs: list, open_exits: list[float]) -> Any:
+        return model._router.route(model.backbone, images, stubs, open_exits)
+
+    for i in range(count):
+        for keep in ([0, 2], [1]):
+            gone = [k for k in range(n) if k not in keep]
+            stubs: list = [None] * count
+            stubs[i] = _stub(lambda rows, gone=gone: gone, classes)
+            out = run(stubs, [0.9 if k == i else float('inf') for k in range(count)])
+            assert (out.exit == count).nonzero().flatten().tolist() == keep, out.exit
+            worst = max(worst, float((out.logits[keep] - want[keep]).abs().max()) / scale)
+    seen: list[list[Tensor]] = [[] for _ in range(count)]
+    alive = [list(range(n))]
+    for _ in range(count):
+        alive.append(alive[-1][:-1] if len(alive[-1]) > 1 else alive[-1])
+    out = run([_stub(lambda rows: [rows - 1] if rows > 1 else [], classes, head, s)
+               for head, s in zip(model.heads, seen, strict=True)], [0.9] * count)
+    keep = alive[-1]
+    assert (out.exit == count).nonzero().flatten().tolist() == keep, out.exit
+    worst = max(worst, float((out.logits[keep] - want[keep]).abs().max()) / scale)
+    for i, (s, rows) in enumerate(zip(seen, alive, strict=False)):  # and the taps are the whole batch's
+        worst = max(worst, float((s[0] - every[i][rows]).abs().max() / every[i].std().clamp_min(1e-6)))
+    for i in (0, count - 1):
+        stubs = [None] * count
+        stubs[i] = _stub(lambda rows: list(range(rows)), classes)
+        out = run(stubs, [0.9 if k == i else float('inf') for k in range(count)])
+        assert out.exit.tolist() == [i] * n, out.exit
+    return worst
+
+
+def _as_picture(tap: Tensor, point: ExitPoint) -> Tensor:
+    if point.layout == 'NHWC':
+        return tap.permute(0, 3, 1, 2)
+    if point.layout == 'NLC':
+        return tap[:, point.prefix_tokens:].transpose(1, 2).unflatten(2, point.size)
+    return tap
+
+
+@torch.no_grad()
+def layout_seen(model: timm_cascade.CascadeModel, images: Tensor) -> str:
+    """How many places' layouts agree by value with timm's forward_intermediates, of those that it returns too."""
+    try:
+        pictures = model.backbone.forward_intermediates(images[:2], output_fmt='NCHW', intermediates_only=True)
+    except Exception as e:
+        return f'no forward_intermediates ({type(e).__name__})'
+    points = candidates(model.backbone)
+    router = Router(model.backbone, points)
+    taps, _ = router.collect(model.backbone, images[:2], [torch.clone] * len(points))
+    router.detach()
+    counts = {'agree': 0, 'differ': 0, 'without grid': 0}
+    for tap, point in zip(taps, points, strict=True):
+        values = _as_picture(tap, point)
+        for picture in pictures:
+            if picture.numel() == values.numel() and torch.allclose(_sorted(picture), _sorted(values), atol=1e-5):
+                agrees = picture.shape == values.shape and torch.allclose(picture, values, atol=1e-5)
+                counts['agree' if agrees else 'without grid' if 1 in point.size else 'differ'] += 1
+                break
+    return ', '.join(f'{n} {what}' for what, n in counts.items() if n) or 'none returned'
+
+
+def _sorted(t: Tensor) -> Tensor:
+    return t.flatten().sort().values

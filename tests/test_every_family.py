@@ -1,0 +1,83 @@
+"""The smallest model of every module file of timm, on small pictures: exits by default, and nobody answers wrongly."""
+import pytest
+import timm
+import torch
+from equality import TOLERANCE, batch, check, randomise
+from timm.models import model_entrypoint
+from timm.models._manipulate import group_with_matcher
+
+from timm_cascade.backbone import backbone_macs, input_size_of
+
+
+def picture(side):
+    return dict(pretrained_cfg_overlay=dict(input_size=(3, side, side)))
+
+
+# built for pictures of one size, which is an argument of theirs
+SIZED = """
+    cait_xxs24_224 coat_tiny convit_tiny deit_tiny_patch16_224 efficientformerv2_s0 efficientvit_m0
+    eva02_tiny_patch14_224 gcvit_xxtiny gmlp_ti16_224 hiera_tiny_224 levit_128s mobilevit_xxs mvitv2_tiny
+    naflexvit_base_patch16_parfac_gap nest_tiny pit_ti_224 qwen3_vit_88m repvit_m1 sequencer2d_s swiftformer_xs
+    swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 swinv2_tiny_window8_256 test_byobnet test_coatnet test_vit
+    test_vit_relpos tnt_s_legacy_patch16_224 twins_svt_small visformer_tiny vit_tiny_r_s16_p8_224 vitamin_small_224
+    volo_d1_224 xcit_nano_12_p8_224
+""".split()
+# any size will do
+FREE = """
+    convmixer_768_32 cpubone_nano cs3darknet_focus_s csatv2 cspnext_tiny davit_tiny densenet121 dla46x_c dpn48b
+    edgenext_xx_small efficientvim_m1 efficientvit_b0 ese_vovnet19b_slim_dw fasternet_t0 fastvit_t8
+    focalnet_tiny_srf ghostnet_050 hardcorenas_b hgnetv2_b0 hieradet_small hrnet_w18_small iformer_t
+    inception_next_atto lcnetv2_small legacy_seresnet18 legacy_xception lowformer_b0 mobilenetv3_small_050
+    mobilenetv5_base nasnetalarge nextvit_small pnasnet5large poolformerv2_s12 pvt_v2_b0 rdnet_tiny regnetx_002
+    repghostnet_050 res2next50 resnest14d resnetv2_18 rexnet_100 selecsls42 shvit_s1 skresnet18 starnet_s050
+    test_convnext test_efficientnet test_mambaout test_nfnet test_resnet tiny_vit_5m_224 tresnet_m vgg11 xception41p
+""".split()
+# no smaller picture will do, or fewer blocks will
+OTHER = {
+    'beit_base_patch16_224': dict(img_size=64, depth=4),
+    'crossvit_tiny_240': dict(),
+    'deepseek_vit_412m': dict(img_size=112, depth=4),
+    'efficientformer_l1': dict(img_size=224),
+    'gemma4_vit_167m': dict(img_size=96, depth=4),
+    'halonet_h1': dict(img_size=256),
+    'inception_resnet_v2': picture(96),
+    'inception_v3': picture(96),
+    'inception_v4': picture(96),
+    'samvit_base_patch16_224': dict(img_size=64, depth=4),
+}
+FAMILIES = {**{n: dict(img_size=64) for n in SIZED}, **{n: picture(64) for n in FREE}, **OTHER}
+# what hooks cannot cut
+EXPORTED = set('coat_tiny deepseek_vit_412m gemma4_vit_167m qwen3_vit_88m twins_svt_small'.split())
+
+
+def module_file(name):
+    return model_entrypoint(name).__module__.rpartition('.')[2]
+
+
+def test_the_list_has_every_module_file():
+    known = {module_file(name) for name in timm.list_models() if not name.startswith(('cascade_', 'cifar_'))}
+    assert {module_file(name) for name in FAMILIES} == known and len(FAMILIES) == len(known)
+
+
+@pytest.mark.parametrize('name', sorted(FAMILIES))
+def test_survivors_get_the_logits_they_get_in_the_whole_batch(name):
+    torch.manual_seed(0)
+    model = timm.create_model(f'cascade_{name}', num_classes=11, **FAMILIES[name]).eval()
+    images = batch(input_size_of(model.backbone))
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    randomise(model, images)
+    assert check(model, images) < TOLERANCE
+    assert len(model.exits) == 3
+    if name in EXPORTED:
+        assert {p.cut for p in model.exits} == {'export'}
+
+    total = backbone_macs(model.backbone, images.shape[1:])
+    assert model.stage_macs().sum() == total + model.head_macs().sum() and (model.stage_macs() > 0).all()
+
+    assert hasattr(model, 'group_matcher') == hasattr(model.backbone, 'group_matcher')
+    if hasattr(model, 'group_matcher'):  # parameters fall into the groups they fall into without the cascade
+        names = [n for n, _ in model.backbone.named_parameters()]
+        want = group_with_matcher([(n, n) for n in names], model.backbone.group_matcher(), reverse=True)
+        got = group_with_matcher([(n, n) for n, _ in model.named_parameters()], model.group_matcher(), reverse=True)
+        assert {n: got[f'backbone.{n}'] for n in names} == want
+        assert all(got[n] == max(got.values()) for n in got if n.startswith('heads.'))

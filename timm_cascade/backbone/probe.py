@@ -1,0 +1,84 @@
+"""Passes of a model over the meta device: nothing is computed, no weight is touched or copied."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ['PROBE_BATCH', 'backbone_macs', 'meta_pass']
+
+# images in a meta pass: a number that divides no other size of a network by accident
+PROBE_BATCH = 11
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _on_meta(model: nn.Module) -> Iterator[None]:
+    """Lends the modules meta tensors for their own.
+
+    torch.func.functional_call does not: where one module stands under two names it puts the lent tensors back.
+    """
+    lent: dict[Tensor, Tensor] = {}
+    owned = [(m.__dict__, key, m.__dict__[key]) for m in model.modules() for key in ('_parameters', '_buffers')]
+    try:
+        for attributes, key, tensors in owned:
+            attributes[key] = {
+                name: t if t is None else lent.setdefault(t, torch.empty_like(t, device='meta'))
+                for name, t in tensors.items()}
+        yield
+    finally:
+        for attributes, key, tensors in owned:
+            attributes[key] = tensors
+
+
+def meta_pass(
+        model: nn.Module,
+        input_size: tuple[int, ...],
+        hooks: Mapping[str, Callable[[int, Any], Any]],
+        count: bool = True,
+) -> tuple[Any, int]:
+    """Runs `model` on PROBE_BATCH meta images (or taps) of `input_size`, with forward hooks on named modules.
+
+    A hook is called as hook(macs of one image so far, output); what it returns, if not None, replaces the output.
+    MACs are 0 unless `count`, which makes the pass slower.
+
+    Returns:
+        The model's output, and its MACs for one image; norms and activations count 0.
+    """
+    counter = FlopCounterMode(display=False) if count else None
+
+    def macs() -> int:
+        return counter.get_total_flops() // 2 // PROBE_BATCH if counter else 0
+
+    def registered(hook: Callable) -> Callable:
+        return lambda module, args, output: hook(macs(), output)
+
+    handles = [model.get_submodule(name).register_forward_hook(registered(h)) for name, h in hooks.items()]
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    images = torch.empty(PROBE_BATCH, *input_size, device='meta', dtype=dtype)
+    try:
+        with torch.no_grad(), _eval_mode(model), _on_meta(model), counter or nullcontext():
+            output = model(images)
+        return output, macs()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def backbone_macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
+    """MACs of one forward pass for one image (or one tap) of `input_size`."""
+    return meta_pass(model, input_size, {})[1]
