@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import timm_cascade
-from timm_cascade import hub, releases
+from timm_cascade import hub
+from timm_cascade.hub import releases
 
 
 @pytest.fixture

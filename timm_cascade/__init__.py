@@ -7,9 +7,17 @@ from timm import create_model
 from . import registry  # noqa: F401  registers the models
 from .calibration import calibrate
 from .data import ImageData, load_data
-from .errors import HubUnavailableError, PushConflictError, PushDeniedError, PushError, ReleaseError
 from .evaluation import Report, evaluate
-from .hub import load, push_to_hub, save
+from .hub import (
+    HubUnavailableError,
+    PushConflictError,
+    PushDeniedError,
+    PushError,
+    ReleaseError,
+    load,
+    push_to_hub,
+    save,
+)
 from .model import CascadeModel, NotCalibratedError
 from .routing import CascadeOutput
 from .thresholds import Calibration, OperatingPoint, ThresholdTable

@@ -5,7 +5,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +15,6 @@ from .backbone import ExitPoint, backbone_macs, input_size_of, resolve_exits
 from .heads import ExitHead, HeadSpec, create_heads, head_configs
 from .routing import CascadeOutput, Router
 from .thresholds import Calibration, OperatingPoint, ThresholdTable
-
-if TYPE_CHECKING:
-    from .published import Published
 
 __all__ = ['CascadeModel', 'NotCalibratedError']
 
@@ -63,7 +60,7 @@ class CascadeModel(nn.Module):
         self.default_cfg = self.pretrained_cfg
         self.calibration: Calibration | None = None
         self.table: ThresholdTable | None = None
-        self.published: Published | None = None  # the checkpoint that the backbone was loaded from, nothing adapted
+        self.published: Any = None  # hub.published.Published: the checkpoint the backbone was loaded from, unadapted
         self.base_model: str | None = None  # Hub id of what the backbone was made from, for model cards
         self._factory_args: dict[str, Any] = {}
         self._head_macs: list[int] | None = None

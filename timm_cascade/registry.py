@@ -24,7 +24,7 @@ _NO_SOURCE = dict(url=None, file=None, state_dict=None, hf_hub_id=None, hf_hub_f
 
 def _entrypoint(base: str) -> Any:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        from .loading import create_cascade  # its imports are only needed once something is built
+        from .hub import create_cascade  # its imports are only needed once something is built
         return create_cascade(base, pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = PREFIX + base

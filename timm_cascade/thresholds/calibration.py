@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,7 +156,9 @@ class Calibration:
         A point whose rule finds nothing that pays is kept: it says that nobody leaves.
         """
         rules = (rule,) if isinstance(rule, str) else tuple(rule)
-        points = tuple(self.point(d, r, level, reference, seed) for r in rules for d in max_drops)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', UserWarning)  # too few samples: the point itself says that nobody leaves
+            points = tuple(self.point(d, r, level, reference, seed) for r in rules for d in max_drops)
         size = self.provenance.get('input_size')
         return ThresholdTable(
             exits=self.exits, num_classes=self.num_classes, heads_hash=self.heads_hash,

@@ -126,10 +126,12 @@ def _warn(predicted: Along | None, n: int, max_drop: float, level: float) -> Non
     asked = f'max_drop {100 * max_drop:g} % at level {level:g}'
     if predicted is not None and len(predicted.cost) == 1:
         advice = 'no exit saves anything at these costs'
+    elif max_drop == 0:
+        advice = 'with 0 only exits that better the network can pass, so allow some loss'
     else:
         needed = _needed(predicted, max_drop, level)
         advice = (
-            f'about {needed:,} would do, as far as these show' if math.isfinite(needed) else
+            f'about {max(needed, _round_up(1.5 * n)):,} would do, as far as these show' if math.isfinite(needed) else
             'as far as these show, no number of samples would do')
     warnings.warn(f'{n:,} samples certify no saving for {asked}: nobody leaves; {advice}.', UserWarning, stacklevel=4)
 

@@ -14,7 +14,7 @@ from typing import Any
 import timm
 from timm.models import PretrainedCfg
 
-from .backbone import ExitPoint
+from ..backbone import ExitPoint
 from .errors import ReleaseError
 from .published import Published
 

@@ -14,10 +14,10 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from .backbone import ExitPoint, input_size_of, resolve_exits
+from ..backbone import ExitPoint, input_size_of, resolve_exits
+from ..heads import HeadSpec, create_heads, head_configs
+from ..model import CascadeModel
 from .errors import ReleaseError
-from .heads import HeadSpec, create_heads, head_configs
-from .model import CascadeModel
 from .published import fetch_published, identify
 from .releases import CONFIG, MAX_CONFIG, WEIGHTS, Release
 from .schema import OWN_ARGS, SOURCE_KEYS

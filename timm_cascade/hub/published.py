@@ -17,7 +17,7 @@ from safetensors import safe_open
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from .backbone import input_size_of
+from ..backbone import input_size_of
 from .errors import ReleaseError
 from .sources import COMMIT, Repository
 

@@ -21,15 +21,15 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from .backbone import input_size_of
+from ..backbone import input_size_of
+from ..files import replacing, write_text
+from ..model import CascadeModel, hash_heads
+from ..thresholds import Calibration, ThresholdTable
 from .card import GENERATED, PICTURE, render
 from .errors import ReleaseError
-from .files import replacing, write_text
-from .model import CascadeModel, hash_heads
 from .published import Published, weights_digest
 from .schema import LAYOUTS, ReleaseConfig, cascade_entry, parse_config
 from .sources import Folder, Repository
-from .thresholds import Calibration, ThresholdTable
 
 __all__ = ['CALIBRATION', 'CARD', 'CONFIG', 'FILES', 'TABLE', 'WEIGHTS', 'Release', 'binding', 'save']
 

@@ -19,14 +19,10 @@ from torch import nn
 
 from .card import PLACEHOLDER
 from .errors import HubUnavailableError, PushConflictError, PushDeniedError, PushError, ReleaseError
-from .loading import create_cascade, load
-from .releases import CALIBRATION, CARD, CONFIG, FILES, TABLE, WEIGHTS, Release, binding, save
+from .releases import CARD, CONFIG, FILES, Release, save
 from .sources import Folder, git_oid, sha256_of
 
-__all__ = [
-    'CALIBRATION', 'CARD', 'CONFIG', 'TABLE', 'WEIGHTS', 'HubUnavailableError', 'PushConflictError', 'PushDeniedError',
-    'PushError', 'Pushed', 'ReleaseError', 'binding', 'compare', 'create_cascade', 'load', 'push_to_hub', 'save',
-]
+__all__ = ['Pushed', 'compare', 'push_to_hub']
 
 PICTURES = '*.png'  # that a card may show
 

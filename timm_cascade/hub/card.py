@@ -10,8 +10,8 @@ from typing import Any
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .model import CascadeModel
-from .version import __version__
+from ..model import CascadeModel
+from ..version import __version__
 
 __all__ = ['GENERATED', 'PICTURE', 'PLACEHOLDER', 'render']
 
