@@ -170,8 +170,9 @@ def _check_classifier(backbone: nn.Module, output: Any) -> None:
     classes = getattr(backbone, 'num_classes', None)
     want = (PROBE_BATCH, classes) if classes else (PROBE_BATCH,)
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    if classes is None or not isinstance(output, Tensor) or (
-            output.ndim != 2 if classes else output.ndim < 2) or found[:len(want)] != want:
+    # with num_classes=0 a classifier gives features; what can never have classes is none
+    logits = isinstance(output, Tensor) and (output.ndim == 2 if classes else hasattr(backbone, 'reset_classifier'))
+    if classes is None or not logits or found[:len(want)] != want:
         name = (getattr(backbone, 'pretrained_cfg', None) or {}).get('architecture') or type(backbone).__name__
         shape = ('N', *found[1:]) if isinstance(found, tuple) else found
         raise BackboneError(
