@@ -47,7 +47,8 @@ OTHER = {
 }
 FAMILIES = {**{n: dict(img_size=64) for n in SIZED}, **{n: picture(64) for n in FREE}, **OTHER}
 # what hooks cannot cut
-EXPORTED = set('coat_tiny deepseek_vit_412m gemma4_vit_167m qwen3_vit_88m twins_svt_small'.split())
+EXPORTED = set('coat_tiny deepseek_vit_412m gemma4_vit_167m nasnetalarge pnasnet5large qwen3_vit_88m twins_svt_small'
+               .split())
 
 
 def module_file(name):
