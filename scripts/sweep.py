@@ -210,10 +210,11 @@ def _one(worker: Worker, name: str, timeout: float) -> dict[str, Any]:
         row = worker.ask('measure', name, reduction, timeout=timeout)
         if row is not None:
             if reduction and not row.get('reason'):
-                row['reason'] = f'reduced: {"; ".join(why)}'
+                row['reason'] = '; '.join(dict.fromkeys(why))
             return row
         why.append(f'longer than {timeout:.0f} s')
-    return dict(name=name, module_file=module_file(name), status='not run', reason='; '.join(why) or 'size unknown')
+    return dict(name=name, module_file=module_file(name), status='not run',
+                reason='; '.join(dict.fromkeys(why)) or 'size unknown')
 
 
 def write_page(rows: dict[str, dict[str, Any]]) -> None:

@@ -67,6 +67,7 @@ def test_counts_fractions_and_names(resnet):
     fractions = [p.fraction for p in resolve_exits(resnet, [0.25, 0.75])]
     assert abs(fractions[0] - 0.25) < 0.1 and abs(fractions[1] - 0.75) < 0.1
     assert [p.module for p in resolve_exits(resnet, ['layer3', 'layer1'])] == ['layer1', 'layer3']
+    assert [p.module for p in resolve_exits(resnet, ['layer1.1'])] == ['layer1.1']  # where layer1 ends too
 
 
 class Inner(torch.nn.Module):

@@ -138,6 +138,20 @@ def candidates(backbone: nn.Module) -> list[ExitPoint]:
     Raises:
         BackboneError: The model does not return logits.
     """
+    return _distinct(_places(backbone))
+
+
+def _distinct(places: Sequence[ExitPoint]) -> list[ExitPoint]:
+    # the last block of a stage and the stage end at the same place: the shorter name stands for both
+    points: dict[tuple, ExitPoint] = {}
+    for p in places:
+        key = (p.macs, p.shape)
+        if key not in points or len(p.module) < len(points[key].module):
+            points[key] = p
+    return sorted(points.values(), key=lambda p: p.macs)
+
+
+def _places(backbone: nn.Module) -> list[ExitPoint]:
     seen: dict[str, list[tuple[int, list[torch.Size]]]] = {}
 
     def record(name: str) -> Callable:
@@ -148,7 +162,7 @@ def candidates(backbone: nn.Module) -> list[ExitPoint]:
     input_size = input_size_of(backbone)
     output, total = meta_pass(backbone, input_size, {name: record(name) for name in _block_names(backbone)})
     _check_classifier(backbone, output)
-    points: dict[tuple, ExitPoint] = {}
+    places = []
     for name, calls in seen.items():
         macs, shapes = calls[0]
         if len(calls) != 1 or not 0 < macs < total:
@@ -159,19 +173,17 @@ def candidates(backbone: nn.Module) -> list[ExitPoint]:
         if not layouts:
             continue
         item = max(layouts, key=lambda i: (layouts[i]['channels'], i))  # of several scales the one that tells most
-        # the last block of a stage and the stage end at the same place: keep the shorter name
-        key = (macs, tuple(shapes[item]))
-        if key not in points or len(name) < len(points[key].module):
-            points[key] = ExitPoint(name, **layouts[item], macs=macs, total=total, item=item, rows=rows)
-    return sorted(points.values(), key=lambda p: p.macs)
+        places.append(ExitPoint(name, **layouts[item], macs=macs, total=total, item=item, rows=rows))
+    return places
 
 
 def _check_classifier(backbone: nn.Module, output: Any) -> None:
     classes = getattr(backbone, 'num_classes', None)
     want = (PROBE_BATCH, classes) if classes else (PROBE_BATCH,)
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    if classes is None or not isinstance(output, Tensor) or (
-            output.ndim != 2 if classes else output.ndim < 2) or found[:len(want)] != want:
+    # with num_classes=0 a classifier gives features; what can never have classes is none
+    logits = isinstance(output, Tensor) and (output.ndim == 2 if classes else hasattr(backbone, 'reset_classifier'))
+    if classes is None or not logits or found[:len(want)] != want:
         name = (getattr(backbone, 'pretrained_cfg', None) or {}).get('architecture') or type(backbone).__name__
         shape = ('N', *found[1:]) if isinstance(found, tuple) else found
         raise BackboneError(
@@ -223,14 +235,14 @@ class _Cuts:
         """`hook`, `export`, or None: inside a block, where something else of it is still to be added."""
         name = point.module
         if name not in self.known:
-            # where two of a kind could not be cut, such as the branches of one stage, the others are not tried
-            kind = _kind(name)
+            inside = any(name.startswith(f'{p.module}.') and not _is_list(self.backbone.get_submodule(p.module))
+                         for p in self.points)
+            # where two of a kind could not be cut, such as the branches of a block, the others are not tried
+            kind = re.sub(r'\d+', '#', name) if inside else _kind(name)
             if self.failed[kind] < 2 and _survives(self.backbone, [point], 7):
                 self.known[name] = 'hook'
             else:
                 self.failed[kind] += 1
-                inside = any(name.startswith(f'{p.module}.') and not _is_list(self.backbone.get_submodule(p.module))
-                             for p in self.points)
                 self.known[name] = None if inside else 'export'
         return self.known[name]
 
@@ -249,12 +261,13 @@ def resolve_exits(backbone: nn.Module, exits: int | Sequence[float] | Sequence[s
         BackboneError: The model does not classify.
         ExitError: No such module, a fraction outside 0..1, or a place where the backbone cannot be cut.
     """
-    points = candidates(backbone)
+    places = _places(backbone)
+    points = _distinct(places)
     cuts = _Cuts(backbone, points)
     if isinstance(exits, str):
         exits = [exits]
     if not isinstance(exits, int) and any(isinstance(e, str) for e in exits):
-        return _by_name([str(e) for e in exits], points, cuts)
+        return _by_name([str(e) for e in exits], places, cuts)
     if isinstance(exits, int):
         if exits < 1:
             raise ExitError(f'exits={exits}: a cascade has at least one exit.')
