@@ -59,15 +59,22 @@ def test_requests_that_cannot_be_met(capsys, argv, message):
     assert status == 2 and message in err
 
 
-def test_help_of_every_command_as_a_module():
-    for command in ('', 'train', 'calibrate', 'evaluate', 'info', 'push'):
-        done = subprocess.run([sys.executable, '-m', 'timm_cascade', *command.split(), '--help'],
-                              capture_output=True, text=True, check=True)
-        assert 'usage: timm-cascade' in done.stdout
-        break_early = command == 'train'  # the others are parsed in this process below: an import costs seconds
-        if break_early:
-            break
-    for command in ('calibrate', 'evaluate', 'info', 'push'):
-        with pytest.raises(SystemExit) as e:
-            main([command, '--help'])
-        assert e.value.code == 0
+@pytest.mark.parametrize('model, message', [
+    ('cascade_nonesuch', 'Unknown model'), ('cascade_resnet50.bogus', 'Invalid pretrained tag'),
+    ('cifar_resnet20', 'cascade_cifar_resnet20')])
+def test_names_that_are_no_cascade(capsys, idx, tmp_path, model, message):
+    argv = ['train', '--model', model, '--data', idx, '--split', 'train', '--out', tmp_path / 'out']
+    status, _, err = run(capsys, *argv)
+    assert status == 2 and message in err and not (tmp_path / 'out').exists()
+
+
+def test_it_starts_as_a_module():
+    done = subprocess.run([sys.executable, '-m', 'timm_cascade', '--help'], capture_output=True, text=True, check=True)
+    assert 'usage: timm-cascade' in done.stdout
+
+
+@pytest.mark.parametrize('command', ['train', 'calibrate', 'evaluate', 'info', 'push'])
+def test_every_command_has_help(capsys, command):
+    with pytest.raises(SystemExit) as e:
+        main([command, '--help'])
+    assert e.value.code == 0 and f'timm-cascade {command}' in capsys.readouterr().out

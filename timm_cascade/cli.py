@@ -108,6 +108,8 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
+    if not args.model.startswith('cascade_'):
+        raise ValueError(f'--model {args.model} is no cascade; did you mean cascade_{args.model}?')
     set_seed(args.seed)  # fresh heads are part of the recipe
     train = _load_data(args, args.split)
     val = _load_data(args, args.val_split) if args.val_split else None
@@ -115,10 +117,12 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     kwargs = {key: _value(value) for key, _, value in (item.partition('=') for item in args.model_kwargs)}
     pretrained = not args.no_pretrained and args.checkpoint is None and timm.models.is_model_pretrained(
         args.model.removeprefix('cascade_'))
-    model = timm.create_model(
-        args.model, pretrained=pretrained, num_classes=len(train.class_names), exits=args.exits, head=args.head,
-        checkpoint_path=args.checkpoint, **kwargs)
-    assert isinstance(model, CascadeModel)
+    try:
+        model = timm.create_model(
+            args.model, pretrained=pretrained, num_classes=len(train.class_names), exits=args.exits, head=args.head,
+            checkpoint_path=args.checkpoint, **kwargs)
+    except RuntimeError as e:  # timm's word for an unknown name or tag
+        raise ValueError(f'--model {args.model}: {e}') from e
     model.label_names = train.class_names
     history = train_heads(
         model, train, val, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
