@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # tiny networks: more threads only wait for each other
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # the default tests need no network, and must not wait for one
 
 import sys
