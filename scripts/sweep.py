@@ -106,7 +106,10 @@ def size_of(name: str, kwargs: dict[str, Any]) -> tuple[int, float]:
 def _worker(connection: Connection) -> None:
     torch.set_num_threads(1)
     while True:
-        task, *args = connection.recv()
+        try:
+            task, *args = connection.recv()
+        except EOFError:  # the sweep is over
+            return
         try:
             connection.send(dict(measure=measure, size=size_of)[task](*args))
         except Exception as e:
