@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from .calibration import record
 from .data import create_loader
 from .model import CascadeModel
+from .thresholds.routing import exit_costs
 
 __all__ = ['EveryExit', 'Report', 'evaluate']
 
@@ -132,7 +133,8 @@ def evaluate(
     whole = [r for r, w in zip(ratios, weights, strict=True) if w == max(weights)]
     paired = correct.astype(float) - full_correct
     half = float(1.96 * paired.std() / np.sqrt(len(paired)))
-    macs = _macs_of(model)[exit_of].mean()
+    closed = np.isinf(model.thresholds.numpy())
+    macs = exit_costs(model.stage_macs(), model.head_macs(), closed)[exit_of].mean()
     count = len(model.exits) + 1
     return Report(
         n=len(correct),
@@ -173,11 +175,3 @@ def _auroc(confidence: np.ndarray, correct: np.ndarray) -> float:
         return float('nan')
     pairs = float(correct.sum()) * float((~correct).sum())
     return float(mannwhitneyu(confidence[correct], confidence[~correct]).statistic) / pairs
-
-
-def _macs_of(model: CascadeModel) -> np.ndarray:
-    """(M+1,) MACs of an image that leaves at each exit; a closed exit's head does not run."""
-    stages = model.stage_macs()
-    closed = np.isinf(model.thresholds.numpy())
-    stages[:-1] -= np.where(closed, model.head_macs(), 0)
-    return np.cumsum(stages)

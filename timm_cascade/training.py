@@ -5,7 +5,6 @@ The backbone runs over the images once: what the heads classify (the pooled taps
 from __future__ import annotations
 
 import json
-import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ['train_heads']
-
-_logger = logging.getLogger(__name__)
 
 
 class _Heads(nn.Module):

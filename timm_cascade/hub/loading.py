@@ -1,7 +1,6 @@
 """From a name to a cascade: what `timm.create_model('cascade_...')` and the loading of releases come down to."""
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from .sources import Folder, Repository
 
 __all__ = ['create_cascade', 'load']
 
-_logger = logging.getLogger(__name__)
 MAX_TENSORS, MAX_MODULES, MAX_NUMBERS = 20_000, 100_000, 50_000_000_000  # timm's largest: 3 thousand, 18 billion
 
 
