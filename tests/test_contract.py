@@ -176,9 +176,44 @@ scheduler.step(1)
 saver.save_checkpoint(0, metric=1.)
 '''
 
+BENCHMARK = '''
+import argparse, time, timm, torch
+from timm.data import resolve_data_config
+from timm.optim import create_optimizer_v2
+
+parser = argparse.ArgumentParser()
+parser.add_argument('--model')
+parser.add_argument('--precision', choices=['float32', 'bfloat16'])
+args = parser.parse_args()
+dtype = getattr(torch, args.precision)
+for bench in ('inference', 'train'):
+    model = timm.create_model(
+        args.model, num_classes=None, in_chans=3, global_pool='avg', scriptable=False, drop_rate=0.,
+        drop_path_rate=None, drop_block_rate=None)
+    model.to(device='cpu', dtype=dtype, memory_format=torch.channels_last)
+    images = torch.randn(4, *resolve_data_config({}, model=model, use_test_size=True)['input_size'], dtype=dtype)
+    images = images.contiguous(memory_format=torch.channels_last)
+    start = time.perf_counter()
+    if bench == 'inference':
+        model.eval()
+        with torch.no_grad():
+            for _ in range(3):
+                output = model(images)
+    else:
+        model.train()
+        optimizer = create_optimizer_v2(model, opt='sgd', lr=1e-4)
+        for _ in range(3):
+            optimizer.zero_grad()
+            output = model(images)
+            torch.nn.CrossEntropyLoss()(output, torch.empty(4, dtype=torch.long).random_(model.num_classes)).backward()
+            optimizer.step()
+    print(bench, output.dtype, tuple(output.shape), sum(m.numel() for m in model.parameters()) / 1e6,
+          f'{12 / (time.perf_counter() - start):.2f} samples/sec')
+'''
+
 
 def test_scripts_in_the_manner_of_timm_s_own_run_unchanged(tmp_path):
-    """timm's validate.py and train.py are not in its wheel: these call what they call, in the same way."""
+    """timm's validate, train and benchmark scripts are not in its wheel: these call what they call, in the same way."""
     name = 'cascade_test_vit'
     for label in 'ab':
         (tmp_path / 'data' / label).mkdir(parents=True)
@@ -187,6 +222,7 @@ def test_scripts_in_the_manner_of_timm_s_own_run_unchanged(tmp_path):
                    tmp_path / 'data' / label / f'{i}.png')
     (tmp_path / 'validate.py').write_text(VALIDATE)
     (tmp_path / 'train.py').write_text(TRAIN)
+    (tmp_path / 'benchmark.py').write_text(BENCHMARK)
 
     def run(*arguments):
         root = str(Path(timm_cascade.__file__).parent.parent)
@@ -199,5 +235,9 @@ def test_scripts_in_the_manner_of_timm_s_own_run_unchanged(tmp_path):
     out = run('validate.py', 'data', '--model', name, '--num-classes', 4, '--checkpoint',
               tmp_path / 'model_best.pth.tar')
     assert out.returncode == 0 and 'validated 6' in out.stdout, out.stderr
+    for precision in ('float32', 'bfloat16'):
+        out = run('benchmark.py', '--model', name, '--precision', precision)
+        for bench in ('inference', 'train'):
+            assert f'{bench} torch.{precision} (4, 1000)' in out.stdout, out.stderr
     out = run('nothing.py')
     assert out.returncode == 1 and 'is not a file' in out.stderr
