@@ -3,11 +3,12 @@
     python scripts/sweep.py                    # every name that has no row yet, cheapest first; stop and resume at will
     python scripts/sweep.py --per-module       # the same, for the cheapest model of each of timm's module files
     python scripts/sweep.py --retry            # also those whose row says anything but "equal"
+    python scripts/sweep.py --full --max-gmacs 60  # again what was reduced, up to this cost of an image
     python scripts/sweep.py --names 'resnet*'  # these, again if they have a row
     python scripts/sweep.py --summary          # only write docs/backbones.md
 
 A model is right when samples that go on get the logits they get in the whole batch, within 1e-4 of the logits' standard
-deviation: two of four go on at each exit, one goes on, some leave at every exit in sequence, all leave.
+deviation: two of three go on at each exit, one goes on, some leave at every exit in sequence, all leave.
 """
 from __future__ import annotations
 
@@ -39,7 +40,6 @@ FIELDS = ('name', 'module_file', 'params', 'status', 'error', 'exits', 'fraction
           'stage_macs', 'input', 'reduced', 'seconds', 'reason')
 SETTLED = ('equal', 'no classifier')
 MEMORY = 16e9  # bytes of weights and activations that a model may take, estimated; above it is reduced
-MAX_MACS = 60e9  # of one image; above it the model is reduced, or the check takes minutes
 
 
 # ---- one model
@@ -78,6 +78,8 @@ def measure(name: str, reduction: dict[str, Any]) -> dict[str, Any]:
         error = check(model, images)
         row.update(status='equal' if error <= TOLERANCE else 'differs', error=f'{error:.1e}',
                    layout_seen=layout_seen(model, images))
+        if error > TOLERANCE:  # rounding, or a wrong cut?
+            row['reason'] = f'{error:.1e} in float32, {check(model.double(), images.double()):.1e} in float64'
     except Exception as e:
         row.update(status='fails', reason=f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'[:300])
     row['seconds'] = round(time.time() - start, 1)
@@ -103,6 +105,11 @@ def size_of(name: str, kwargs: dict[str, Any]) -> tuple[int, float]:
     return params, backbone_macs(model, input_size_of(model))
 
 
+def work(size: tuple[int, float]) -> float:
+    """What checking a model takes, in MACs of one image: weights must be made, and read for each batch, too."""
+    return size[1] + 20 * size[0]
+
+
 def _worker(connection: Connection) -> None:
     torch.set_num_threads(1)
     while True:
@@ -124,7 +131,7 @@ class Worker:
         self.process: Any = None
 
     def ask(self, task: str, *args: Any, timeout: float) -> Any:
-        """The answer, or None after `timeout` seconds."""
+        """The answer, or None after `timeout` seconds or where the process was lost."""
         if self.process is None or not self.process.is_alive():
             context = multiprocessing.get_context('spawn')
             self.connection, other = context.Pipe()
@@ -132,9 +139,12 @@ class Worker:
             self.process.start()
         self.connection.send((task, *args))
         deadline = time.time() + timeout
-        while time.time() < deadline and self.process.is_alive():
-            if self.connection.poll(1):
-                return self.connection.recv()
+        try:
+            while time.time() < deadline and self.process.is_alive():
+                if self.connection.poll(1):
+                    return self.connection.recv()
+        except EOFError:  # killed, for memory perhaps
+            pass
         self.process.kill()
         self.process.join()
         return None
@@ -163,59 +173,61 @@ def all_names() -> list[str]:
     return [n for n in timm.list_models() if not n.startswith(('cascade_', 'cifar_resnet'))]
 
 
-def by_cost(names: list[str]) -> list[str]:
-    """Cheapest first, by a guess that builds nothing: numbers in the names are poor, so parameters times pixels."""
+def sizes(names: list[str]) -> dict[str, Any]:
+    """Parameters and MACs of each name, as published; asked once, kept in runs/sizes.json."""
     cache = ROOT / 'runs' / 'sizes.json'
-    sizes = json.loads(cache.read_text()) if cache.exists() else {}
-    missing = [n for n in names if n not in sizes]
+    known = json.loads(cache.read_text()) if cache.exists() else {}
+    missing = [n for n in names if n not in known]
     for name in tqdm(missing, desc='sizes', disable=not missing):
         try:
-            with torch.device('meta'):
-                model = create(name)
-            pixels = input_size_of(model)
-            sizes[name] = sum(p.numel() for p in model.parameters()) * (0.3 + pixels[1] * pixels[2] / 224 ** 2)
-        except Exception:
-            sizes[name] = 1e9
+            known[name] = size_of(name, {})
+        except Exception:  # measure() will say why
+            known[name] = (0, 0)
     if missing:
         cache.parent.mkdir(exist_ok=True)
-        cache.write_text(json.dumps(sizes))
-    return sorted(names, key=lambda n: sizes[n])
+        cache.write_text(json.dumps(known))
+    return {name: known[name] for name in names}
 
 
 def module_file(name: str) -> str:
     return str(model_entrypoint(name).__module__.rpartition('.')[2])
 
 
-def sweep(names: list[str], timeout: float, until: float) -> None:
+def sweep(names: list[str], timeout: float, until: float, max_macs: float) -> None:
     rows: dict[str, dict[str, Any]] = dict(read_rows())
     worker = Worker()
+    published = sizes(names)
     progress = tqdm(names, desc='sweep')
     for name in progress:
         if time.time() > until:
             print(f'time is up; {len(rows)} rows')
             break
         progress.set_postfix_str(name)
-        rows[name] = _one(worker, name, timeout)
+        rows[name] = _one(worker, name, timeout, max_macs, published[name])
         write_rows(rows)
     write_page(rows)
 
 
-def _one(worker: Worker, name: str, timeout: float) -> dict[str, Any]:
-    why = []
+def _one(worker: Worker, name: str, timeout: float, max_macs: float, published: tuple[int, int]) -> dict[str, Any]:
+    why: list[str] = []
+    options: list[tuple[float, dict[str, Any]]] = []  # the first that is cheap enough, else the cheapest
     for reduction in reductions(name):
-        size = worker.ask('size', name, reduction, timeout=120)
+        size = worker.ask('size', name, reduction, timeout=120) if reduction else published
         if not isinstance(size, (tuple, list)):
-            if reduction:
-                continue  # this model does not take the argument
-        elif size[0] * 8 > MEMORY or size[1] > MAX_MACS:
-            why.append(f'{size[0] / 1e6:.0f} M parameters, {size[1] / 1e9:.0f} GMACs an image')
-            continue
-        row = worker.ask('measure', name, reduction, timeout=timeout)
+            continue  # this model does not take the argument
+        if size[0] * 8 <= MEMORY:
+            options.append((work(size), reduction))
+            if work(size) <= max_macs:
+                break
+        why.append(f'{size[0] / 1e6:.0f} M parameters, {size[1] / 1e9:.0f} GMACs an image')
+    if options:
+        reduction = min(options, key=lambda o: o[0])[1]
+        row: dict[str, Any] | None = worker.ask('measure', name, reduction, timeout=timeout)
         if row is not None:
             if reduction and not row.get('reason'):
-                row['reason'] = '; '.join(dict.fromkeys(why))
+                row['reason'] = why[0]
             return row
-        why.append(f'longer than {timeout:.0f} s')
+        why.append(f'longer than {timeout:.0f} s, or out of memory')
     return dict(name=name, module_file=module_file(name), status='not run',
                 reason='; '.join(dict.fromkeys(why)) or 'size unknown')
 
@@ -234,8 +246,8 @@ and for one going on at each exit, for exits in sequence, and everybody leaving.
 
 Of {len(names)} names {len(done)} were run: {total["equal"]} equal, {total["differs"]} differ, {total["fails"]} fail,
 {total["no classifier"]} are encoders without a classifier, {total["not run"]} were too large or too slow here.
-{reduced} ran with a smaller input or fewer blocks than published; their rows say so. {len(names) - len(done)} names
-have no row yet.
+{reduced} are large and ran with a smaller input or fewer blocks than published; their rows say what and why.
+{len(names) - len(done)} names have no row yet.
 
 `cut` is how samples leave: `hook` where the batch can shrink inside the backbone's own code, `export` where the
 exported graph is split at the exits (`model.exits[i].cut` and `timm-cascade info` say it for a model; the first batch
@@ -288,6 +300,9 @@ def main() -> None:
     parser.add_argument('--names', nargs='+', help='names or patterns; run again even if they have a row')
     parser.add_argument('--per-module', action='store_true', help='only the cheapest model of each module file')
     parser.add_argument('--retry', action='store_true', help='run again what did not come out equal')
+    parser.add_argument('--full', action='store_true', help='run again, as published, what was run reduced')
+    parser.add_argument('--max-gmacs', type=float, default=60,
+                        help='reduce a model that takes more work than an image of so many GMACs')
     parser.add_argument('--limit', type=int, help='at most so many')
     parser.add_argument('--minutes', type=float, default=float('inf'), help='start no model after this time')
     parser.add_argument('--timeout', type=float, default=600, help='seconds for one model')
@@ -296,15 +311,22 @@ def main() -> None:
     if args.summary:
         write_page(read_rows())
         return
-    names = by_cost(all_names())
-    if args.per_module:
-        names = list(cheapest_of_each_file(names))
+    names, rows = all_names(), read_rows()
     if args.names:
         names = [n for n in names if any(fnmatch.fnmatch(n, p) for p in args.names)]
-    else:
-        settled = {n for n, row in read_rows().items() if not args.retry or row['status'] in SETTLED}
-        names = [n for n in names if n not in settled]
-    sweep(names[:args.limit], args.timeout, time.time() + 60 * args.minutes)
+    elif args.retry:
+        names = [n for n in names if n not in rows or rows[n]['status'] not in SETTLED]
+    elif args.full:
+        names = [n for n in names if n not in rows or rows[n]['reduced']]
+    elif not args.per_module:
+        names = [n for n in names if n not in rows]
+    macs = {name: work(size) for name, size in sizes(names).items()}
+    names.sort(key=macs.__getitem__)
+    if args.per_module:
+        names = [n for n in cheapest_of_each_file(names) if n not in rows]
+    if args.full:
+        names = [n for n in names if macs[n] <= args.max_gmacs * 1e9]
+    sweep(names[:args.limit], args.timeout, time.time() + 60 * args.minutes, args.max_gmacs * 1e9)
 
 
 if __name__ == '__main__':
