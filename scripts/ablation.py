@@ -1,0 +1,266 @@
+"""What makes exit heads good? The paper's recipe, then each switch alone on top of ours, on six frozen networks.
+
+    python scripts/emoji.py --out runs/emoji && python scripts/ablation.py
+
+Pairs of backbone and data stand in scripts/ablation.yaml; backbones and pooled taps are made once (ablation_taps.py),
+rows train from them (ablation_heads.py). Writes docs/ablation.md and .json. Runs that are done are kept in
+runs/ablation/results.jsonl and not repeated.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ablation_heads import Heads, Row, fit, fit_weights
+from ablation_taps import PAIRS, ROOT, Taps, load_taps
+from scipy import optimize
+from torch import Tensor
+
+from timm_cascade.files import write_text
+from timm_cascade.heads import head_configs
+from timm_cascade.routing import confidence
+from timm_cascade.thresholds.checks import check_costs, check_samples
+from timm_cascade.thresholds.frontier import GRID, follow, nested_path
+from timm_cascade.thresholds.problem import Problem
+
+_logger = logging.getLogger('ablation')
+DROPS = (0.0025, 0.005, 0.01)
+SEEDS = (0, 1, 2)
+METRICS = (*(f'saved_{drop:g}' for drop in DROPS), 'area')
+PAYS = 0.005  # of the MACs: less is not worth a switch
+PAPER = 'the paper\'s recipe: two exits, its heads, SGD'
+BASE = '**base**: all exits, enhanced heads'
+ROWS = (
+    Row(PAPER, exits='paper', head='paper', recipe='paper'),
+    Row('the same exits and heads, our training', exits='paper', head='paper'),
+    Row('the same exits, our heads and training', exits='paper'),
+    Row('three exits', exits='three'),
+    Row(BASE),
+    Row('linear heads', head='linear'),
+    Row('distillation, half of the loss', distil=0.5),
+    Row('distillation, half of the loss, temperature 4', distil=0.5, temperature=4.),
+    Row('distillation alone, no labels', distil=1.),
+    Row('previous exit\'s logits carried', carry=True),
+    Row('answers averaged along the cascade', combine='mean'),
+    Row('answers weighted along the cascade', combine='learned'),
+    Row('three more views of each image', views=3),
+    Row('samples weighted by the chance to get there', weigh=True),
+)
+
+INTRODUCTION = """# What makes exit heads good
+
+    {command}
+
+Frozen backbones, trained here; heads trained {seeds} times with different seeds (20 epochs, batch 256). Mean ± standard
+deviation over the seeds; the backbone is the same for all.
+
+- **saved at x**: share of the backbone's MACs saved, heads counted, at x points of accuracy *realised* on images that
+  chose nothing. The joint rule's path of threshold vectors, of which any `max_drop` picks one, is made on the
+  calibration images; each of its points is then run over the test images. The loss along the path is made monotone
+  (isotonic regression over the points' steps in cost), and the cheapest point whose loss is at most x counts. The two
+  sets of images then change places, and the two figures are averaged.
+- **area**: mean accuracy over all budgets from nothing to the whole backbone along the same path; below its cheapest
+  point part of the images are guessed.
+- **heads**: MACs of all heads over those of the backbone.
+
+The paper's recipe (section 7 of its reproduction in our design): two exits where the first and the second group of its
+networks end, average-pooled to 4x4 and 2x2, FC 64, FC C; SGD 0.9, weight decay 1e-4, lr 0.01, x0.1 after 10 epochs. Its
+thresholds are the joint rule's here, as for every row: with its own rule it saves less (README). The base is what
+`train_heads` does by default.
+"""
+WHICH = f"""Each switch alone on top of the base row: gain in MACs saved, in points, averaged over the three losses;
+mean ± standard error of the difference to the base seed by seed. Bold: it pays, by more than two standard errors and
+more than {100 * PAYS:g} points."""
+
+
+def exits_of(row: Row, name: str, taps: Taps) -> list[str]:
+    """Modules of the exits that a row has in this pair."""
+    every, stages = PAIRS[name]['exits'], PAIRS[name]['stages']
+    if row.exits == 'paper':
+        return [min(stages, key=lambda e: abs(taps.macs[e] / taps.total - third)) for third in (1 / 3, 2 / 3)]
+    return every if row.exits == 'all' else [every[round((i + 1) * len(every) / 4) - 1] for i in range(3)]
+
+
+def runs_of(rows: Sequence[Row], name: str, taps: Taps, seed: int) -> Iterable[dict[str, Any]]:
+    """Trains the heads that these rows share, and measures every row."""
+    exits, began = exits_of(rows[0], name, taps), time.perf_counter()
+    grids = [c['grid'] for c in head_configs(rows[0].head, len(exits))]
+    classes = taps.logits['test'].shape[1]
+
+    def pooled(*splits: str, few: slice = slice(None)) -> list[Tensor]:
+        return [torch.from_numpy(np.concatenate([taps.pooled[s, e, g][few] for s in splits]))
+                for e, g in zip(exits, grids, strict=True)]
+
+    # two exits are cheap: the paper's recipe always gets all images
+    few = slice(None if rows[0].exits == 'paper' else PAIRS[name].get('images'))
+    views = ['train', *(f'view{i}' for i in range(rows[0].views))]
+    train = pooled(*views, few=few)
+    labels, teacher = (torch.cat([of[s][few] for s in views]) for of in (taps.labels, taps.logits))
+    torch.manual_seed(seed)
+    heads = Heads([taps.shapes[e] for e in exits], classes, rows[0])
+    fit(heads, rows[0], train, labels, teacher, seed)
+    seconds = time.perf_counter() - began
+    with torch.no_grad():
+        own = {s: _in_parts(heads, pooled(s)) for s in ('calibration', 'test')}
+        if any(r.combine == 'learned' for r in rows):
+            own['train'] = _in_parts(heads, train)
+    for row in rows:
+        heads.combine = row.combine
+        if row.combine == 'learned':
+            fit_weights(heads, own['train'], labels)
+        with torch.no_grad():
+            arrays = [_record([*heads.answers(own[s]), taps.logits[s]], taps.labels[s]) for s in ('calibration', 'test')]
+        stage = np.diff([0, *(taps.macs[e] for e in exits), taps.total]) + np.array([*heads.macs(), 0.])
+        both = [measure(a, b, stage, np.array(heads.macs(), float), taps.total, classes)
+                for a, b in (arrays, arrays[::-1])]
+        yield dict(pair=name, key=row.key, row=row.name, seed=seed, seconds=round(seconds, 1),
+                   heads_share=sum(heads.macs()) / taps.total,
+                   exit_accuracy=np.mean([a[1].mean(0) for a in arrays], axis=0).round(4).tolist(),
+                   **{k: float(np.mean([m[k] for m in both])) for k in both[0]})
+
+
+def _in_parts(heads: Heads, taps: list[Tensor]) -> list[Tensor]:
+    parts = [heads([t.float() for t in part]) for part in zip(*(t.split(4096) for t in taps), strict=True)]
+    return [torch.cat(p) for p in zip(*parts, strict=True)]
+
+
+def _record(logits: list[Tensor], labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Confidence and correct, both (n, M+1)."""
+    right = torch.stack([x.argmax(1) == labels for x in logits], 1)
+    return torch.stack([confidence(x) for x in logits], 1).numpy(), right.numpy()
+
+
+def measure(
+        chosen_on: tuple[np.ndarray, np.ndarray],
+        measured_on: tuple[np.ndarray, np.ndarray],
+        stage_cost: np.ndarray,
+        head_cost: np.ndarray,
+        total: float,
+        classes: int,
+) -> dict[str, float]:
+    """The path of the joint rule's settings, made on some samples and realised on others.
+
+    Args:
+        chosen_on, measured_on: Confidence and correct, both (n, M+1).
+        stage_cost, head_cost: (M+1,) and (M,), MACs.
+        total: MACs of the plain backbone.
+
+    Returns:
+        Share of the MACs saved at each of DROPS, and the area under accuracy against MACs.
+    """
+    stage, head = check_costs(stage_cost, head_cost, len(head_cost))
+    path = nested_path(Problem(*check_samples(*chosen_on), stage, head, GRID))
+    along = follow(path, *check_samples(*measured_on), stage, head)
+    share = along.cost / total
+    step = np.abs(np.diff(share, prepend=share[0])) + 1e-6
+    loss = optimize.isotonic_regression((along.harmful - along.helpful) / along.n, weights=step).x
+    saved = {f'saved_{drop:g}': 1 - float(share[loss <= drop].min(initial=1)) for drop in DROPS}
+    accuracy = along.full / along.n - loss
+    order = np.argsort(share, kind='stable')
+    x, y = np.append(0, share[order]), np.append(1 / classes, accuracy[order])
+    return dict(**saved, area=float(np.trapezoid(y, x) + max(0, 1 - x[-1]) * y[-1]))
+
+
+def results(names: Iterable[str], rows: Iterable[Row], log: Path) -> list[dict[str, Any]]:
+    """Every run, those that `log` has included."""
+    lines = log.read_text(encoding='utf-8').splitlines() if log.exists() else []
+    kept = [json.loads(x) for x in lines if x.endswith('}')]  # a line cut off by a kill is not a result
+    done = {(x['pair'], x['key'], x['seed']) for x in kept}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        taps = None
+        for seed in SEEDS:
+            due = sorted((r for r in rows if r.views <= PAIRS[name].get('views', 0) and (name, r.key, seed) not in done), key=lambda r: r.trained_as)
+            for _, alike in groupby(due, key=lambda r: r.trained_as):
+                taps = taps or load_taps(name)
+                for line in runs_of(list(alike), name, taps, seed):
+                    _logger.info('%s', line)
+                    with open(log, 'a', encoding='utf-8') as f:
+                        f.write(json.dumps(line) + '\n')
+                    kept.append(line)
+    return kept
+
+
+def summary(runs: list[dict[str, Any]], names: Iterable[str], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over the seeds; the gain over the base row, seed by seed."""
+    found = {(x['pair'], x['key'], x['seed']): x for x in runs}
+    base = next(r for r in rows if r.name == BASE)
+    table = []
+    for name in names:
+        for row in rows:
+            mine = [found[name, row.key, s] for s in SEEDS if (name, row.key, s) in found]
+            if not mine:
+                continue
+            line: dict[str, Any] = dict(pair=name, row=row.name, seeds=len(mine), heads_share=mine[0]['heads_share'],
+                                        seconds=float(np.median([x['seconds'] for x in mine])),
+                                        exit_accuracy=np.mean([x['exit_accuracy'] for x in mine], axis=0).tolist())
+            for key in METRICS:
+                values = [x[key] for x in mine]
+                line[key] = dict(mean=float(np.mean(values)), sd=float(np.std(values, ddof=len(values) > 1)))
+            gains = [np.mean([x[k] - found[name, base.key, x['seed']][k] for k in METRICS[:-1]]) for x in mine
+                     if (name, base.key, x['seed']) in found]
+            line['gain'] = dict(mean=float(np.mean(gains)), error=float(np.std(gains, ddof=1) / len(gains) ** 0.5))
+            line['pays'] = bool(line['gain']['mean'] > max(PAYS, 2 * line['gain']['error']))
+            table.append(line)
+    return table
+
+
+def markdown(table: list[dict[str, Any]], names: Sequence[str], rows: Sequence[Row], command: str) -> str:
+    of = {(x['pair'], x['row']): x for x in table}
+
+    def cell(x: dict[str, float]) -> str:
+        return f'{100 * x["mean"]:.1f} ± {100 * x["sd"]:.1f}'
+
+    text = [INTRODUCTION.format(command=command, seeds=len(SEEDS)), '## Ours against the paper\'s recipe', '',
+            '| backbone, data | backbone | the paper\'s recipe | ours | more | expected: 10 |',
+            '| --- | --- | --- | --- | --- | --- |']
+    for name in names:
+        paper, ours = (of[name, row]['saved_0.005'] for row in (PAPER, OURS))
+        more = 100 * (ours['mean'] - paper['mean'])
+        text.append(f'| {name} | {of[name, BASE]["exit_accuracy"][-1]:.1%} | {cell(paper)} | {cell(ours)} | '
+                    f'{more:.1f} | {"met" if more >= 10 else "missed"} |')
+    text += ['', '## Which switch pays', '', WHICH, '', f'| row | {" | ".join(names)} | pays on |',
+             f'| --- | {"--- | " * len(names)}--- |']
+    for row in rows:
+        cells = [of.get((name, row.name)) for name in names]
+        shown = ['' if c is None else f'{"**" * c["pays"]}{100 * c["gain"]["mean"]:+.1f} ± {100 * c["gain"]["error"]:.1f}'
+                 f'{"**" * c["pays"]}' for c in cells]
+        if row.name != BASE:
+            text.append(f'| {row.name} | {" | ".join(shown)} | {sum(bool(c and c["pays"]) for c in cells)} of '
+                        f'{sum(c is not None for c in cells)} |')
+    for name in names:
+        text += ['', f'## {name}', '', '| row | saved at 0.25 | at 0.5 | at 1 | area | heads | training, s |',
+                 '| --- | --- | --- | --- | --- | --- | --- |']
+        for x in (of[name, r.name] for r in rows if (name, r.name) in of):
+            text.append(f'| {x["row"]} | {" | ".join(cell(x[k]) for k in METRICS)} | {x["heads_share"]:.2%} | '
+                        f'{x["seconds"]:.0f} |')
+        accuracy = of[name, BASE]['exit_accuracy']
+        text += ['', f'Exits of the base row, right on the held-out images: '
+                     f'{", ".join(f"{e} {a:.1%}" for e, a in zip(PAIRS[name]["exits"], accuracy, strict=False))}; '
+                     f'backbone {accuracy[-1]:.1%}.']
+    return '\n'.join([*text, ''])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--pairs', nargs='+', default=list(PAIRS), choices=list(PAIRS))
+    parser.add_argument('--out', type=Path, default=ROOT / 'docs')
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
+    runs = results(args.pairs, ROWS, ROOT / 'runs' / 'ablation' / 'results.jsonl')
+    table = summary(runs, args.pairs, ROWS)
+    command = 'python scripts/emoji.py --out runs/emoji && python scripts/ablation.py'
+    write_text(args.out / 'ablation.json', json.dumps(dict(command=command, rows=table), indent=1))
+    write_text(args.out / 'ablation.md', markdown(table, args.pairs, ROWS, command))
+
+
+if __name__ == '__main__':
+    main()
