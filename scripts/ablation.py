@@ -34,10 +34,12 @@ from timm_cascade.thresholds.problem import Problem
 _logger = logging.getLogger('ablation')
 DROPS = (0.0025, 0.005, 0.01)
 SEEDS = (0, 1, 2)
+Samples = tuple[np.ndarray, np.ndarray]  # confidence and correct, both (n, M+1)
 METRICS = (*(f'saved_{drop:g}' for drop in DROPS), 'area')
 PAYS = 0.005  # of the MACs: less is not worth a switch
 PAPER = 'the paper\'s recipe: two exits, its heads, SGD'
 BASE = '**base**: all exits, enhanced heads'
+OURS = BASE
 ROWS = (
     Row(PAPER, exits='paper', head='paper', recipe='paper'),
     Row('the same exits and heads, our training', exits='paper', head='paper'),
@@ -45,9 +47,8 @@ ROWS = (
     Row('three exits', exits='three'),
     Row(BASE),
     Row('linear heads', head='linear'),
-    Row('distillation, half of the loss', distil=0.5),
-    Row('distillation, half of the loss, temperature 4', distil=0.5, temperature=4.),
-    Row('distillation alone, no labels', distil=1.),
+    Row('distillation at temperature 4, half of the loss', distil=0.5, temperature=4.),
+    Row('distillation at temperature 4 alone, no labels', distil=1., temperature=4.),
     Row('previous exit\'s logits carried', carry=True),
     Row('answers averaged along the cascade', combine='mean'),
     Row('answers weighted along the cascade', combine='learned'),
@@ -117,14 +118,13 @@ def runs_of(rows: Sequence[Row], name: str, taps: Taps, seed: int) -> Iterable[d
         if row.combine == 'learned':
             fit_weights(heads, own['train'], labels)
         with torch.no_grad():
-            arrays = [_record([*heads.answers(own[s]), taps.logits[s]], taps.labels[s]) for s in ('calibration', 'test')]
+            held = [_record([*heads.answers(own[s]), taps.logits[s]], taps.labels[s]) for s in ('calibration', 'test')]
         stage = np.diff([0, *(taps.macs[e] for e in exits), taps.total]) + np.array([*heads.macs(), 0.])
-        both = [measure(a, b, stage, np.array(heads.macs(), float), taps.total, classes)
-                for a, b in (arrays, arrays[::-1])]
+        measured = [measure(a, b, stage, np.array(heads.macs(), float), taps.total, classes) for a, b in halvings(*held)]
         yield dict(pair=name, key=row.key, row=row.name, seed=seed, seconds=round(seconds, 1),
                    heads_share=sum(heads.macs()) / taps.total,
-                   exit_accuracy=np.mean([a[1].mean(0) for a in arrays], axis=0).round(4).tolist(),
-                   **{k: float(np.mean([m[k] for m in both])) for k in both[0]})
+                   exit_accuracy=np.concatenate([h[1] for h in held]).mean(0).round(4).tolist(),
+                   **{k: float(np.mean([m[k] for m in measured])) for k in METRICS})
 
 
 def _in_parts(heads: Heads, taps: list[Tensor]) -> list[Tensor]:
@@ -132,15 +132,27 @@ def _in_parts(heads: Heads, taps: list[Tensor]) -> list[Tensor]:
     return [torch.cat(p) for p in zip(*parts, strict=True)]
 
 
-def _record(logits: list[Tensor], labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def halvings(calibration: Samples, test: Samples) -> Iterable[tuple[Samples, Samples]]:
+    """Pairs of samples to choose on and to measure on: the two given, each way round; halves of both, if they are few."""
+    sizes = len(calibration[0]), len(test[0])
+    c, r = (np.concatenate(both) for both in zip(calibration, test, strict=True))
+    order, random = np.arange(len(c)), np.random.default_rng(0)
+    for _ in range(max(1, 15_000 // len(c))):
+        a, b = order[:sizes[0]], order[sizes[0]:]
+        yield (c[a], r[a]), (c[b], r[b])
+        yield (c[b], r[b]), (c[a], r[a])
+        order = random.permutation(len(c))
+
+
+def _record(logits: list[Tensor], labels: Tensor) -> Samples:
     """Confidence and correct, both (n, M+1)."""
     right = torch.stack([x.argmax(1) == labels for x in logits], 1)
     return torch.stack([confidence(x) for x in logits], 1).numpy(), right.numpy()
 
 
 def measure(
-        chosen_on: tuple[np.ndarray, np.ndarray],
-        measured_on: tuple[np.ndarray, np.ndarray],
+        chosen_on: Samples,
+        measured_on: Samples,
         stage_cost: np.ndarray,
         head_cost: np.ndarray,
         total: float,

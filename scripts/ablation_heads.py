@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from timm_cascade.heads import ExitHead, HeadSpec, head_configs
 
+EPOCHS, BATCH = 20, 256
+
 
 @dataclass(frozen=True)
 class Row:
@@ -134,24 +136,23 @@ def fit(heads: Heads, row: Row, taps: list[Tensor], labels: Tensor, teacher: Ten
             head.norm.running_mean.copy_(mean)
             head.norm.running_var.copy_(variance)
     heads.eval()  # norms stay as fitted
-    epochs, batch = 20, 256
-    steps = -(-images // batch)
+    steps = -(-images // BATCH)
     parameters = list(heads.heads.parameters())
     optimizer: torch.optim.Optimizer
     if row.recipe == 'paper':
-        optimizer = torch.optim.SGD(parameters, lr=0.01 * batch / 256, momentum=0.9, weight_decay=1e-4)
-        schedule: Any = torch.optim.lr_scheduler.MultiStepLR(optimizer, [10 * steps], gamma=0.1)
+        optimizer = torch.optim.SGD(parameters, lr=0.01 * BATCH / 256, momentum=0.9, weight_decay=1e-4)
+        schedule: Any = torch.optim.lr_scheduler.MultiStepLR(optimizer, [EPOCHS // 2 * steps], gamma=0.1)
     else:
         optimizer = torch.optim.AdamW(
             [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=0.05),
              dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.)], lr=2e-3, fused=True)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
-    for epoch in range(1, epochs + 1):
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * steps)
+    for epoch in range(1, EPOCHS + 1):
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
         order = torch.randperm(images, generator=generator)
         if row.views:  # each image in one of its views
             order += images * torch.randint(views, (images,), generator=generator)
-        for chosen in order.split(batch):
+        for chosen in order.split(BATCH):
             logits = heads([tap[chosen].float() for tap in taps])
             loss = torch.stack([
                 (each * w).sum() for each, w in zip(_losses(logits, labels[chosen], teacher[chosen], row),
