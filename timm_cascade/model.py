@@ -97,9 +97,16 @@ class CascadeModel(nn.Module):
         logits, final = self._router.collect(self.backbone, x, list(self.heads))
         return [*logits, final]
 
-    def forward_pooled(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What each head classifies, M of (N, in_features), and the backbone's logits; no head's layers run."""
-        return self._router.collect(self.backbone, x, [head.pool for head in self._heads()])
+    def forward_pooled(self, x: Tensor, pre_logits: bool = False) -> tuple[list[Tensor], Tensor]:
+        """What each head classifies, M of (N, in_features), and the backbone's logits; no head's layers run.
+
+        With `pre_logits` what the backbone's classifier gets, (N, head_hidden_size), takes the place of its logits.
+        """
+        run = self._pre_logits if pre_logits else self.backbone
+        return self._router.collect(run, x, [head.pool for head in self._heads()])
+
+    def _pre_logits(self, x: Tensor) -> Tensor:
+        return self.backbone.forward_head(self.backbone.forward_features(x), pre_logits=True)
 
     def _heads(self) -> list[ExitHead]:
         return [head for head in self.heads if isinstance(head, ExitHead)]
