@@ -30,6 +30,9 @@ class _ToMode:
     def __call__(self, image: Image.Image) -> Image.Image:
         return image.convert(self.mode)
 
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}({self.mode})'
+
 
 def _transform(model: nn.Module, training: bool) -> Callable[[Image.Image], Tensor]:
     config = resolve_input_data_config(model)  # of the model as it is, in_chans included
