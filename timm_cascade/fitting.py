@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .files import replacing
 from .launch import on_main
-from .taps import MAX_BATCH, Batch, StoredTaps, Taps
+from .taps import Batch, StoredTaps, Taps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,6 +32,8 @@ EPSILON = 1e-5  # added to variances, as BatchNorm does
 
 class Classifier(nn.Module):
     """The backbone's classifier, the same function, with a parameter space in which its input is standardised."""
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, linear: nn.Linear, mean: Tensor, variance: Tensor) -> None:
         super().__init__()
@@ -82,7 +84,7 @@ class Recipe:
 def _in_order(taps: Taps | StoredTaps, accelerator: Accelerator) -> Iterator[Batch]:
     """This process's share of all images."""
     n = len(taps)
-    plan = [np.arange(begin, min(begin + MAX_BATCH, n)) for begin in range(0, n, MAX_BATCH)]
+    plan = [np.arange(begin, min(begin + taps.batch, n)) for begin in range(0, n, taps.batch)]
     return taps.batches(plan[accelerator.process_index::accelerator.num_processes])
 
 

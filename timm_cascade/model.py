@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import ExitPoint, backbone_macs, input_size_of, resolve_exits
-from .heads import ExitHead, HeadSpec, create_heads, head_configs
+from .heads import ExitHead, HeadSpec, create_heads, head_configs, within_share
 from .routing import CascadeOutput, Router
 from .thresholds import Calibration, OperatingPoint, ThresholdTable
 
@@ -52,6 +52,8 @@ class CascadeModel(nn.Module):
         self._points = tuple(known) or tuple(resolve_exits(backbone, exits))  # type: ignore[arg-type]
         self._head_configs = head_configs(head, len(self._points))
         self.backbone = backbone
+        if head == 'enhanced':  # by default heads stay cheap; a description is taken at its word
+            self._head_configs = within_share(self._head_configs, self._points, self.num_classes)
         self.heads = create_heads(self._points, self.num_classes, self._head_configs)
         reference = next(backbone.parameters())
         self.heads.to(device=reference.device, dtype=reference.dtype)

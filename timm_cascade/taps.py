@@ -56,6 +56,7 @@ class Taps:
         seed: Of what is random about the view.
         workers: Processes that decode.
         features: The last array is what the backbone's classifier gets, instead of its logits.
+        batch: Images that the backbone sees at once when all are asked for; at most MAX_BATCH.
     """
 
     def __init__(
@@ -67,12 +68,14 @@ class Taps:
             seed: int = 0,
             workers: int = 0,
             features: bool = False,
+            batch: int = MAX_BATCH,
     ) -> None:
         self.model, self.data, self.accelerator = model, data, accelerator
         self.view = View(model, data, view, seed)
         self.workers, self.features = workers, features
         last = model.get_classifier().in_features if features else model.num_classes
-        self.widths: list[int] = [*(h.in_features for h in model.heads), last]  # type: ignore[union-attr]
+        self.widths: list[int] = [*(h.in_features for h in model.heads), last]  # type: ignore[list-item]
+        self.batch = min(batch, MAX_BATCH)
 
     def __len__(self) -> int:
         return len(self.view)
@@ -181,11 +184,10 @@ def _names(widths: Sequence[int]) -> list[str]:
     return [*(f'tap{m}' for m in range(len(widths) - 1)), 'final']
 
 
-def store(taps: Taps, folder: Path, key: str, batch: int = MAX_BATCH, lasting: bool = True) -> StoredTaps:
+def store(taps: Taps, folder: Path, key: str, lasting: bool = True) -> StoredTaps:
     """The taps in `folder`/`key`; what of them is not there is computed, each process its share.
 
     Args:
-        batch: Images that the backbone sees at once; what was begun keeps its own.
         lasting: Make sure that they survive a power failure before they are taken for complete.
 
     Raises:
@@ -194,7 +196,7 @@ def store(taps: Taps, folder: Path, key: str, batch: int = MAX_BATCH, lasting: b
     accelerator, done, part = taps.accelerator, folder / key, folder / f'{key}.part'
     title = f'view {taps.view.number} of {getattr(taps.data, "split", "") or "the data"}'
     if not on_main(accelerator, done.is_dir):
-        on_main(accelerator, lambda: _allocate(part, taps, min(batch, MAX_BATCH), title))
+        on_main(accelerator, lambda: _allocate(part, taps, title))
         stored = StoredTaps(part, writable=True)
         chunks = range(accelerator.process_index, len(stored.sums), accelerator.num_processes)
         missing = [c for c in chunks if stored.sums[c] == 0 or stored.sums[c] != stored.checksum(c)]
@@ -212,10 +214,10 @@ def store(taps: Taps, folder: Path, key: str, batch: int = MAX_BATCH, lasting: b
     return StoredTaps(done)
 
 
-def _allocate(part: Path, taps: Taps, batch: int, title: str) -> None:
+def _allocate(part: Path, taps: Taps, title: str) -> None:
     """Files of full size in `part`, unless they are there; the size is said and compared with the disk first."""
-    n, widths = len(taps), taps.widths
-    layout = dict(n=n, widths=widths)
+    n, widths, batch = len(taps), taps.widths, taps.batch
+    layout = dict(n=n, widths=widths)  # what was begun keeps its batch
     try:
         found = json.loads((part / LAYOUT).read_text(encoding='utf-8'))
         if {k: found[k] for k in layout} == layout:

@@ -97,25 +97,27 @@ def train_heads(
     model.to(accelerator.device).eval()
     try:
         final = _check_classifier(model) if classifier else None
-        fresh = [Taps(model, train, accelerator, view, seed, workers, classifier) for view in range(views)]
-        held = [Taps(model, val, accelerator, 0, seed, workers, classifier)] if val is not None else []
-        sources, keys = _sources([*fresh, *held], cache, batch_size, bool(state))
+        wanted = [(train, view) for view in range(views)] + ([(val, 0)] if val is not None else [])
+        sources, keys = _sources(
+            [Taps(model, data, accelerator, view, seed, workers, classifier, batch_size) for data, view in wanted],
+            cache, state is not None)
         mean, variance = moments(sources[:views], accelerator, model.num_classes)
         for head, m, v in zip(model.heads, mean, variance, strict=False):
             # standardised by the training set's own statistics, so that no step depends on how a batch is split
-            if isinstance(norm := head.norm, nn.BatchNorm1d):  # type: ignore[union-attr]
+            if isinstance(norm := head.norm, nn.BatchNorm1d):
                 norm.running_mean.copy_(m)  # type: ignore[union-attr]
                 norm.running_var.copy_(v)  # type: ignore[union-attr]
-        probe = Classifier(final, mean[-1].to(final.weight), variance[-1].to(final.weight)) if final else None
-        heads = Heads([*model.heads, *([probe] if probe else [])])
+        probe = None if final is None else Classifier(
+            final, mean[-1].to(final.weight), variance[-1].to(final.weight))
+        heads = Heads([*model.heads, *([] if probe is None else [probe])])
         trainer = Trainer(heads, sources[:views], accelerator, recipe, sources[views:], save_every)
-        history = trainer.run(Path(state) if state else None, keys, Path(log) if log else None)
+        history = trainer.run(None if state is None else Path(state), keys, None if log is None else Path(log))
     except BaseException:
         model.heads.load_state_dict(before)
         raise
     finally:
         model.train(training)
-    if probe and final:
+    if probe is not None and final is not None:
         probe.write_to(final)
     model.forget_calibration()
     return history
@@ -146,20 +148,18 @@ def _check_classifier(model: CascadeModel) -> nn.Linear:
 def _sources(
         taps: list[Taps],
         cache: str | Path | bool,
-        batch_size: int,
         keyed: bool,
 ) -> tuple[list[Taps] | list[StoredTaps], list[str]]:
     """Where batches come from, and the keys of what they hold (none where nobody needs them)."""
-    kept = not isinstance(cache, bool)
-    keys = [t.key() for t in taps] if kept or keyed else []
+    keys = [t.key() for t in taps] if keyed or not isinstance(cache, bool) else []
     if cache is False:
         return taps, keys
-    if kept:
-        return [store(t, Path(cache), key, batch_size) for t, key in zip(taps, keys, strict=True)], keys
+    if not isinstance(cache, bool):
+        return [store(t, Path(cache), key) for t, key in zip(taps, keys, strict=True)], keys
     accelerator = taps[0].accelerator
     with contextlib.ExitStack() as stack:
         folder = Path(on_main(accelerator, lambda: stack.enter_context(
             tempfile.TemporaryDirectory(prefix='timm-cascade-taps-', ignore_cleanup_errors=True))))
-        stored = [store(t, folder, str(i), batch_size, lasting=False) for i, t in enumerate(taps)]
+        stored = [store(t, folder, str(i), lasting=False) for i, t in enumerate(taps)]
         accelerator.wait_for_everyone()  # every process has mapped the files; their names are not needed any more
     return stored, keys
