@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
-from .data import View
+from .data import BadImageError, View
 from .files import write_text
 from .launch import on_main
 from .model import CascadeModel, hash_heads
@@ -201,10 +201,14 @@ def store(taps: Taps, folder: Path, key: str, lasting: bool = True) -> StoredTap
         chunks = range(accelerator.process_index, len(stored.sums), accelerator.num_processes)
         missing = [c for c in chunks if stored.sums[c] == 0 or stored.sums[c] != stored.checksum(c)]
         results = taps.batches([stored.rows(c) for c in missing])
-        for chunk, (arrays, labels) in zip(
-                missing, tqdm(results, f'backbone, {title}', len(chunks), initial=len(chunks) - len(missing),
-                              disable=not accelerator.is_main_process), strict=True):
-            stored.write(chunk, arrays, labels)
+        bar = tqdm(results, f'backbone, {title}', len(chunks), initial=len(chunks) - len(missing),
+                   disable=not accelerator.is_main_process)
+        try:
+            for chunk, (arrays, labels) in zip(missing, bar, strict=True):
+                stored.write(chunk, arrays, labels)
+        except BadImageError:  # once the image is mended the key is another one
+            shutil.rmtree(part, ignore_errors=True)
+            raise
         if lasting:
             stored.flush()
         accelerator.wait_for_everyone()
