@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 import timm_cascade
 from timm_cascade import taps as taps_module
 from timm_cascade.data import ImageData, View
-from timm_cascade.fitting import Heads, Recipe, Trainer
+from timm_cascade.fitting import Heads, Recipe, Trainer, moments
 from timm_cascade.heads import ExitHead
 from timm_cascade.taps import StoredTaps, Taps, store
 
@@ -253,6 +253,7 @@ def test_memory_does_not_grow_with_the_data(small, accelerator, tmp_path):
 
         thread = threading.Thread(target=watch)
         thread.start()
+        moments([taps], accelerator, 4)
         trainer.run(None, [], None)
         running[0] = False
         thread.join()

@@ -148,8 +148,8 @@ def _train(args: argparse.Namespace) -> dict[str, Any] | None:
     if not args.model.startswith('cascade_'):
         raise ValueError(f'--model {args.model} is no cascade; did you mean cascade_{args.model}?')
     accelerator = create_accelerator(
-        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.grad_accum, log_with=args.log_with,
-        project_dir=str(args.out))
+        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.grad_accum,
+        log_with=args.log_with or None, project_dir=str(args.out))
     logging.getLogger(__package__).setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     set_seed(args.seed)  # fresh heads are part of the recipe
     train = _load_data(args, args.split)
