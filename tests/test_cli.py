@@ -30,7 +30,7 @@ def test_the_whole_path(capsys, idx, tmp_path):
     status, result, _ = run(
         capsys, 'train', '--model', 'cascade_cifar_resnet20', '--data', idx, '--split', 'train[:64]', '--val-split',
         'train[64:]', '--out', folder, '--epochs', 2, '--exits', 'layer1,layer2', '--model-kwargs', 'in_chans=1')
-    assert status == 0 and result['epoch'] == 2 and len(result['accuracy']) == 2 and result['processes'] == 1
+    assert status == 0 and result['epoch'] == 2 and len(result['accuracy']) == 3 and result['processes'] == 1
 
     status, result, err = run(capsys, 'evaluate', folder, '--data', idx, '--split', 'test', '--max-drop', 0.1)
     assert status == 2 and 'timm-cascade calibrate' in err
