@@ -13,8 +13,10 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from scipy import optimize
 from torch import Tensor
 
 from timm_cascade.files import write_text
-from timm_cascade.heads import head_configs
+from timm_cascade.heads import head_configs, within_share
 from timm_cascade.routing import confidence
 from timm_cascade.thresholds.checks import check_costs, check_samples
 from timm_cascade.thresholds.frontier import GRID, follow, nested_path
@@ -46,6 +48,7 @@ ROWS = (
     Row('the same exits, our heads and training', exits='paper'),
     Row('three exits', exits='three'),
     Row(BASE),
+    Row('heads of full width, whatever they cost', head=(dict(grid=4, hidden=64, norm=True),)),
     Row('linear heads', head='linear'),
     Row('distillation at temperature 4, half of the loss', distil=0.5, temperature=4.),
     Row('distillation at temperature 4 alone, no labels', distil=1., temperature=4.),
@@ -90,10 +93,18 @@ def exits_of(row: Row, name: str, taps: Taps) -> list[str]:
     return every if row.exits == 'all' else [every[round((i + 1) * len(every) / 4) - 1] for i in range(3)]
 
 
+def configs_of(row: Row, exits: list[str], taps: Taps) -> list[dict[str, Any]]:
+    """The heads of a row, as a CascadeModel would make them."""
+    configs = head_configs(row.head, len(exits))
+    points = [SimpleNamespace(**taps.shapes[e], total=taps.total) for e in exits]
+    return within_share(configs, points, taps.logits['test'].shape[1]) if row.head == 'enhanced' else configs
+
+
 def runs_of(rows: Sequence[Row], name: str, taps: Taps, seed: int) -> Iterable[dict[str, Any]]:
     """Trains the heads that these rows share, and measures every row."""
     exits, began = exits_of(rows[0], name, taps), time.perf_counter()
-    grids = [c['grid'] for c in head_configs(rows[0].head, len(exits))]
+    configs = configs_of(rows[0], exits, taps)
+    grids = [c['grid'] for c in configs]
     classes = taps.logits['test'].shape[1]
 
     def pooled(*splits: str, few: slice = slice(None)) -> list[Tensor]:
@@ -106,7 +117,7 @@ def runs_of(rows: Sequence[Row], name: str, taps: Taps, seed: int) -> Iterable[d
     train = pooled(*views, few=few)
     labels, teacher = (torch.cat([of[s][few] for s in views]) for of in (taps.labels, taps.logits))
     torch.manual_seed(seed)
-    heads = Heads([taps.shapes[e] for e in exits], classes, rows[0])
+    heads = Heads([taps.shapes[e] for e in exits], configs, classes, rows[0])
     fit(heads, rows[0], train, labels, teacher, seed)
     seconds = time.perf_counter() - began
     with torch.no_grad():
@@ -181,6 +192,18 @@ def measure(
     return dict(**saved, area=float(np.trapezoid(y, x) + max(0, 1 - x[-1]) * y[-1]))
 
 
+def _is_base(row: Row, name: str, taps: Taps) -> bool:
+    """Whether a row of another name is the base row in this pair."""
+    base = next(r for r in ROWS if r.name == BASE)
+    exits = exits_of(base, name, taps)
+    return row != base and replace(row, name=base.name, head=base.head) == base and (
+        configs_of(row, exits, taps) == configs_of(base, exits, taps))
+
+
+def _together(run: tuple[Row, int]) -> tuple[int, str]:
+    return run[1], run[0].trained_as
+
+
 def results(names: Iterable[str], rows: Iterable[Row], log: Path) -> list[dict[str, Any]]:
     """Every run, those that `log` has included."""
     lines = log.read_text(encoding='utf-8').splitlines() if log.exists() else []
@@ -188,16 +211,17 @@ def results(names: Iterable[str], rows: Iterable[Row], log: Path) -> list[dict[s
     done = {(x['pair'], x['key'], x['seed']) for x in kept}
     log.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
-        taps = None
-        for seed in SEEDS:
-            due = sorted((r for r in rows if r.views <= PAIRS[name].get('views', 0) and (name, r.key, seed) not in done), key=lambda r: r.trained_as)
-            for _, alike in groupby(due, key=lambda r: r.trained_as):
-                taps = taps or load_taps(name)
-                for line in runs_of(list(alike), name, taps, seed):
-                    _logger.info('%s', line)
-                    with open(log, 'a', encoding='utf-8') as f:
-                        f.write(json.dumps(line) + '\n')
-                    kept.append(line)
+        offered = [r for r in rows if r.views <= PAIRS[name].get('views', 0)]
+        if all((name, r.key, s) in done for r in offered for s in SEEDS):
+            continue
+        taps = load_taps(name)
+        todo = [(r, s) for r in offered for s in SEEDS if (name, r.key, s) not in done and not _is_base(r, name, taps)]
+        for (seed, _), alike in groupby(sorted(todo, key=_together), key=_together):
+            for line in runs_of([r for r, _ in alike], name, taps, seed):
+                _logger.info('%s', line)
+                with open(log, 'a', encoding='utf-8') as f:
+                    f.write(json.dumps(line) + '\n')
+                kept.append(line)
     return kept
 
 
@@ -243,8 +267,8 @@ def markdown(table: list[dict[str, Any]], names: Sequence[str], rows: Sequence[R
              f'| --- | {"--- | " * len(names)}--- |']
     for row in rows:
         cells = [of.get((name, row.name)) for name in names]
-        shown = ['' if c is None else f'{"**" * c["pays"]}{100 * c["gain"]["mean"]:+.1f} ± {100 * c["gain"]["error"]:.1f}'
-                 f'{"**" * c["pays"]}' for c in cells]
+        shown = ['' if c is None else f'{100 * c["gain"]["mean"]:+.1f} ± {100 * c["gain"]["error"]:.1f}' for c in cells]
+        shown = [f'**{x}**' if c and c['pays'] else x for x, c in zip(shown, cells, strict=True)]
         if row.name != BASE:
             text.append(f'| {row.name} | {" | ".join(shown)} | {sum(bool(c and c["pays"]) for c in cells)} of '
                         f'{sum(c is not None for c in cells)} |')

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_cascade.heads import ExitHead, HeadSpec, head_configs
+from timm_cascade.heads import ExitHead, HeadSpec
 
 EPOCHS, BATCH = 20, 256
 
@@ -80,13 +80,19 @@ class Heads(nn.Module):
 
     Args:
         shapes: For each exit the arguments of ExitHead that describe its tap.
+        configs: For each exit those that describe its head.
         num_classes: Of the classifier.
-        row: What kind of heads.
+        row: What the heads do besides.
     """
 
-    def __init__(self, shapes: Sequence[dict[str, Any]], num_classes: int, row: Row) -> None:
+    def __init__(
+            self,
+            shapes: Sequence[dict[str, Any]],
+            configs: Sequence[dict[str, Any]],
+            num_classes: int,
+            row: Row,
+    ) -> None:
         super().__init__()
-        configs = head_configs(row.head, len(shapes))
         self.num_classes = num_classes
         self.combine = row.combine
         self.heads = nn.ModuleList(

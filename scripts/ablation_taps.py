@@ -83,9 +83,8 @@ def cascade(pair: dict[str, Any], work: Path) -> timm_cascade.CascadeModel:
     if 'release' in pair:
         model.backbone.load_state_dict(timm_cascade.load(ROOT / pair['release']).backbone.state_dict())
         return model.eval()
-    load = DATA[recipe['data']['name']]
-    backbone = train_backbone(create_backbone(recipe), load(recipe['data']['train']), load(recipe['data']['calibration']),
-                              work / 'backbone.pt', recipe['backbone'])
+    train, watch = (DATA[recipe['data']['name']](recipe['data'][split]) for split in ('train', 'calibration'))
+    backbone = train_backbone(create_backbone(recipe), train, watch, work / 'backbone.pt', recipe['backbone'])
     model.backbone.load_state_dict(backbone.state_dict())
     return model.eval()
 

@@ -16,6 +16,7 @@ from ablation_heads import CarryHead, Heads, Row, fit, fit_weights
 
 import timm_cascade
 from timm_cascade.data import create_loader
+from timm_cascade.heads import head_configs
 
 SHAPES = [dict(channels=3, size=(4, 4)), dict(channels=5, size=(2, 2)), dict(channels=6, size=(2, 2))]
 WIDTHS = [48, 20, 24]
@@ -33,7 +34,7 @@ def pooled():
 
 def make(row: Row) -> Heads:
     torch.manual_seed(0)
-    return Heads(SHAPES, 4, row)
+    return Heads(SHAPES, head_configs('enhanced', 3), 4, row)
 
 
 def test_the_base_row_is_what_train_heads_does(small, images):
@@ -42,7 +43,7 @@ def test_the_base_row_is_what_train_heads_does(small, images):
         parts = [small.forward_pooled(x)[0] for x, _ in loader]
     taps = [torch.cat(p) for p in zip(*parts, strict=True)]
     labels, base = torch.as_tensor(images.labels), Row('base')
-    heads = Heads([dict(channels=p.channels, size=p.size) for p in small.exits], 4, base)
+    heads = Heads([dict(channels=p.channels, size=p.size) for p in small.exits], small._head_configs, 4, base)
     heads.heads.load_state_dict(small.heads.state_dict())
     fit(heads, base, taps, labels, torch.zeros(96, 4), seed=3)
     timm_cascade.train_heads(small, images, seed=3)
