@@ -131,7 +131,8 @@ def runs_of(rows: Sequence[Row], name: str, taps: Taps, seed: int) -> Iterable[d
         with torch.no_grad():
             held = [_record([*heads.answers(own[s]), taps.logits[s]], taps.labels[s]) for s in ('calibration', 'test')]
         stage = np.diff([0, *(taps.macs[e] for e in exits), taps.total]) + np.array([*heads.macs(), 0.])
-        measured = [measure(a, b, stage, np.array(heads.macs(), float), taps.total, classes) for a, b in halvings(*held)]
+        head = np.array(heads.macs(), float)
+        measured = [measure(a, b, stage, head, taps.total, classes) for a, b in halvings(*held)]
         yield dict(pair=name, key=row.key, row=row.name, seed=seed, seconds=round(seconds, 1),
                    heads_share=sum(heads.macs()) / taps.total,
                    exit_accuracy=np.concatenate([h[1] for h in held]).mean(0).round(4).tolist(),
@@ -144,7 +145,7 @@ def _in_parts(heads: Heads, taps: list[Tensor]) -> list[Tensor]:
 
 
 def halvings(calibration: Samples, test: Samples) -> Iterable[tuple[Samples, Samples]]:
-    """Pairs of samples to choose on and to measure on: the two given, each way round; halves of both, if they are few."""
+    """Samples to choose on and to measure on: the two given, each way round; then halves of both, if they are few."""
     sizes = len(calibration[0]), len(test[0])
     c, r = (np.concatenate(both) for both in zip(calibration, test, strict=True))
     order, random = np.arange(len(c)), np.random.default_rng(0)
