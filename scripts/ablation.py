@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from ablation_heads import Heads, Row, fit, fit_weights
+from ablation_page import BASE, DROPS, METRICS, PAPER, SEEDS, markdown, summary
 from ablation_taps import PAIRS, ROOT, Taps, load_taps
 from scipy import optimize
 from torch import Tensor
@@ -34,14 +35,7 @@ from timm_cascade.thresholds.frontier import GRID, follow, nested_path
 from timm_cascade.thresholds.problem import Problem
 
 _logger = logging.getLogger('ablation')
-DROPS = (0.0025, 0.005, 0.01)
-SEEDS = (0, 1, 2)
 Samples = tuple[np.ndarray, np.ndarray]  # confidence and correct, both (n, M+1)
-METRICS = (*(f'saved_{drop:g}' for drop in DROPS), 'area')
-PAYS = 0.005  # of the MACs: less is not worth a switch
-PAPER = 'the paper\'s recipe: two exits, its heads, SGD'
-BASE = '**base**: all exits, enhanced heads'
-OURS = BASE
 ROWS = (
     Row(PAPER, exits='paper', head='paper', recipe='paper'),
     Row('the same exits and heads, our training', exits='paper', head='paper'),
@@ -58,31 +52,6 @@ ROWS = (
     Row('three more views of each image', views=3),
     Row('samples weighted by the chance to get there', weigh=True),
 )
-
-INTRODUCTION = """# What makes exit heads good
-
-    {command}
-
-Frozen backbones, trained here; heads trained {seeds} times with different seeds (20 epochs, batch 256). Mean ± standard
-deviation over the seeds; the backbone is the same for all.
-
-- **saved at x**: share of the backbone's MACs saved, heads counted, at x points of accuracy *realised* on images that
-  chose nothing. The joint rule's path of threshold vectors, of which any `max_drop` picks one, is made on the
-  calibration images; each of its points is then run over the test images. The loss along the path is made monotone
-  (isotonic regression over the points' steps in cost), and the cheapest point whose loss is at most x counts. The two
-  sets of images then change places, and the two figures are averaged.
-- **area**: mean accuracy over all budgets from nothing to the whole backbone along the same path; below its cheapest
-  point part of the images are guessed.
-- **heads**: MACs of all heads over those of the backbone.
-
-The paper's recipe (section 7 of its reproduction in our design): two exits where the first and the second group of its
-networks end, average-pooled to 4x4 and 2x2, FC 64, FC C; SGD 0.9, weight decay 1e-4, lr 0.01, x0.1 after 10 epochs. Its
-thresholds are the joint rule's here, as for every row: with its own rule it saves less (README). The base is what
-`train_heads` does by default.
-"""
-WHICH = f"""Each switch alone on top of the base row: gain in MACs saved, in points, averaged over the three losses;
-mean ± standard error of the difference to the base seed by seed. Bold: it pays, by more than two standard errors and
-more than {100 * PAYS:g} points."""
 
 
 def exits_of(row: Row, name: str, taps: Taps) -> list[str]:
@@ -226,66 +195,6 @@ def results(names: Iterable[str], rows: Iterable[Row], log: Path) -> list[dict[s
     return kept
 
 
-def summary(runs: list[dict[str, Any]], names: Iterable[str], rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over the seeds; the gain over the base row, seed by seed."""
-    found = {(x['pair'], x['key'], x['seed']): x for x in runs}
-    base = next(r for r in rows if r.name == BASE)
-    table = []
-    for name in names:
-        for row in rows:
-            mine = [found[name, row.key, s] for s in SEEDS if (name, row.key, s) in found]
-            if not mine:
-                continue
-            line: dict[str, Any] = dict(pair=name, row=row.name, seeds=len(mine), heads_share=mine[0]['heads_share'],
-                                        seconds=float(np.median([x['seconds'] for x in mine])),
-                                        exit_accuracy=np.mean([x['exit_accuracy'] for x in mine], axis=0).tolist())
-            for key in METRICS:
-                values = [x[key] for x in mine]
-                line[key] = dict(mean=float(np.mean(values)), sd=float(np.std(values, ddof=len(values) > 1)))
-            gains = [np.mean([x[k] - found[name, base.key, x['seed']][k] for k in METRICS[:-1]]) for x in mine
-                     if (name, base.key, x['seed']) in found]
-            line['gain'] = dict(mean=float(np.mean(gains)), error=float(np.std(gains, ddof=1) / len(gains) ** 0.5))
-            line['pays'] = bool(line['gain']['mean'] > max(PAYS, 2 * line['gain']['error']))
-            table.append(line)
-    return table
-
-
-def markdown(table: list[dict[str, Any]], names: Sequence[str], rows: Sequence[Row], command: str) -> str:
-    of = {(x['pair'], x['row']): x for x in table}
-
-    def cell(x: dict[str, float]) -> str:
-        return f'{100 * x["mean"]:.1f} ± {100 * x["sd"]:.1f}'
-
-    text = [INTRODUCTION.format(command=command, seeds=len(SEEDS)), '## Ours against the paper\'s recipe', '',
-            '| backbone, data | backbone | the paper\'s recipe | ours | more | expected: 10 |',
-            '| --- | --- | --- | --- | --- | --- |']
-    for name in names:
-        paper, ours = (of[name, row]['saved_0.005'] for row in (PAPER, OURS))
-        more = 100 * (ours['mean'] - paper['mean'])
-        text.append(f'| {name} | {of[name, BASE]["exit_accuracy"][-1]:.1%} | {cell(paper)} | {cell(ours)} | '
-                    f'{more:.1f} | {"met" if more >= 10 else "missed"} |')
-    text += ['', '## Which switch pays', '', WHICH, '', f'| row | {" | ".join(names)} | pays on |',
-             f'| --- | {"--- | " * len(names)}--- |']
-    for row in rows:
-        cells = [of.get((name, row.name)) for name in names]
-        shown = ['' if c is None else f'{100 * c["gain"]["mean"]:+.1f} ± {100 * c["gain"]["error"]:.1f}' for c in cells]
-        shown = [f'**{x}**' if c and c['pays'] else x for x, c in zip(shown, cells, strict=True)]
-        if row.name != BASE:
-            text.append(f'| {row.name} | {" | ".join(shown)} | {sum(bool(c and c["pays"]) for c in cells)} of '
-                        f'{sum(c is not None for c in cells)} |')
-    for name in names:
-        text += ['', f'## {name}', '', '| row | saved at 0.25 | at 0.5 | at 1 | area | heads | training, s |',
-                 '| --- | --- | --- | --- | --- | --- | --- |']
-        for x in (of[name, r.name] for r in rows if (name, r.name) in of):
-            text.append(f'| {x["row"]} | {" | ".join(cell(x[k]) for k in METRICS)} | {x["heads_share"]:.2%} | '
-                        f'{x["seconds"]:.0f} |')
-        accuracy = of[name, BASE]['exit_accuracy']
-        text += ['', f'Exits of the base row, right on the held-out images: '
-                     f'{", ".join(f"{e} {a:.1%}" for e, a in zip(PAIRS[name]["exits"], accuracy, strict=False))}; '
-                     f'backbone {accuracy[-1]:.1%}.']
-    return '\n'.join([*text, ''])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--pairs', nargs='+', default=list(PAIRS), choices=list(PAIRS))
@@ -295,6 +204,7 @@ def main() -> None:
     runs = results(args.pairs, ROWS, ROOT / 'runs' / 'ablation' / 'results.jsonl')
     table = summary(runs, args.pairs, ROWS)
     command = 'python scripts/emoji.py --out runs/emoji && python scripts/ablation.py'
+    command += '' if args.pairs == list(PAIRS) else f' --pairs {" ".join(args.pairs)}'
     write_text(args.out / 'ablation.json', json.dumps(dict(command=command, rows=table), indent=1))
     write_text(args.out / 'ablation.md', markdown(table, args.pairs, ROWS, command))
 

@@ -6,6 +6,7 @@ import json
 
 import ablation
 import ablation_heads
+import ablation_page
 import ablation_taps
 import numpy as np
 import pytest
@@ -131,8 +132,10 @@ def test_a_tiny_pair_from_backbone_to_page(images, tmp_path, monkeypatch):
     monkeypatch.setitem(ablation_taps.PAIRS, 'tiny', pair)
     monkeypatch.setitem(ablation_taps.DATA, 'quarters', lambda split: images)
     monkeypatch.setattr(ablation_heads, 'EPOCHS', 2)
-    monkeypatch.setattr(ablation, 'SEEDS', (0, 1))
-    rows = [r for r in ablation.ROWS if r.name in (ablation.PAPER, ablation.BASE, ablation.OURS) or r.combine]
+    for module in (ablation, ablation_page):
+        monkeypatch.setattr(module, 'SEEDS', (0, 1))
+    names = ablation_page.PAPER, ablation_page.BASE, ablation_page.OURS
+    rows = [r for r in ablation.ROWS if r.name in names or r.combine]
     monkeypatch.setattr(ablation, 'ROWS', [*rows, Row('views', views=1), Row('more views', views=2)])
     monkeypatch.setattr('sys.argv', ['ablation.py', '--pairs', 'tiny', '--out', str(tmp_path / 'docs')])
     monkeypatch.setattr(ablation_taps.load_taps, '__defaults__', (tmp_path / 'runs',))
@@ -156,4 +159,4 @@ def test_a_tiny_pair_from_backbone_to_page(images, tmp_path, monkeypatch):
     table = json.loads((tmp_path / 'docs' / 'ablation.json').read_text())['rows']
     assert {x['row'] for x in table} == {r.name for r in ablation.ROWS} - {'more views'}
     assert all(x['seeds'] == 2 and 0 <= x['saved_0.005']['mean'] < 1 for x in table)
-    assert f'| {ablation.PAPER} |' in page and 'more views' not in page.split('## tiny')[1]
+    assert f'| {ablation_page.PAPER} |' in page and 'more views' not in page.split('## tiny')[1]
