@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import timm
 import torch
 from test_data import write_idx
 from test_training import close, trained
@@ -136,7 +137,7 @@ TWO = '''
 '''
 
 
-def test_two_processes_killed_and_continued_are_as_one(small, tmp_path):
+def test_two_processes_killed_and_continued_are_as_one(tmp_path):
     """torchrun, gloo, a data set that two does not divide: as one process to 1e-5, as without the kill to the bit."""
     script = tmp_path / 'work.py'
     script.write_text(textwrap.dedent(TWO))
@@ -151,7 +152,6 @@ def test_two_processes_killed_and_continued_are_as_one(small, tmp_path):
     rng = np.random.default_rng(0)
     data = ImageData(rng.integers(0, 255, (45, 16, 16), dtype=np.uint8), np.arange(45) % 4, list('abcd'))
     torch.manual_seed(0)
-    import timm
     small = timm.create_model('cascade_cifar_resnet20', in_chans=1, num_classes=4, exits=['layer1', 'layer2'],
                               pretrained_cfg_overlay=dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,)))
     timm_cascade.train_heads(small, data, data, epochs=3, batch_size=16, classifier=True)
@@ -159,27 +159,37 @@ def test_two_processes_killed_and_continued_are_as_one(small, tmp_path):
     assert close({**small.state_dict(), 'confidence': torch.tensor(calibration.confidence)}, whole)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('seconds', [9, 11, 13, 15])
-def test_the_command_is_killed_and_given_again(images, tmp_path, seconds):
-    """Whenever the kill comes: the release of a command given again has the bytes of one that was left alone."""
-    (tmp_path / 'data').mkdir()
-    write_idx(tmp_path / 'data' / 'train-images-idx3-ubyte.gz', np.tile(images.images, (30, 1, 1)))
-    write_idx(tmp_path / 'data' / 'train-labels-idx1-ubyte.gz', np.tile(images.labels, 30).astype(np.uint8))
+@pytest.fixture(scope='module')
+def command(tmp_path_factory):
+    """The command line that trains into a folder, which one of them has done undisturbed."""
+    folder = tmp_path_factory.mktemp('command')
+    generator = np.random.default_rng(0)
+    write_idx(folder / 'train-images-idx3-ubyte.gz', generator.integers(0, 255, (3000, 16, 16), dtype=np.uint8))
+    write_idx(folder / 'train-labels-idx1-ubyte.gz', generator.integers(0, 4, 3000, dtype=np.uint8))
 
-    def command(out):
+    def arguments(out):
         return [sys.executable, '-m', 'timm_cascade', 'train', '--model', 'cascade_cifar_resnet20', '--data',
-                str(tmp_path / 'data'), '--out', str(tmp_path / out), '--epochs', '100', '--model-kwargs', 'in_chans=1',
-                '--save-every', '0.1', '--views', '2', '--json']
+                str(folder), '--out', str(out), '--epochs', '100', '--model-kwargs', 'in_chans=1', '--save-every',
+                '0.1', '--views', '2', '--json']
 
-    subprocess.run(command('whole'), check=True, capture_output=True)
-    process = subprocess.Popen(command('killed'), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(seconds)
+    subprocess.run(arguments(folder / 'whole'), check=True, capture_output=True)
+    return arguments, folder / 'whole'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sign', ['taps/*.part/tap0.npy', 'taps/????????????????????????', 'unfinished.pt',
+                                  'model.safetensors'])
+def test_the_command_is_killed_and_given_again(command, tmp_path, sign):
+    """In the first pass, the second, the epochs, while saving: afterwards the release has the bytes of the other."""
+    arguments, whole = command
+    process = subprocess.Popen(arguments(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob(sign)):
+        time.sleep(0.002)
     process.kill()
-    process.wait()
-    done = subprocess.run(command('killed'), check=True, capture_output=True, text=True)
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(arguments(tmp_path), check=True, capture_output=True, text=True)
     assert json.loads(done.stdout)['epoch'] == 100
     for name in ('model.safetensors', 'config.json'):
-        assert (tmp_path / 'killed' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
-    assert sorted(p.name for p in (tmp_path / 'killed').iterdir()) == [
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith('.')) == [
         'README.md', 'config.json', 'model.safetensors', 'taps', 'training.jsonl']
