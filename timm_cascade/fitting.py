@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .data import UNLABELLED
 from .files import replacing
 from .launch import on_main
 from .taps import Batch, StoredTaps, Taps
@@ -28,6 +29,7 @@ __all__ = ['Classifier', 'Heads', 'Recipe', 'Trainer', 'moments']
 
 _logger = logging.getLogger(__name__)
 EPSILON = 1e-5  # added to variances, as BatchNorm does
+TEMPERATURE = 4.  # at which heads are compared with the network's answers
 
 
 class Classifier(nn.Module):
@@ -81,6 +83,28 @@ class Recipe:
     seed: int
 
 
+def _loss(logits: Tensor, labels: Tensor, answer: Tensor) -> Tensor:
+    """What one head loses, summed over a batch.
+
+    Args:
+        logits: (N, C) of the head.
+        labels: (N,), -1 where there is none: there the distance to the frozen network's answer counts.
+        answer: (N, C) logits of the frozen network.
+    """
+    loss = F.cross_entropy(logits, labels, reduction='sum', ignore_index=UNLABELLED)
+    without = labels == UNLABELLED
+    if without.any():
+        mine, theirs = (F.log_softmax(x[without].float() / TEMPERATURE, 1) for x in (logits, answer))
+        # the square keeps gradients as large as those of labels (Hinton et al., arXiv 1503.02531)
+        loss = loss + TEMPERATURE ** 2 * F.kl_div(mine, theirs, reduction='sum', log_target=True)
+    return loss
+
+
+def _targets(labels: Tensor, answer: Tensor) -> Tensor:
+    """What is right: the label, or else what the network answers."""
+    return torch.where(labels == UNLABELLED, answer.argmax(1), labels)
+
+
 def _in_order(taps: Taps | StoredTaps, accelerator: Accelerator) -> Iterator[Batch]:
     """This process's share of all images."""
     n = len(taps)
@@ -99,21 +123,20 @@ def moments(
         views: Sequence[Taps | StoredTaps],
         accelerator: Accelerator,
         num_classes: int,
+        least: int = 0,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Mean and variance of each of the M+1 arrays, over all views; float64 sums, one batch in memory at a time.
 
     Raises:
-        ValueError: A label outside 0..num_classes-1.
+        ValueError: A label outside least..num_classes-1.
     """
     widths = views[0].widths
     sums = torch.zeros(2, sum(widths), dtype=torch.float64)
-    seen = torch.zeros(num_classes + 2, dtype=torch.float64)  # labels too low, of each class, too high
     for view in views:
         for arrays, labels in _in_order(view, accelerator):
             values = torch.cat(arrays, 1).cpu().double()
             sums += torch.stack([values.sum(0), values.square().sum(0)])
-            seen += torch.bincount(labels.clamp(-1, num_classes) + 1, minlength=num_classes + 2)
-            if seen[0] or seen[-1]:
+            if ((labels < least) | (labels >= num_classes)).any():
                 raise ValueError(f'labels go from {int(labels.min())} to {int(labels.max())}, the model has the '
                                  f'classes 0..{num_classes - 1}; create it with num_classes={int(labels.max()) + 1} '
                                  f'or correct the labels.')
@@ -211,13 +234,14 @@ class Trainer:
     def _backward(self, arrays: list[Tensor], labels: Tensor, images: int) -> None:
         """Gradients of this process's part of a step of `images` images."""
         accelerator = self.accelerator
-        target = labels.to(accelerator.device)
+        arrays, labels = [a.to(accelerator.device) for a in arrays], labels.to(accelerator.device)
         with accelerator.autocast():
-            logits = self.wrapped([a.to(accelerator.device) for a in arrays])
-        loss = torch.stack([F.cross_entropy(x.float(), target, reduction='sum') for x in logits]).sum()
+            logits = self.wrapped(arrays)
+        loss = torch.stack([_loss(x.float(), labels, arrays[-1]) for x in logits]).sum()
         # DDP averages over processes and Accelerate over parts; what is wanted is the mean over the step's images
         scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / images
         accelerator.backward(loss * scale)
+        target = _targets(labels, arrays[-1])
         right = torch.stack([(x.argmax(1) == target).sum() for x in logits])
         self.totals = self.totals.to(loss) + _sum(accelerator, torch.cat([loss.detach()[None], right]))
 
@@ -229,7 +253,8 @@ class Trainer:
         for arrays, labels in _in_order(taps, self.accelerator):
             logits = self.heads([a.to(device) for a in arrays])
             logits += [a.to(device) for a in arrays[len(logits):]]  # a classifier that is not trained
-            right += torch.stack([(x.argmax(1).cpu() == labels).sum() for x in logits])
+            target = _targets(labels.to(device), logits[-1])
+            right += torch.stack([(x.argmax(1) == target).sum() for x in logits]).cpu()
         return (_sum(self.accelerator, right) / len(taps)).tolist()
 
     def _save(self, state: Path | None, key: str) -> None:

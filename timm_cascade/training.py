@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .backbone import input_size_of
-from .data import check_classes, check_training_classes
+from .data import UNLABELLED, check_classes, check_training_classes
 from .fitting import Classifier, Heads, Recipe, Trainer, moments
 from .launch import check_launch, create_accelerator, on_main
 from .model import CascadeModel
@@ -51,12 +51,14 @@ def train_heads(
 ) -> list[dict[str, Any]]:
     """Trains the heads in place; the backbone stays in evaluation mode and is not changed.
 
-    Cross-entropy summed over the exits, AdamW, cosine decay. A calibration made for the old heads is dropped.
+    Cross-entropy summed over the exits, AdamW, cosine decay; what else was tried stands in docs/ablation.md. A
+    calibration made for the old heads is dropped.
 
     Args:
         model: The cascade.
-        train: Images with labels 0..C-1: an ImageData, or any data set of (normalised tensor, label).
-        val: Images to report accuracy on, never trained on.
+        train: Images with labels 0..C-1: an ImageData, or any data set of (normalised tensor, label). From an image
+            without a label (-1) the heads learn what the frozen network answers; with `classifier` there is no such.
+        val: Images to report accuracy on (without labels: agreement with the network), never trained on.
         batch_size: Over all processes together; with gradient accumulation (the accelerator's) of each part of a step.
         views: How many looks at each image, one an epoch in turn: the first as in evaluation, the others augmented by
             timm's training transform (or whatever is random about a data set of your own).
@@ -101,7 +103,8 @@ def train_heads(
         sources, keys = _sources(
             [Taps(model, data, accelerator, view, seed, workers, classifier, batch_size) for data, view in wanted],
             cache, state is not None)
-        mean, variance = moments(sources[:views], accelerator, model.num_classes)
+        mean, variance = moments(
+            sources[:views], accelerator, model.num_classes, least=0 if classifier else UNLABELLED)
         for head, m, v in zip(model.heads, mean, variance, strict=False):
             # standardised by the training set's own statistics, so that no step depends on how a batch is split
             if isinstance(norm := head.norm, nn.BatchNorm1d):
