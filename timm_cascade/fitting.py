@@ -1,7 +1,6 @@
 """The epochs of head training: batches of taps in, trained heads out."""
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -60,7 +59,7 @@ class Classifier(nn.Module):
 
 
 class Heads(nn.Module):
-    """All that is trained as one module, so that one wrapper (DDP) serves it."""
+    """All that is trained, as one module."""
 
     def __init__(self, heads: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -143,7 +142,13 @@ class Trainer:
         optimizer: Any = torch.optim.AdamW(
             [dict(params=decayed, weight_decay=recipe.weight_decay), dict(params=plain, weight_decay=0.)], lr=recipe.lr)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs * self.steps)
-        self.wrapped, self.optimizer = accelerator.prepare(heads, optimizer)
+        self.optimizer = accelerator.prepare(optimizer)
+        if accelerator.num_processes > 1:  # all start from the main process's heads
+            from accelerate.utils import broadcast
+
+            with torch.no_grad():
+                for tensor in heads.state_dict().values():
+                    tensor.copy_(broadcast(tensor.clone()))
         self.history: list[dict[str, Any]] = []
         self.epoch, self.step = 0, 0  # the next ones
         self.totals = torch.zeros(1 + len(heads.heads))  # of this epoch: loss, right answers of each head
@@ -181,11 +186,9 @@ class Trainer:
             [part[rank::processes] for step in parts for part in step])
         began = time.monotonic()
         for images, step in zip(map(len, chosen), parts, strict=True):
-            for part in range(len(step)):
-                arrays, labels = next(batches)
-                last = part == len(step) - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
-                    self._backward(arrays, labels, images)
+            for _ in step:
+                self._backward(*next(batches), images)
+            self._share_gradients()
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()
@@ -213,13 +216,25 @@ class Trainer:
         accelerator = self.accelerator
         target = labels.to(accelerator.device)
         with accelerator.autocast():
-            logits = self.wrapped([a.to(accelerator.device) for a in arrays])
+            logits = self.heads([a.to(accelerator.device) for a in arrays])
         loss = torch.stack([F.cross_entropy(x.float(), target, reduction='sum') for x in logits]).sum()
-        # DDP averages over processes and Accelerate over parts; what is wanted is the mean over the step's images
-        scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / images
-        accelerator.backward(loss * scale)
+        # gradients add up to those of the mean over the step's images; Accelerate divides by the number of parts
+        accelerator.backward(loss * (accelerator.gradient_accumulation_steps / images))
         right = torch.stack([(x.argmax(1) == target).sum() for x in logits])
         self.totals = self.totals.to(loss) + _sum(accelerator, torch.cat([loss.detach()[None], right]))
+
+    def _share_gradients(self) -> None:
+        """Sums them over the processes, all in one piece.
+
+        DistributedDataParallel would cut them up anew after its first step, and so add in another order in a training
+        that is continued.
+        """
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [p.grad for p in self.heads.parameters() if p.grad is not None]
+        total = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), 'sum')
+        for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     @torch.no_grad()
     def _accuracies(self) -> list[float]:
