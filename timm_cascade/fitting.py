@@ -34,28 +34,28 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, linear: nn.Linear, mean: Tensor, variance: Tensor) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, mean: Tensor, variance: Tensor) -> None:
         super().__init__()
-        self.register_buffer('mean', mean if linear.bias is not None else torch.zeros_like(mean))
-        self.register_buffer('std', (variance + EPSILON).sqrt())
-        self.linear = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
-        self.linear.to(mean)
+        weight, bias = layer.weight.flatten(1), layer.bias
+        self.register_buffer('mean', mean.to(weight) if bias is not None else torch.zeros_like(mean).to(weight))
+        self.register_buffer('std', (variance + EPSILON).sqrt().to(weight))
+        self.linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None).to(weight)
         with torch.no_grad():
-            self.linear.weight.copy_(linear.weight * self.std)
-            if linear.bias is not None:
-                self.linear.bias.copy_(linear.bias + linear.weight @ self.mean)
+            self.linear.weight.copy_(weight * self.std)
+            if bias is not None:
+                self.linear.bias.copy_(bias + weight @ self.mean)
 
     def classify(self, features: Tensor) -> Tensor:
         """(N, in_features) to logits (N, num_classes)."""
         return self.linear((features - self.mean) / self.std)
 
     @torch.no_grad()
-    def write_to(self, linear: nn.Linear) -> None:
-        """Makes `linear` the same function of the features as they are."""
+    def write_to(self, layer: nn.Linear | nn.Conv2d) -> None:
+        """Makes `layer` the same function of the features as they are."""
         weight = self.linear.weight / self.std
-        linear.weight.copy_(weight)
-        if linear.bias is not None:
-            linear.bias.copy_(self.linear.bias - weight @ self.mean)
+        layer.weight.copy_(weight.view_as(layer.weight))
+        if layer.bias is not None:
+            layer.bias.copy_(self.linear.bias - weight @ self.mean)
 
 
 class Heads(nn.Module):
