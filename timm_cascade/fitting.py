@@ -106,13 +106,11 @@ def moments(
     """
     widths = views[0].widths
     sums = torch.zeros(2, sum(widths), dtype=torch.float64)
-    seen = torch.zeros(num_classes + 2, dtype=torch.float64)  # labels too low, of each class, too high
     for view in views:
         for arrays, labels in _in_order(view, accelerator):
             values = torch.cat(arrays, 1).cpu().double()
             sums += torch.stack([values.sum(0), values.square().sum(0)])
-            seen += torch.bincount(labels.clamp(-1, num_classes) + 1, minlength=num_classes + 2)
-            if seen[0] or seen[-1]:
+            if len(labels) and (labels.min() < 0 or labels.max() >= num_classes):
                 raise ValueError(f'labels go from {int(labels.min())} to {int(labels.max())}, the model has the '
                                  f'classes 0..{num_classes - 1}; create it with num_classes={int(labels.max()) + 1} '
                                  f'or correct the labels.')
@@ -260,8 +258,15 @@ class Trainer:
                 scaler=scaler.state_dict() if scaler else None, history=self.history), temporary)
 
     def _load(self, state: Path | None, key: str) -> None:
-        found = on_main(self.accelerator, lambda: state is not None and state.is_file())
-        if not found or state is None:
+        if state is None:
+            return
+
+        def found() -> bool:
+            for file in state.parent.glob(f'.{state.name}.*.tmp'):  # of one that was killed while it wrote
+                file.unlink()
+            return state.is_file()
+
+        if not on_main(self.accelerator, found):
             return
         saved = torch.load(state, map_location='cpu', weights_only=True)
         if saved['key'] != key:
