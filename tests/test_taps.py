@@ -241,9 +241,6 @@ def test_memory_does_not_grow_with_the_data(small, accelerator, tmp_path):
         source = Taps(small, Sized(n), accelerator)
         source.widths = [2048, 4]
         taps_module._allocate(tmp_path / str(n), source, str(n))
-        taps = StoredTaps(tmp_path / str(n))
-        trainer = Trainer(Heads([ExitHead(2048, (1, 1), 4, hidden=8)]), [taps], accelerator,
-                          Recipe(1, 256, 1e-3, 0., 0), [taps], 30.)
         start, peak, running = anonymous_memory(), [0], [True]
 
         def watch(start=start, peak=peak, running=running):
@@ -253,8 +250,10 @@ def test_memory_does_not_grow_with_the_data(small, accelerator, tmp_path):
 
         thread = threading.Thread(target=watch)
         thread.start()
+        taps = StoredTaps(tmp_path / str(n))
         moments([taps], accelerator, 4)
-        trainer.run(None, [], None)
+        Trainer(Heads([ExitHead(2048, (1, 1), 4, hidden=8)]), [taps], accelerator,
+                Recipe(1, 256, 1e-3, 0., 0), [taps], 30.).run(None, [], None)
         running[0] = False
         thread.join()
         peaks.append(peak[0])

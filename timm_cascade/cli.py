@@ -177,12 +177,19 @@ def _train(args: argparse.Namespace) -> dict[str, Any] | None:
                 **history[-1])
 
 
-def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
+def _calibrate(args: argparse.Namespace) -> dict[str, Any] | None:
+    accelerator = create_accelerator()
     model = hub.load(args.folder)
     data = _load_data(args, args.split, labels=not args.no_labels)
     check_classes(data, model.num_classes, model.label_names)
-    calibration = calibrate(model, data, batch_size=args.batch_size, workers=args.workers)
-    hub.save(model, args.folder)
+    calibration = calibrate(
+        model, data, batch_size=args.batch_size, workers=args.workers, accelerator=accelerator)
+    main_process = accelerator.is_main_process
+    if main_process:
+        hub.save(model, args.folder)
+    accelerator.end_training()
+    if not main_process:
+        return None
     accuracy = calibration.correct.mean(0)
     return dict(folder=args.folder, n=len(data), exits=list(calibration.exits),
                 **{'agreement' if args.no_labels else 'accuracy': [round(float(a), 4) for a in accuracy]})

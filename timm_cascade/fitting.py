@@ -1,7 +1,6 @@
 """The epochs of head training: batches of taps in, trained heads out."""
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -37,32 +36,32 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, linear: nn.Linear, mean: Tensor, variance: Tensor) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, mean: Tensor, variance: Tensor) -> None:
         super().__init__()
-        self.register_buffer('mean', mean if linear.bias is not None else torch.zeros_like(mean))
-        self.register_buffer('std', (variance + EPSILON).sqrt())
-        self.linear = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
-        self.linear.to(mean)
+        weight, bias = layer.weight.flatten(1), layer.bias
+        self.register_buffer('mean', mean.to(weight) if bias is not None else torch.zeros_like(mean).to(weight))
+        self.register_buffer('std', (variance + EPSILON).sqrt().to(weight))
+        self.linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None).to(weight)
         with torch.no_grad():
-            self.linear.weight.copy_(linear.weight * self.std)
-            if linear.bias is not None:
-                self.linear.bias.copy_(linear.bias + linear.weight @ self.mean)
+            self.linear.weight.copy_(weight * self.std)
+            if bias is not None:
+                self.linear.bias.copy_(bias + weight @ self.mean)
 
     def classify(self, features: Tensor) -> Tensor:
         """(N, in_features) to logits (N, num_classes)."""
         return self.linear((features - self.mean) / self.std)
 
     @torch.no_grad()
-    def write_to(self, linear: nn.Linear) -> None:
-        """Makes `linear` the same function of the features as they are."""
+    def write_to(self, layer: nn.Linear | nn.Conv2d) -> None:
+        """Makes `layer` the same function of the features as they are."""
         weight = self.linear.weight / self.std
-        linear.weight.copy_(weight)
-        if linear.bias is not None:
-            linear.bias.copy_(self.linear.bias - weight @ self.mean)
+        layer.weight.copy_(weight.view_as(layer.weight))
+        if layer.bias is not None:
+            layer.bias.copy_(self.linear.bias - weight @ self.mean)
 
 
 class Heads(nn.Module):
-    """All that is trained as one module, so that one wrapper (DDP) serves it."""
+    """All that is trained, as one module."""
 
     def __init__(self, heads: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -136,7 +135,7 @@ def moments(
         for arrays, labels in _in_order(view, accelerator):
             values = torch.cat(arrays, 1).cpu().double()
             sums += torch.stack([values.sum(0), values.square().sum(0)])
-            if ((labels < least) | (labels >= num_classes)).any():
+            if len(labels) and (labels.min() < least or labels.max() >= num_classes):
                 raise ValueError(f'labels go from {int(labels.min())} to {int(labels.max())}, the model has the '
                                  f'classes 0..{num_classes - 1}; create it with num_classes={int(labels.max()) + 1} '
                                  f'or correct the labels.')
@@ -166,7 +165,13 @@ class Trainer:
         optimizer: Any = torch.optim.AdamW(
             [dict(params=decayed, weight_decay=recipe.weight_decay), dict(params=plain, weight_decay=0.)], lr=recipe.lr)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs * self.steps)
-        self.wrapped, self.optimizer = accelerator.prepare(heads, optimizer)
+        self.optimizer = accelerator.prepare(optimizer)
+        if accelerator.num_processes > 1:  # all start from the main process's heads
+            from accelerate.utils import broadcast
+
+            with torch.no_grad():
+                for tensor in heads.state_dict().values():
+                    tensor.copy_(broadcast(tensor.clone()))
         self.history: list[dict[str, Any]] = []
         self.epoch, self.step = 0, 0  # the next ones
         self.totals = torch.zeros(1 + len(heads.heads))  # of this epoch: loss, right answers of each head
@@ -204,11 +209,9 @@ class Trainer:
             [part[rank::processes] for step in parts for part in step])
         began = time.monotonic()
         for images, step in zip(map(len, chosen), parts, strict=True):
-            for part in range(len(step)):
-                arrays, labels = next(batches)
-                last = part == len(step) - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
-                    self._backward(arrays, labels, images)
+            for _ in step:
+                self._backward(*next(batches), images)
+            self._share_gradients()
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()
@@ -236,14 +239,26 @@ class Trainer:
         accelerator = self.accelerator
         arrays, labels = [a.to(accelerator.device) for a in arrays], labels.to(accelerator.device)
         with accelerator.autocast():
-            logits = self.wrapped(arrays)
+            logits = self.heads(arrays)
         loss = torch.stack([_loss(x.float(), labels, arrays[-1]) for x in logits]).sum()
-        # DDP averages over processes and Accelerate over parts; what is wanted is the mean over the step's images
-        scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / images
-        accelerator.backward(loss * scale)
+        # gradients add up to those of the mean over the step's images; Accelerate divides by the number of parts
+        accelerator.backward(loss * (accelerator.gradient_accumulation_steps / images))
         target = _targets(labels, arrays[-1])
         right = torch.stack([(x.argmax(1) == target).sum() for x in logits])
         self.totals = self.totals.to(loss) + _sum(accelerator, torch.cat([loss.detach()[None], right]))
+
+    def _share_gradients(self) -> None:
+        """Sums them over the processes, all in one piece.
+
+        DistributedDataParallel would cut them up anew after its first step, and so add in another order in a training
+        that is continued.
+        """
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [p.grad for p in self.heads.parameters() if p.grad is not None]
+        total = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), 'sum')
+        for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     @torch.no_grad()
     def _accuracies(self) -> list[float]:
@@ -270,8 +285,15 @@ class Trainer:
                 scaler=scaler.state_dict() if scaler else None, history=self.history), temporary)
 
     def _load(self, state: Path | None, key: str) -> None:
-        found = on_main(self.accelerator, lambda: state is not None and state.is_file())
-        if not found or state is None:
+        if state is None:
+            return
+
+        def found() -> bool:
+            for file in state.parent.glob(f'.{state.name}.*.tmp'):  # of one that was killed while it wrote
+                file.unlink()
+            return state.is_file()
+
+        if not on_main(self.accelerator, found):
             return
         saved = torch.load(state, map_location='cpu', weights_only=True)
         if saved['key'] != key:

@@ -73,7 +73,7 @@ class Taps:
         self.model, self.data, self.accelerator = model, data, accelerator
         self.view = View(model, data, view, seed)
         self.workers, self.features = workers, features
-        last = model.get_classifier().in_features if features else model.num_classes
+        last = model.get_classifier().weight.shape[1] if features else model.num_classes  # type: ignore[index]
         self.widths: list[int] = [*(h.in_features for h in model.heads), last]  # type: ignore[list-item]
         self.batch = min(batch, MAX_BATCH)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -110,8 +111,7 @@ def train_heads(
             if isinstance(norm := head.norm, nn.BatchNorm1d):
                 norm.running_mean.copy_(m)  # type: ignore[union-attr]
                 norm.running_var.copy_(v)  # type: ignore[union-attr]
-        probe = None if final is None else Classifier(
-            final, mean[-1].to(final.weight), variance[-1].to(final.weight))
+        probe = None if final is None else Classifier(final, mean[-1], variance[-1])
         heads = Heads([*model.heads, *([] if probe is None else [probe])])
         trainer = Trainer(heads, sources[:views], accelerator, recipe, sources[views:], save_every)
         history = trainer.run(None if state is None else Path(state), keys, None if log is None else Path(log))
@@ -126,22 +126,23 @@ def train_heads(
     return history
 
 
-def _check_classifier(model: CascadeModel) -> nn.Linear:
-    """The backbone's classifier, where it is a linear layer on forward_head(..., pre_logits=True).
+def _check_classifier(model: CascadeModel) -> nn.Linear | nn.Conv2d:
+    """The backbone's classifier, where it is a linear layer (or 1x1 convolution) on forward_head(..., pre_logits=True).
 
     Raises:
         ValueError: It is not.
     """
     found = model.get_classifier()
     advice = 'Fine-tune the backbone with timm\'s train.py and bring its checkpoint (--checkpoint).'
-    if not isinstance(found, nn.Linear):
+    if not isinstance(found, nn.Linear) and not (isinstance(found, nn.Conv2d) and found.kernel_size == (1, 1)):
         raise ValueError(f'the classifier of {type(model.backbone).__name__} is {type(found).__name__}, not one linear '
                          f'layer, and is not trained here. {advice}')
     images = torch.randn(2, *input_size_of(model.backbone), generator=torch.Generator().manual_seed(0)).to(found.weight)
     with torch.no_grad():
         features, logits = model.forward_pooled(images, pre_logits=True)[1], model.backbone(images)
-        ok = features.shape[1:] == (found.in_features,) and torch.allclose(
-            found(features), logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max()))
+        ok = features.shape[1:] == (found.weight.shape[1],) and torch.allclose(
+            F.linear(features, found.weight.flatten(1), found.bias), logits, rtol=1e-3,
+            atol=1e-3 * float(logits.abs().max()))
     if not ok:
         raise ValueError(f'{type(model.backbone).__name__} does more than its classifier to what forward_head(..., '
                          f'pre_logits=True) gives, so it is not trained here. {advice}')

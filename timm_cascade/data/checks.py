@@ -29,7 +29,9 @@ def check_classes(data: Dataset, num_classes: int, label_names: Sequence[str] | 
     if other:
         raise ValueError(f'{source} has other classes than the model, or the same in another order: '
                          + '; '.join(f'class {i} is {name!r} there and {mine!r} here' for i, name, mine in other[:3])
-                         + (f'; {len(other)} differ in all' if len(other) > 3 else '') + '.')
+                         + (f'; {len(other)} differ in all' if len(other) > 3 else '') +
+                         '. Give images of the model\'s classes in its order; where only the names differ, set '
+                         'model.label_names or class_names.')
 
 
 def _only_numbers(names: Sequence[str]) -> bool:
