@@ -1,4 +1,4 @@
-"""What makes exit heads good? The paper's recipe, then each switch alone on top of ours, on six frozen networks.
+"""What makes exit heads good? The paper's recipe, then each switch alone on top of ours, on frozen networks.
 
     python scripts/emoji.py --out runs/emoji && python scripts/ablation.py
 
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from ablation_heads import Heads, Row, fit, fit_weights
-from ablation_page import BASE, DROPS, METRICS, PAPER, SEEDS, markdown, summary
+from ablation_page import BASE, DROPS, METRICS, PAPER, SEEDS, THREE, markdown, summary
 from ablation_taps import PAIRS, ROOT, Taps, load_taps
 from scipy import optimize
 from torch import Tensor
@@ -40,9 +40,10 @@ ROWS = (
     Row(PAPER, exits='paper', head='paper', recipe='paper'),
     Row('the same exits and heads, our training', exits='paper', head='paper'),
     Row('the same exits, our heads and training', exits='paper'),
-    Row('three exits', exits='three'),
+    Row(THREE, exits='three'),
     Row(BASE),
     Row('heads of full width, whatever they cost', head=(dict(grid=4, hidden=64, norm=True),)),
+    Row('heads that pool to 2x2', head=(dict(grid=2, hidden=64, norm=True),)),
     Row('linear heads', head='linear'),
     Row('distillation at temperature 4, half of the loss', distil=0.5, temperature=4.),
     Row('distillation at temperature 4 alone, no labels', distil=1., temperature=4.),

@@ -134,7 +134,7 @@ def test_a_tiny_pair_from_backbone_to_page(images, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation_heads, 'EPOCHS', 2)
     for module in (ablation, ablation_page):
         monkeypatch.setattr(module, 'SEEDS', (0, 1))
-    names = ablation_page.PAPER, ablation_page.BASE, ablation_page.OURS
+    names = ablation_page.PAPER, ablation_page.BASE, ablation_page.THREE
     rows = [r for r in ablation.ROWS if r.name in names or r.combine]
     monkeypatch.setattr(ablation, 'ROWS', [*rows, Row('views', views=1), Row('more views', views=2)])
     monkeypatch.setattr('sys.argv', ['ablation.py', '--pairs', 'tiny', '--out', str(tmp_path / 'docs')])
