@@ -27,8 +27,8 @@ over the seeds; the backbone is the same for all.
   chose nothing. The joint rule's path of threshold vectors, of which any `max_drop` picks one, is made on the
   calibration images; each of its points is then run over the test images. The loss along the path is made monotone
   (isotonic regression, each point weighted by its step in cost), and the cheapest point whose loss is at most x counts.
-  The two sets of images then change places, and the two figures are averaged; where they are few (the emoji), over three
-  more random halvings too.
+  The two sets of images then change places, and the two figures are averaged; where they are few (the emoji), over
+  three more random halvings too.
 - **area**: accuracy averaged over all budgets from nothing to the whole backbone along the same path; below its
   cheapest point part of the images are guessed.
 - **heads**: MACs of all heads over those of the backbone.
