@@ -52,12 +52,13 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, device: torch.dev
 
 
 def train_backbone(model: nn.Module, train: ImageData, watch: ImageData, state_file: Path, recipe: dict[str, Any]):
-    """Cross-entropy, SGD with cosine decay. Continues from `state_file` where that is there.
+    """Cross-entropy, cosine decay. Continues from `state_file` where that is there.
 
     Args:
         model: Any timm classifier; trained in place.
         watch: Images to report accuracy on while training; nothing is chosen by it.
-        recipe: epochs, batch_size, lr, weight_decay, seed, pad, flip, mixed_precision (bf16 or no).
+        recipe: epochs, batch_size, lr, weight_decay, seed, pad, flip, mixed_precision (bf16 or no); optimizer is SGD
+            with momentum where none is named.
     """
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     model.to(device, memory_format=torch.channels_last)
@@ -66,7 +67,7 @@ def train_backbone(model: nn.Module, train: ImageData, watch: ImageData, state_f
     batch = recipe['batch_size']
     steps = len(images) // batch
     optimizer = create_optimizer_v2(
-        model, 'sgd', lr=recipe['lr'], weight_decay=recipe['weight_decay'], momentum=0.9)
+        model, recipe.get('optimizer', 'sgd'), lr=recipe['lr'], weight_decay=recipe['weight_decay'], momentum=0.9)
     scheduler, _ = create_scheduler_v2(
         optimizer, 'cosine', num_epochs=recipe['epochs'], warmup_epochs=1, warmup_lr=1e-3, min_lr=0,
         step_on_epochs=False, updates_per_epoch=steps)

@@ -4,8 +4,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from conftest import as_png
 from test_data import write_idx
 
+import timm_cascade
 from timm_cascade.cli import main
 
 
@@ -30,7 +33,7 @@ def test_the_whole_path(capsys, idx, tmp_path):
     status, result, _ = run(
         capsys, 'train', '--model', 'cascade_cifar_resnet20', '--data', idx, '--split', 'train[:64]', '--val-split',
         'train[64:]', '--out', folder, '--epochs', 2, '--exits', 'layer1,layer2', '--model-kwargs', 'in_chans=1')
-    assert status == 0 and result['epoch'] == 2 and len(result['accuracy']) == 2 and result['processes'] == 1
+    assert status == 0 and result['epoch'] == 2 and len(result['accuracy']) == 3 and result['processes'] == 1
 
     status, result, err = run(capsys, 'evaluate', folder, '--data', idx, '--split', 'test', '--max-drop', 0.1)
     assert status == 2 and 'timm-cascade calibrate' in err
@@ -47,6 +50,62 @@ def test_the_whole_path(capsys, idx, tmp_path):
     assert [e['cut'] for e in result['exits']] == ['hook', 'hook']
     assert main(['info', str(folder)]) == 0
     assert 'module=layer1' in capsys.readouterr().out
+
+
+def test_a_linear_probe_on_other_classes(capsys, tmp_path):
+    """No checkpoint: the classifier is new and trained; the names go to config.json; the log says which."""
+    generator = np.random.default_rng(0)
+    for split in ('train', 'test'):
+        for k, name in enumerate(['cat', 'dog', 'owl']):
+            (tmp_path / 'data' / split / name).mkdir(parents=True)
+            for i in range(8):
+                picture = generator.integers(0, 90, (24, 24, 3), dtype=np.uint8)
+                picture[..., k] += 150
+                as_png(picture, tmp_path / 'data' / split / name / f'{i}.png')
+    (tmp_path / 'data' / 'train' / 'cat' / '9.png').write_text('no image')
+    argv = ['train', '--model', 'cascade_cifar_resnet20', '--data', tmp_path / 'data', '--val-split', 'test', '--out',
+            tmp_path / 'out', '--epochs', 30, '--views', 2, '--lr', 1e-2, '--grad-accum', 2, '--batch-size', 4]
+    status, _, err = run(capsys, *argv)
+    assert status == 2 and '9.png is no image' in err and not (tmp_path / 'out' / 'config.json').exists()
+    assert not list((tmp_path / 'out').rglob('*.npy'))
+    status, result, err = run(capsys, *argv, '--on-bad-image', 'skip')
+    assert status == 0 and result['images'] == 24 and result['classifier_trained'] and result['accuracy'][-1] > 0.9
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == [
+        'README.md', 'config.json', 'model.safetensors', 'taps', 'training.jsonl']
+    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names'] == ['cat', 'dog', 'owl']
+    status, result, _ = run(capsys, 'evaluate', tmp_path / 'out', '--data', tmp_path / 'data', '--split', 'test')
+    assert status == 0 and result['full_accuracy'] > 0.9
+    (tmp_path / 'data' / 'train' / 'dog').rename(tmp_path / 'data' / 'train' / 'emu')
+    (tmp_path / 'data' / 'test' / 'dog').rename(tmp_path / 'data' / 'test' / 'emu')
+    status, _, err = run(capsys, 'calibrate', tmp_path / 'out', '--data', tmp_path / 'data', '--split', 'test')
+    assert status == 2 and "class 1 is 'emu' there and 'dog' here" in err
+    assert not (tmp_path / 'out' / 'thresholds.json').exists()
+
+
+@pytest.mark.parametrize('flags, trained, said', [
+    ([], True, 'new, 4 classes; trained as the final exit'), (['--classifier', 'keep'], False, 'kept as it is, RANDOM'),
+    (['--checkpoint', 'backbone.pt'], False, 'kept as it is'),
+    (['--checkpoint', 'backbone.pt', '--classifier', 'train'], True, 'trained further')])
+def test_which_classifier(capsys, caplog, idx, tmp_path, small, monkeypatch, flags, trained, said):
+    monkeypatch.chdir(tmp_path)
+    torch.save(small.backbone.state_dict(), 'backbone.pt')
+    status, result, _ = run(
+        capsys, 'train', '--model', 'cascade_cifar_resnet20', '--data', idx, '--out', 'out', '--epochs', 1, '--exits',
+        'layer1', '--model-kwargs', 'in_chans=1', '--no-cache', *flags)
+    assert status == 0 and result['classifier_trained'] is trained
+    assert any(m.startswith(f'classifier: {said}') for m in caplog.messages)
+    backbone = timm_cascade.load('out').backbone.state_dict()
+    changed = {k for k, v in small.backbone.state_dict().items() if not torch.equal(v, backbone[k])}
+    if '--checkpoint' in flags:
+        assert changed == ({'fc.weight', 'fc.bias'} if trained else set())
+
+
+def test_a_checkpoint_of_other_classes(capsys, idx, tmp_path, small):
+    small.backbone.reset_classifier(5)
+    torch.save(small.backbone.state_dict(), tmp_path / 'backbone.pt')
+    status, _, err = run(capsys, 'train', '--model', 'cascade_cifar_resnet20', '--data', idx, '--out', tmp_path / 'out',
+                         '--model-kwargs', 'in_chans=1', '--checkpoint', tmp_path / 'backbone.pt')
+    assert status == 2 and 'size mismatch' in err and 'backbone.pt' in err and not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize('argv, message', [

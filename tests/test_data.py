@@ -6,8 +6,9 @@ import pytest
 import timm
 import torch
 from conftest import as_png
+from PIL import Image
 
-from timm_cascade.data import ImageData, create_loader, eval_transform, load_data
+from timm_cascade.data import BadImageError, ImageData, check_classes, create_loader, eval_transform, load_data
 
 
 def write_idx(path, array):
@@ -127,3 +128,83 @@ def test_images_without_labels(idx, tmp_path_factory):
         as_png(np.full((6, 5, 3), 40 * k, np.uint8), folder / f'{k}.png')
     flat = load_data(folder, labels=False)
     assert len(flat) == 3 and flat[0][1] == -1
+
+
+@pytest.fixture(scope='module')
+def mixed(tmp_path_factory):
+    """An image folder with grey, palette, RGBA and 16-bit pictures, a text and a truncated file."""
+    folder = tmp_path_factory.mktemp('mixed')
+    noise = np.random.default_rng(0).integers(0, 255, (20, 20, 3), dtype=np.uint8)
+    for name in ('cat', 'dog'):
+        (folder / name).mkdir()
+        for mode in ('L', 'P', 'RGBA', 'CMYK', '1'):
+            Image.fromarray(noise).convert(mode).save(folder / name / f'{mode}.{"tif" if mode == "CMYK" else "png"}')
+    whole = (folder / 'cat' / 'RGBA.png').read_bytes()
+    (folder / 'cat' / 'cut.png').write_bytes(whole[:len(whole) // 2])
+    (folder / 'dog' / 'text.png').write_text('no image')
+    return folder
+
+
+def test_pictures_of_any_mode(mixed):
+    data = load_data(mixed, on_bad_image='skip')
+    for in_chans in (1, 3):
+        transform = eval_transform(timm.create_model('cifar_resnet20', in_chans=in_chans))
+        assert {tuple(transform(data[i][0]).shape) for i in range(len(data))} == {(in_chans, 32, 32)}
+
+
+def test_bad_images_are_counted_named_and_left_out(mixed, caplog):
+    data = load_data(mixed, on_bad_image='skip')
+    assert len(data) == 10 and sorted(data.labels) == [0] * 5 + [1] * 5
+    (message,) = [r.getMessage() for r in caplog.records if r.name.startswith('timm_cascade')]
+    assert message.startswith('2 of 12 images') and 'cut.png' in message and 'text.png' in message
+    assert data.fingerprint != load_data(mixed).fingerprint
+    with pytest.raises(BadImageError, match=r'(cut|text)\.png is no image that can be read .*--on-bad-image skip'):
+        list(create_loader(timm.create_model('cifar_resnet20'), load_data(mixed)))
+    with pytest.raises(ValueError, match='choose fail or skip'):
+        load_data(mixed, on_bad_image='ignore')
+
+
+def test_a_folder_of_bad_images_only(tmp_path):
+    (tmp_path / 'cat').mkdir()
+    (tmp_path / 'cat' / 'a.png').write_text('no image')
+    with pytest.raises(ValueError, match='holds no images'):
+        load_data(tmp_path, on_bad_image='skip')
+
+
+def test_a_class_folder_without_images(tmp_path):
+    for name in ('cat', 'dog', 'owl'):
+        (tmp_path / 'train' / name).mkdir(parents=True)
+    for name in ('cat', 'dog'):
+        as_png(np.zeros((6, 5, 3), np.uint8), tmp_path / 'train' / name / 'a.png')
+    with pytest.raises(ValueError, match=r'1 class folders hold no files: .*owl'):
+        load_data(tmp_path, 'train')
+    as_png(np.zeros((6, 5, 3), np.uint8), tmp_path / 'train' / 'owl' / 'a.png')
+    (tmp_path / 'test' / 'owl').mkdir(parents=True)  # not all classes need be in the test images
+    (tmp_path / 'test' / 'cat').mkdir()
+    as_png(np.zeros((6, 5, 3), np.uint8), tmp_path / 'test' / 'cat' / 'a.png')
+    assert load_data(tmp_path, 'test').class_names == ['cat', 'dog', 'owl']
+
+
+@pytest.mark.parametrize('names, known, message', [
+    (list('abcd'), list('abc'), '4 classes, the model 3'),
+    (list('acb'), list('abc'), "class 1 is 'c' there and 'b' here; class 2 is 'b' there"),
+    (list('ax'), list('abc'), "class 1 is 'x' there"),
+    (list('ab'), list('abc'), None), (list('012'), list('abc'), None), (list('abc'), list('012'), None),
+    (list('abc'), None, None)])
+def test_classes_of_data_and_model(names, known, message):
+    data = ImageData(np.zeros((2, 4, 4), np.uint8), [0, 1], names, 'pictures')
+    if message is None:
+        check_classes(data, 3, known)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_classes(data, 3, known)
+
+
+def test_fingerprints(idx):
+    folder = idx[0]
+    first = load_data(folder, 'train')
+    assert first.fingerprint == load_data(folder, 'test').fingerprint  # the same pictures
+    assert first.fingerprint != load_data(folder, 'train[:5]').fingerprint
+    transform = eval_transform(timm.create_model('cifar_resnet20'))
+    assert first.with_transform(transform).fingerprint not in (None, first.fingerprint)
+    assert first.with_transform(lambda image: image).fingerprint is None

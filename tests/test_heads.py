@@ -1,7 +1,9 @@
 import pytest
+import timm
 import torch
 
-from timm_cascade.heads import ExitHead, head_configs
+import timm_cascade  # noqa: F401  registers the models
+from timm_cascade.heads import MAX_SHARE, ExitHead, head_configs
 
 
 @pytest.mark.parametrize('grid', [1, 2, 4])
@@ -39,3 +41,18 @@ def test_descriptions():
         head_configs([dict(grid=4), dict(grid=2)], 1)
     with pytest.raises(ValueError, match='at least 1'):
         head_configs(dict(grid=0), 1)
+
+
+@pytest.mark.parametrize('name, hidden', [
+    ('tinynet_e', 32), ('lcnet_035', 32), ('mobilenetv3_small_050', 32), ('test_byobnet', 32), ('test_vit', 32),
+    ('test_resnet', 64), ('cifar_resnet20', 64), ('resnet18', 64)])
+def test_default_heads_cost_less_than_one_percent(name, hidden):
+    """The cheapest models of the sweep, where 64 hidden units would cost up to 1.5 %, and usual ones."""
+    model = timm.create_model(f'cascade_{name}')
+    assert model.head_macs().sum() < MAX_SHARE * model.exits[-1].total
+    assert {c['hidden'] for c in model._model_args['head']} == {hidden}
+
+
+def test_heads_that_are_described_are_taken_at_their_word():
+    model = timm.create_model('cascade_tinynet_e', head=dict(grid=4, hidden=64))
+    assert {c['hidden'] for c in model._model_args['head']} == {64}

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .data import UNLABELLED, create_loader
+from .launch import create_accelerator
 from .model import CascadeModel
 from .routing import confidence
 from .thresholds import Calibration
@@ -33,9 +34,7 @@ def record(
 
     Without labels there is no `correct`.
     """
-    from accelerate import Accelerator
-
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or create_accelerator()
     training = model.training
     model.to(accelerator.device).eval()
     parts: list[tuple[torch.Tensor, ...]] = []

@@ -14,12 +14,16 @@ import torch
 
 from . import hub
 from .calibration import calibrate
-from .data import ImageData, load_data
+from .data import ImageData, check_classes, check_training_classes, load_data
 from .evaluation import evaluate
+from .launch import LaunchError, create_accelerator
 from .model import CascadeModel, NotCalibratedError
 from .training import train_heads
 
 __all__ = ['main']
+
+_logger = logging.getLogger(__name__)
+TAPS, STATE, LOG = 'taps', 'unfinished.pt', 'training.jsonl'  # in the folder of `train --out`
 
 
 def _value(text: str) -> Any:
@@ -43,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
                       help='Hub data set id, image folder, parquet file(s), or a folder of IDX files')
     data.add_argument('--batch-size', type=int, default=256, help='over all processes together')
     data.add_argument('--workers', type=int, default=0, help='processes that decode images')
+    data.add_argument('--on-bad-image', default='fail', choices=['fail', 'skip'],
+                      help='images that cannot be read: stop, or decode all images once more, name and leave those out')
     out = argparse.ArgumentParser(add_help=False)
     out.add_argument('--json', action='store_true', help='print the result as JSON')
 
@@ -52,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument('--split', default='train', help='training images, such as train or train[:50000]')
     train.add_argument('--val-split', help='images to report accuracy on')
     train.add_argument('--checkpoint', help='weights of your fine-tuned backbone')
+    train.add_argument('--classifier', default='auto', choices=['auto', 'train', 'keep'],
+                       help='the backbone\'s own: by default it is trained, as the final exit\'s head, where the data '
+                            'has other classes than the published weights and there is no --checkpoint')
     train.add_argument('--no-pretrained', action='store_true', help='do not load published backbone weights')
     train.add_argument('--exits', type=_exits, default=3, help='how many, cost fractions, or module names: 3 or '
                                                                '0.25,0.5 or layer1,layer2')
@@ -61,6 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument('--lr', type=float, default=2e-3)
     train.add_argument('--weight-decay', type=float, default=0.05)
     train.add_argument('--seed', type=int, default=0)
+    train.add_argument('--views', type=int, default=1, help='looks at each image: the first as in evaluation, the '
+                                                            'others augmented')
+    cache = train.add_mutually_exclusive_group()
+    cache.add_argument('--cache', type=Path, help=f'folder for what the backbone computes, by default OUT/{TAPS}')
+    cache.add_argument('--no-cache', action='store_true', help='keep nothing: the backbone runs in every epoch')
+    train.add_argument('--save-every', type=float, default=30., help='seconds between two states to continue from')
+    train.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'])
+    train.add_argument('--grad-accum', type=int, default=1, help='batches to a step')
+    train.add_argument('--log-with', nargs='*', default=[], help='trackers that Accelerate knows: tensorboard, ...')
     train.set_defaults(run=_train)
 
     cal = commands.add_parser('calibrate', parents=[data, out], help='measure every exit on held-out images')
@@ -96,49 +114,82 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load_data(args: argparse.Namespace, split: str | None, labels: bool = True) -> ImageData:
-    return load_data(args.data if len(args.data) > 1 else args.data[0], split, labels)
+    return load_data(args.data if len(args.data) > 1 else args.data[0], split, labels, args.on_bad_image, args.workers)
 
 
-def _same_classes(model: CascadeModel, data: ImageData) -> None:
-    if len(data.class_names) > model.num_classes:
-        raise ValueError(f'{data.source} has {len(data.class_names)} classes, the model {model.num_classes}.')
-
-
-def _train(args: argparse.Namespace) -> dict[str, Any]:
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
-
-    if not args.model.startswith('cascade_'):
-        raise ValueError(f'--model {args.model} is no cascade; did you mean cascade_{args.model}?')
-    set_seed(args.seed)  # fresh heads are part of the recipe
-    train = _load_data(args, args.split)
-    val = _load_data(args, args.val_split) if args.val_split else None
-    accelerator = Accelerator()
+def _create(args: argparse.Namespace, num_classes: int) -> tuple[CascadeModel, bool]:
+    """The cascade, and whether its classifier is new and to be trained."""
     kwargs = {key: _value(value) for key, _, value in (item.partition('=') for item in args.model_kwargs)}
     pretrained = not args.no_pretrained and args.checkpoint is None and timm.models.is_model_pretrained(
         args.model.removeprefix('cascade_'))
     try:
         model = timm.create_model(
-            args.model, pretrained=pretrained, num_classes=len(train.class_names), exits=args.exits, head=args.head,
+            args.model, pretrained=pretrained, num_classes=num_classes, exits=args.exits, head=args.head,
             checkpoint_path=args.checkpoint, **kwargs)
-    except RuntimeError as e:  # timm's word for an unknown name or tag
-        raise ValueError(f'--model {args.model}: {e}') from e
+    except RuntimeError as e:  # timm's word for an unknown name or tag, torch's for weights that do not fit
+        raise ValueError(f'--model {args.model}{f" --checkpoint {args.checkpoint}" if args.checkpoint else ""}: '
+                         f'{e}') from e
+    published = pretrained and model.backbone.pretrained_cfg.get('num_classes') == num_classes
+    fits = published or args.checkpoint is not None
+    train = args.classifier == 'train' or (args.classifier == 'auto' and not fits)
+    weights = (f'from {args.checkpoint}' if args.checkpoint else
+               'the published ones' if pretrained else 'random: none are published, or none were wanted')
+    _logger.info('backbone: weights %s', weights)
+    _logger.info('classifier: %s', f'new, {num_classes} classes; trained as the final exit\'s head (linear probe), the '
+                 'rest of the backbone is not changed' if train and not fits else
+                 'trained further (linear probe)' if train else
+                 'kept as it is' if fits else 'kept as it is, RANDOM')
+    return model, train
+
+
+def _train(args: argparse.Namespace) -> dict[str, Any] | None:
+    from accelerate.utils import set_seed
+
+    if not args.model.startswith('cascade_'):
+        raise ValueError(f'--model {args.model} is no cascade; did you mean cascade_{args.model}?')
+    accelerator = create_accelerator(
+        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.grad_accum,
+        log_with=args.log_with or None, project_dir=str(args.out))
+    logging.getLogger(__package__).setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    set_seed(args.seed)  # fresh heads are part of the recipe
+    train = _load_data(args, args.split)
+    val = _load_data(args, args.val_split) if args.val_split else None
+    check_training_classes(train)
+    if val is not None:
+        check_classes(val, len(train.class_names), train.class_names)
+    model, classifier = _create(args, len(train.class_names))
     model.label_names = train.class_names
+    if args.log_with:
+        accelerator.init_trackers('timm-cascade', {k: str(v) for k, v in vars(args).items() if k != 'run'})
     history = train_heads(
         model, train, val, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
-        weight_decay=args.weight_decay, workers=args.workers, log=args.out / 'training.jsonl',
-        accelerator=accelerator)
-    if accelerator.is_main_process:
+        weight_decay=args.weight_decay, workers=args.workers, views=args.views, classifier=classifier,
+        cache=False if args.no_cache else args.cache or args.out / TAPS, state=args.out / STATE,
+        save_every=args.save_every, log=args.out / LOG, accelerator=accelerator)
+    main_process, processes = accelerator.is_main_process, accelerator.num_processes
+    if main_process:
         hub.save(model, args.out)
-    return dict(folder=str(args.out), processes=accelerator.num_processes, images=len(train), **history[-1])
+        (args.out / STATE).unlink()  # not before the release is there: whoever is stopped here only saves again
+    accelerator.end_training()
+    if not main_process:
+        return None
+    return dict(folder=str(args.out), processes=processes, images=len(train), classifier_trained=classifier,
+                **history[-1])
 
 
-def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
+def _calibrate(args: argparse.Namespace) -> dict[str, Any] | None:
+    accelerator = create_accelerator()
     model = hub.load(args.folder)
     data = _load_data(args, args.split, labels=not args.no_labels)
-    _same_classes(model, data)
-    calibration = calibrate(model, data, batch_size=args.batch_size, workers=args.workers)
-    hub.save(model, args.folder)
+    check_classes(data, model.num_classes, model.label_names)
+    calibration = calibrate(
+        model, data, batch_size=args.batch_size, workers=args.workers, accelerator=accelerator)
+    main_process = accelerator.is_main_process
+    if main_process:
+        hub.save(model, args.folder)
+    accelerator.end_training()
+    if not main_process:
+        return None
     accuracy = calibration.correct.mean(0)
     return dict(folder=args.folder, n=len(data), exits=list(calibration.exits),
                 **{'agreement' if args.no_labels else 'accuracy': [round(float(a), 4) for a in accuracy]})
@@ -147,7 +198,7 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     model = hub.load(args.where)
     data = _load_data(args, args.split)
-    _same_classes(model, data)
+    check_classes(data, model.num_classes, model.label_names)
     point = None
     if args.max_drop is not None:
         point = model.set_max_drop(args.max_drop, rule=args.rule, level=args.level).to_dict()
@@ -200,9 +251,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         result = args.run(args)
-    except (ValueError, OSError, NotCalibratedError) as e:
+    except (ValueError, OSError, NotCalibratedError, LaunchError) as e:
         print(f'timm-cascade {args.command}: {e}', file=sys.stderr)
         return 2
+    if result is None:  # another process prints it
+        return 0
     if args.json:
         print(json.dumps(result))
     else:

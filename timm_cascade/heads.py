@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['PRESETS', 'ExitHead', 'create_heads', 'head_configs']
+__all__ = ['MAX_SHARE', 'PRESETS', 'ExitHead', 'create_heads', 'head_configs', 'within_share']
 
 # grid: side of the grid the tap is pooled to; hidden: width of the hidden layer, 0 for none; norm: BatchNorm in front
 PRESETS: dict[str, list[dict[str, Any]]] = {
@@ -17,6 +17,8 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
     # Berestizshevsky & Even 2019, section 5: 4x4 at the first exit, 2x2 at the second, FC 64, FC C
     'paper': [dict(grid=4, hidden=64, norm=False), dict(grid=2, hidden=64, norm=False)],
 }
+
+MAX_SHARE = 0.01  # of the backbone's MACs, for all heads of the default preset together
 
 HeadSpec = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -107,6 +109,18 @@ def head_configs(head: HeadSpec, count: int) -> list[dict[str, Any]]:
     if not 1 <= len(configs) <= count:
         raise ValueError(f'{len(configs)} head descriptions for {count} exits; give one, or one an exit.')
     return [{**PRESETS['enhanced'][0], **configs[min(i, len(configs) - 1)]} for i in range(count)]
+
+
+def within_share(configs: list[dict[str, Any]], points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:
+    """The same heads, their hidden layers halved until together they cost at most MAX_SHARE of the backbone."""
+    def macs(c: Mapping[str, Any], point: Any) -> int:
+        grid = min(c['grid'], point.size[0]) * min(c['grid'], point.size[1])
+        return c['hidden'] * (point.channels * grid + num_classes)
+
+    while configs and min(c['hidden'] for c in configs) > 1 and (
+            sum(map(macs, configs, points)) > MAX_SHARE * points[0].total):
+        configs = [dict(c, hidden=c['hidden'] // 2) for c in configs]
+    return configs
 
 
 def create_heads(points: Sequence[Any], num_classes: int, configs: Sequence[Mapping[str, Any]]) -> nn.ModuleList:

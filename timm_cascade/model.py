@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import ExitPoint, backbone_macs, input_size_of, resolve_exits
-from .heads import ExitHead, HeadSpec, create_heads, head_configs
+from .heads import ExitHead, HeadSpec, create_heads, head_configs, within_share
 from .routing import CascadeOutput, Router
 from .thresholds import Calibration, OperatingPoint, ThresholdTable
 
@@ -52,6 +52,8 @@ class CascadeModel(nn.Module):
         self._points = tuple(known) or tuple(resolve_exits(backbone, exits))  # type: ignore[arg-type]
         self._head_configs = head_configs(head, len(self._points))
         self.backbone = backbone
+        if head == 'enhanced':  # by default heads stay cheap; a description is taken at its word
+            self._head_configs = within_share(self._head_configs, self._points, self.num_classes)
         self.heads = create_heads(self._points, self.num_classes, self._head_configs)
         reference = next(backbone.parameters())
         self.heads.to(device=reference.device, dtype=reference.dtype)
@@ -97,9 +99,16 @@ class CascadeModel(nn.Module):
         logits, final = self._router.collect(self.backbone, x, list(self.heads))
         return [*logits, final]
 
-    def forward_pooled(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What each head classifies, M of (N, in_features), and the backbone's logits; no head's layers run."""
-        return self._router.collect(self.backbone, x, [head.pool for head in self._heads()])
+    def forward_pooled(self, x: Tensor, pre_logits: bool = False) -> tuple[list[Tensor], Tensor]:
+        """What each head classifies, M of (N, in_features), and the backbone's logits; no head's layers run.
+
+        With `pre_logits` what the backbone's classifier gets, (N, head_hidden_size), takes the place of its logits.
+        """
+        run = self._pre_logits if pre_logits else self.backbone
+        return self._router.collect(run, x, [head.pool for head in self._heads()])
+
+    def _pre_logits(self, x: Tensor) -> Tensor:
+        return self.backbone.forward_head(self.backbone.forward_features(x), pre_logits=True)
 
     def _heads(self) -> list[ExitHead]:
         return [head for head in self.heads if isinstance(head, ExitHead)]

@@ -101,7 +101,8 @@ class Router:
         """Drops what was exported: the backbone's structure has changed."""
         self._exported.clear()
 
-    def _run(self, backbone: nn.Module, images: Tensor, at: Callable[[int, Any], Any]) -> Tensor:
+    def _run(
+            self, backbone: Callable[[Tensor], Tensor], images: Tensor, at: Callable[[int, Any], Any]) -> Tensor:
         outer = getattr(_thread, 'run', None)
         _thread.run = _Run(self, at)
         try:
@@ -111,11 +112,11 @@ class Router:
 
     def collect(
             self,
-            backbone: nn.Module,
+            backbone: Callable[[Tensor], Tensor],
             images: Tensor,
             readers: Sequence[Callable[[Tensor], Tensor]],
     ) -> tuple[list[Tensor], Tensor]:
-        """What each reader makes of its exit's tap, and the backbone's logits; nobody leaves."""
+        """What each reader makes of its exit's tap, and the logits (or whatever `backbone` returns); nobody leaves."""
         read: list[Tensor | None] = [None] * len(self.points)
 
         def at(index: int, output: Any) -> None:

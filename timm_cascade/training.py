@@ -1,82 +1,34 @@
 """Training exit heads on a frozen backbone, with Accelerate.
 
-The backbone runs over the images once: what the heads classify (the pooled taps) is kept, and the epochs run on it.
+The backbone runs over the images once: what the heads classify (the pooled taps) is kept on disk, and the epochs run on
+it. The state of an unfinished training is one file; with it, the same call continues where it was stopped.
 """
 from __future__ import annotations
 
-import json
-import time
+import contextlib
+import logging
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
-from .data import create_loader
-from .heads import ExitHead
+from .backbone import input_size_of
+from .data import UNLABELLED, check_classes, check_training_classes
+from .fitting import Classifier, Heads, Recipe, Trainer, moments
+from .launch import check_launch, create_accelerator, on_main
 from .model import CascadeModel
+from .taps import StoredTaps, Taps, store
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ['train_heads']
 
-
-class _Heads(nn.Module):
-    """All heads as one module, so that one wrapper (DDP) serves them."""
-
-    def __init__(self, heads: nn.ModuleList) -> None:
-        super().__init__()
-        self.heads = heads
-
-    def forward(self, pooled: list[Tensor]) -> list[Tensor]:
-        return [head.classify(p) for head, p in zip(self.heads, pooled, strict=True)]  # type: ignore[operator]
-
-
-@torch.no_grad()
-def pooled_taps(
-        model: CascadeModel,
-        data: Dataset,
-        accelerator: Accelerator,
-        batch_size: int,
-        workers: int,
-        title: str,
-) -> tuple[list[Tensor], Tensor]:
-    """One pass of the backbone: for each exit (n, in_features) on the CPU, and the labels (n,), in order."""
-    loader = accelerator.prepare_data_loader(create_loader(model, data, batch_size, workers))
-    parts: list[list[Tensor]] = [[] for _ in model.exits]
-    labels = []
-    for images, target in tqdm(loader, desc=title, disable=not accelerator.is_main_process):
-        with accelerator.autocast():
-            pooled, _ = model.forward_pooled(images)
-        *gathered, target = accelerator.gather_for_metrics((*pooled, target))
-        for part, p in zip(parts, gathered, strict=True):
-            part.append(p.float().cpu())
-        labels.append(target.cpu())
-    return [torch.cat(part) for part in parts], torch.cat(labels)
-
-
-def _fit_norms(heads: nn.ModuleList, taps: list[Tensor]) -> None:
-    """Standardises by the training set's own statistics, once, so that no step depends on how a batch is split."""
-    for head, tap in zip(heads, taps, strict=True):
-        assert isinstance(head, ExitHead)
-        if isinstance(head.norm, nn.BatchNorm1d):
-            variance, mean = torch.var_mean(tap, dim=0, correction=0)
-            head.norm.running_mean.copy_(mean)  # type: ignore[union-attr]
-            head.norm.running_var.copy_(variance)  # type: ignore[union-attr]
-
-
-@torch.no_grad()
-def _accuracies(heads: _Heads, taps: list[Tensor], labels: Tensor, device: torch.device) -> list[float]:
-    right = torch.zeros(len(taps))
-    for begin in range(0, len(labels), 4096):
-        target = labels[begin:begin + 4096].to(device)
-        logits = heads([t[begin:begin + 4096].to(device) for t in taps])
-        right += torch.stack([(x.argmax(1) == target).sum() for x in logits]).cpu()
-    return (right / len(labels)).tolist()
+_logger = logging.getLogger(__name__)
 
 
 def train_heads(
@@ -90,110 +42,128 @@ def train_heads(
         weight_decay: float = 0.05,
         seed: int = 0,
         workers: int = 0,
+        views: int = 1,
+        classifier: bool = False,
+        cache: str | Path | bool = True,
+        state: str | Path | None = None,
+        save_every: float = 30.,
         log: str | Path | None = None,
         accelerator: Accelerator | None = None,
 ) -> list[dict[str, Any]]:
     """Trains the heads in place; the backbone stays in evaluation mode and is not changed.
 
-    Cross-entropy summed over the exits, AdamW, cosine decay. A calibration made for the old heads is dropped.
+    Cross-entropy summed over the exits, AdamW, cosine decay; what else was tried stands in docs/ablation.md. A
+    calibration made for the old heads is dropped.
 
     Args:
         model: The cascade.
-        train: Images with labels 0..C-1: an ImageData, or any data set of (normalised tensor, label).
-        val: Images to report accuracy on, never trained on.
-        batch_size: Over all processes together.
-        log: JSON-lines file, one line an epoch.
-        accelerator: Yours, or one made with defaults.
+        train: Images with labels 0..C-1: an ImageData, or any data set of (normalised tensor, label). From an image
+            without a label (-1) the heads learn what the frozen network answers; with `classifier` there is no such.
+        val: Images to report accuracy on (without labels: agreement with the network), never trained on.
+        batch_size: Over all processes together; with gradient accumulation (the accelerator's) of each part of a step.
+        views: How many looks at each image, one an epoch in turn: the first as in evaluation, the others augmented by
+            timm's training transform (or whatever is random about a data set of your own).
+        classifier: Train the backbone's classifier too, as the final exit's head (a linear probe): for a classifier
+            that is new. Nothing else of the backbone changes.
+        cache: Folder for the taps, which stay there for the next training; True for a temporary one; False for none:
+            the backbone then runs anew in every epoch, with the same result but for rounding.
+        state: File of the training's state, written now and then; the same call continues from it. It stays when the
+            training is finished, and the call then only loads the result.
+        save_every: Seconds between two writings of `state`.
+        log: JSON-lines file, one line an epoch; replaced.
+        accelerator: Yours (device, processes, mixed precision, gradient accumulation, trackers), or one with defaults.
 
     Returns:
-        One dict an epoch: epoch, loss, accuracy (one an exit, on `val`), seconds.
+        One dict an epoch: epoch, loss, train_accuracy (one for each that is trained, while it is), seconds, and with
+        `val` accuracy: one an exit, the backbone's own last.
 
     Raises:
-        ValueError: Labels outside 0..C-1, or a loss that is not finite; the heads are then as they were.
+        ValueError: Labels that are not the model's classes, classes without images, one class only, an image that
+            cannot be read, a loss that is not finite; the heads are then as they were.
+        OSError: The taps do not fit on the disk.
+        LaunchError: A launch of several processes of which each believes to be alone.
     """
-    from accelerate import Accelerator
-
-    accelerator = accelerator or Accelerator()
-    device = accelerator.device
+    if epochs < 1 or batch_size < 1 or views < 1:
+        raise ValueError(f'epochs={epochs}, batch_size={batch_size}, views={views}: each is at least 1.')
+    for data in (train, val):
+        check_classes(data, model.num_classes, model.label_names) if data is not None else None
+    check_training_classes(train)
+    recipe = Recipe(epochs, batch_size, lr, weight_decay, seed)
+    if accelerator is None:
+        accelerator = create_accelerator()
+    check_launch(accelerator)
+    if accelerator.is_main_process:
+        _logger.info('training on %d process%s (%s)', accelerator.num_processes,
+                     'es' * (accelerator.num_processes > 1), accelerator.device)
     training = model.training
     before = {name: tensor.clone() for name, tensor in model.heads.state_dict().items()}
-    model.to(device).eval()
+    model.to(accelerator.device).eval()
     try:
-        share = max(1, batch_size // accelerator.num_processes)
-        taps, labels = pooled_taps(model, train, accelerator, share, workers, 'backbone, training images')
-        held = pooled_taps(model, val, accelerator, share, workers, 'backbone, validation images') if val else None
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= model.num_classes:
-            raise ValueError(f'labels go from {low} to {high}, the model has the classes 0..{model.num_classes - 1}; '
-                             f'create it with num_classes={high + 1} or correct the labels.')
-        _fit_norms(model.heads, taps)
-        history = _fit(model, taps, labels, held, accelerator, epochs, batch_size, lr, weight_decay, seed, log)
+        final = _check_classifier(model) if classifier else None
+        wanted = [(train, view) for view in range(views)] + ([(val, 0)] if val is not None else [])
+        sources, keys = _sources(
+            [Taps(model, data, accelerator, view, seed, workers, classifier, batch_size) for data, view in wanted],
+            cache, state is not None)
+        mean, variance = moments(
+            sources[:views], accelerator, model.num_classes, least=0 if classifier else UNLABELLED)
+        for head, m, v in zip(model.heads, mean, variance, strict=False):
+            # standardised by the training set's own statistics, so that no step depends on how a batch is split
+            if isinstance(norm := head.norm, nn.BatchNorm1d):
+                norm.running_mean.copy_(m)  # type: ignore[union-attr]
+                norm.running_var.copy_(v)  # type: ignore[union-attr]
+        probe = None if final is None else Classifier(final, mean[-1], variance[-1])
+        heads = Heads([*model.heads, *([] if probe is None else [probe])])
+        trainer = Trainer(heads, sources[:views], accelerator, recipe, sources[views:], save_every)
+        history = trainer.run(None if state is None else Path(state), keys, None if log is None else Path(log))
     except BaseException:
         model.heads.load_state_dict(before)
         raise
     finally:
         model.train(training)
+    if probe is not None and final is not None:
+        probe.write_to(final)
     model.forget_calibration()
     return history
 
 
-def _fit(
-        model: CascadeModel,
-        taps: list[Tensor],
-        labels: Tensor,
-        held: tuple[list[Tensor], Tensor] | None,
-        accelerator: Accelerator,
-        epochs: int,
-        batch_size: int,
-        lr: float,
-        weight_decay: float,
-        seed: int,
-        log: str | Path | None,
-) -> list[dict[str, Any]]:
-    heads = _Heads(model.heads)
-    decayed = [p for p in heads.parameters() if p.ndim > 1]
-    plain = [p for p in heads.parameters() if p.ndim <= 1]
-    optimizer: Any = torch.optim.AdamW(
-        [dict(params=decayed, weight_decay=weight_decay), dict(params=plain, weight_decay=0.)], lr=lr)
-    steps = -(-len(labels) // batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
-    wrapped, optimizer = accelerator.prepare(heads, optimizer)
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    history = []
-    bar = tqdm(total=epochs * steps, desc='heads', disable=not accelerator.is_main_process)
-    for epoch in range(1, epochs + 1):
-        began = time.perf_counter()
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
-        total = torch.zeros((), device=accelerator.device)
-        for begin in range(0, len(labels), batch_size):
-            chosen = order[begin:begin + batch_size]
-            mine = chosen[rank::processes]
-            target = labels[mine].to(accelerator.device)
-            with accelerator.autocast():
-                logits = wrapped([t[mine].to(accelerator.device) for t in taps])
-            # the sum over this process's share; DDP averages over processes, so scale to the mean over the batch
-            loss = sum(F.cross_entropy(x.float(), target, reduction='sum') for x in logits)
-            assert isinstance(loss, Tensor)
-            loss = loss * (processes / len(chosen))
-            optimizer.zero_grad()
-            accelerator.backward(loss)
-            optimizer.step()
-            schedule.step()
-            total += loss.detach() * len(chosen) / len(labels)
-            bar.update()
-        mean_loss = float(accelerator.reduce(total, 'mean'))
-        if not torch.isfinite(torch.tensor(mean_loss)):
-            raise ValueError(f'the loss is {mean_loss} in epoch {epoch}; the heads were left as they were. '
-                             f'Try a smaller lr than {lr}.')
-        line: dict[str, Any] = dict(epoch=epoch, loss=round(mean_loss, 5),
-                                    seconds=round(time.perf_counter() - began, 2))
-        if held is not None:
-            line['accuracy'] = [round(a, 4) for a in _accuracies(heads, *held, accelerator.device)]
-            bar.set_postfix_str(' '.join(f'{a:.1%}' for a in line['accuracy']))
-        history.append(line)
-        if log is not None and accelerator.is_main_process:
-            Path(log).parent.mkdir(parents=True, exist_ok=True)
-            with open(log, 'a', encoding='utf-8') as f:
-                f.write(json.dumps(line) + '\n')
-    bar.close()
-    return history
+def _check_classifier(model: CascadeModel) -> nn.Linear | nn.Conv2d:
+    """The backbone's classifier, where it is a linear layer (or 1x1 convolution) on forward_head(..., pre_logits=True).
+
+    Raises:
+        ValueError: It is not.
+    """
+    found = model.get_classifier()
+    advice = 'Fine-tune the backbone with timm\'s train.py and bring its checkpoint (--checkpoint).'
+    if not isinstance(found, nn.Linear) and not (isinstance(found, nn.Conv2d) and found.kernel_size == (1, 1)):
+        raise ValueError(f'the classifier of {type(model.backbone).__name__} is {type(found).__name__}, not one linear '
+                         f'layer, and is not trained here. {advice}')
+    images = torch.randn(2, *input_size_of(model.backbone), generator=torch.Generator().manual_seed(0)).to(found.weight)
+    with torch.no_grad():
+        features, logits = model.forward_pooled(images, pre_logits=True)[1], model.backbone(images)
+        ok = features.shape[1:] == (found.weight.shape[1],) and torch.allclose(
+            F.linear(features, found.weight.flatten(1), found.bias), logits, rtol=1e-3,
+            atol=1e-3 * float(logits.abs().max()))
+    if not ok:
+        raise ValueError(f'{type(model.backbone).__name__} does more than its classifier to what forward_head(..., '
+                         f'pre_logits=True) gives, so it is not trained here. {advice}')
+    return found
+
+
+def _sources(
+        taps: list[Taps],
+        cache: str | Path | bool,
+        keyed: bool,
+) -> tuple[list[Taps] | list[StoredTaps], list[str]]:
+    """Where batches come from, and the keys of what they hold (none where nobody needs them)."""
+    keys = [t.key() for t in taps] if keyed or not isinstance(cache, bool) else []
+    if cache is False:
+        return taps, keys
+    if not isinstance(cache, bool):
+        return [store(t, Path(cache), key) for t, key in zip(taps, keys, strict=True)], keys
+    accelerator = taps[0].accelerator
+    with contextlib.ExitStack() as stack:
+        folder = Path(on_main(accelerator, lambda: stack.enter_context(
+            tempfile.TemporaryDirectory(prefix='timm-cascade-taps-', ignore_cleanup_errors=True))))
+        stored = [store(t, folder, str(i), lasting=False) for i, t in enumerate(taps)]
+        accelerator.wait_for_everyone()  # every process has mapped the files; their names are not needed any more
+    return stored, keys

@@ -1,0 +1,214 @@
+"""What makes exit heads good? The paper's recipe, then each switch alone on top of ours, on frozen networks.
+
+    python scripts/emoji.py --out runs/emoji && python scripts/ablation.py
+
+Pairs of backbone and data stand in scripts/ablation.yaml; backbones and pooled taps are made once (ablation_taps.py),
+rows train from them (ablation_heads.py). Writes docs/ablation.md and .json. Runs that are done are kept in
+runs/ablation/results.jsonl and not repeated.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from ablation_heads import Heads, Row, fit, fit_weights
+from ablation_page import BASE, DROPS, METRICS, PAPER, SEEDS, THREE, markdown, summary
+from ablation_taps import PAIRS, ROOT, Taps, load_taps
+from scipy import optimize
+from torch import Tensor
+
+from timm_cascade.files import write_text
+from timm_cascade.heads import head_configs, within_share
+from timm_cascade.routing import confidence
+from timm_cascade.thresholds.checks import check_costs, check_samples
+from timm_cascade.thresholds.frontier import GRID, follow, nested_path
+from timm_cascade.thresholds.problem import Problem
+
+_logger = logging.getLogger('ablation')
+Samples = tuple[np.ndarray, np.ndarray]  # confidence and correct, both (n, M+1)
+ROWS = (
+    Row(PAPER, exits='paper', head='paper', recipe='paper'),
+    Row('the same exits and heads, our training', exits='paper', head='paper'),
+    Row('the same exits, our heads and training', exits='paper'),
+    Row(THREE, exits='three'),
+    Row(BASE),
+    Row('heads of full width, whatever they cost', head=(dict(grid=4, hidden=64, norm=True),)),
+    Row('heads that pool to 2x2', head=(dict(grid=2, hidden=64, norm=True),)),
+    Row('linear heads', head='linear'),
+    Row('distillation at temperature 4, half of the loss', distil=0.5, temperature=4.),
+    Row('distillation at temperature 4 alone, no labels', distil=1., temperature=4.),
+    Row('previous exit\'s logits carried', carry=True),
+    Row('answers averaged along the cascade', combine='mean'),
+    Row('answers weighted along the cascade', combine='learned'),
+    Row('three more views of each image', views=3),
+    Row('samples weighted by the chance to get there', weigh=True),
+)
+
+
+def exits_of(row: Row, name: str, taps: Taps) -> list[str]:
+    """Modules of the exits that a row has in this pair."""
+    every, stages = PAIRS[name]['exits'], PAIRS[name]['stages']
+    if row.exits == 'paper':
+        return [min(stages, key=lambda e: abs(taps.macs[e] / taps.total - third)) for third in (1 / 3, 2 / 3)]
+    return every if row.exits == 'all' else [every[round((i + 1) * len(every) / 4) - 1] for i in range(3)]
+
+
+def configs_of(row: Row, exits: list[str], taps: Taps) -> list[dict[str, Any]]:
+    """The heads of a row, as a CascadeModel would make them."""
+    configs = head_configs(row.head, len(exits))
+    points = [SimpleNamespace(**taps.shapes[e], total=taps.total) for e in exits]
+    return within_share(configs, points, taps.logits['test'].shape[1]) if row.head == 'enhanced' else configs
+
+
+def runs_of(rows: Sequence[Row], name: str, taps: Taps, seed: int) -> Iterable[dict[str, Any]]:
+    """Trains the heads that these rows share, and measures every row."""
+    exits, began = exits_of(rows[0], name, taps), time.perf_counter()
+    configs = configs_of(rows[0], exits, taps)
+    grids = [c['grid'] for c in configs]
+    classes = taps.logits['test'].shape[1]
+
+    def pooled(*splits: str, few: slice = slice(None)) -> list[Tensor]:
+        return [torch.from_numpy(np.concatenate([taps.pooled[s, e, g][few] for s in splits]))
+                for e, g in zip(exits, grids, strict=True)]
+
+    # two exits are cheap: the paper's recipe always gets all images
+    few = slice(None if rows[0].exits == 'paper' else PAIRS[name].get('images'))
+    views = ['train', *(f'view{i}' for i in range(rows[0].views))]
+    train = pooled(*views, few=few)
+    labels, teacher = (torch.cat([of[s][few] for s in views]) for of in (taps.labels, taps.logits))
+    torch.manual_seed(seed)
+    heads = Heads([taps.shapes[e] for e in exits], configs, classes, rows[0])
+    fit(heads, rows[0], train, labels, teacher, seed)
+    seconds = time.perf_counter() - began
+    with torch.no_grad():
+        own = {s: _in_parts(heads, pooled(s)) for s in ('calibration', 'test')}
+        if any(r.combine == 'learned' for r in rows):
+            own['train'] = _in_parts(heads, train)
+    for row in rows:
+        heads.combine = row.combine
+        if row.combine == 'learned':
+            fit_weights(heads, own['train'], labels)
+        with torch.no_grad():
+            held = [_record([*heads.answers(own[s]), taps.logits[s]], taps.labels[s]) for s in ('calibration', 'test')]
+        stage = np.diff([0, *(taps.macs[e] for e in exits), taps.total]) + np.array([*heads.macs(), 0.])
+        head = np.array(heads.macs(), float)
+        measured = [measure(a, b, stage, head, taps.total, classes) for a, b in halvings(*held)]
+        yield dict(pair=name, key=row.key, row=row.name, seed=seed, seconds=round(seconds, 1),
+                   heads_share=sum(heads.macs()) / taps.total,
+                   exit_accuracy=np.concatenate([h[1] for h in held]).mean(0).round(4).tolist(),
+                   **{k: float(np.mean([m[k] for m in measured])) for k in METRICS})
+
+
+def _in_parts(heads: Heads, taps: list[Tensor]) -> list[Tensor]:
+    parts = [heads([t.float() for t in part]) for part in zip(*(t.split(4096) for t in taps), strict=True)]
+    return [torch.cat(p) for p in zip(*parts, strict=True)]
+
+
+def halvings(calibration: Samples, test: Samples) -> Iterable[tuple[Samples, Samples]]:
+    """Samples to choose on and to measure on: the two given, each way round; then halves of both, if they are few."""
+    sizes = len(calibration[0]), len(test[0])
+    c, r = (np.concatenate(both) for both in zip(calibration, test, strict=True))
+    order, random = np.arange(len(c)), np.random.default_rng(0)
+    for _ in range(max(1, 15_000 // len(c))):
+        a, b = order[:sizes[0]], order[sizes[0]:]
+        yield (c[a], r[a]), (c[b], r[b])
+        yield (c[b], r[b]), (c[a], r[a])
+        order = random.permutation(len(c))
+
+
+def _record(logits: list[Tensor], labels: Tensor) -> Samples:
+    """Confidence and correct, both (n, M+1)."""
+    right = torch.stack([x.argmax(1) == labels for x in logits], 1)
+    return torch.stack([confidence(x) for x in logits], 1).numpy(), right.numpy()
+
+
+def measure(
+        chosen_on: Samples,
+        measured_on: Samples,
+        stage_cost: np.ndarray,
+        head_cost: np.ndarray,
+        total: float,
+        classes: int,
+) -> dict[str, float]:
+    """The path of the joint rule's settings, made on some samples and realised on others.
+
+    Args:
+        chosen_on, measured_on: Confidence and correct, both (n, M+1).
+        stage_cost, head_cost: (M+1,) and (M,), MACs.
+        total: MACs of the plain backbone.
+
+    Returns:
+        Share of the MACs saved at each of DROPS, and the area under accuracy against MACs.
+    """
+    stage, head = check_costs(stage_cost, head_cost, len(head_cost))
+    path = nested_path(Problem(*check_samples(*chosen_on), stage, head, GRID))
+    along = follow(path, *check_samples(*measured_on), stage, head)
+    share = along.cost / total
+    step = np.abs(np.diff(share, prepend=share[0])) + 1e-6
+    loss = optimize.isotonic_regression((along.harmful - along.helpful) / along.n, weights=step).x
+    saved = {f'saved_{drop:g}': 1 - float(share[loss <= drop].min(initial=1)) for drop in DROPS}
+    accuracy = along.full / along.n - loss
+    order = np.argsort(share, kind='stable')
+    x, y = np.append(0, share[order]), np.append(1 / classes, accuracy[order])
+    return dict(**saved, area=float(np.trapezoid(y, x) + max(0, 1 - x[-1]) * y[-1]))
+
+
+def _is_base(row: Row, name: str, taps: Taps) -> bool:
+    """Whether a row of another name is the base row in this pair."""
+    base = next(r for r in ROWS if r.name == BASE)
+    exits = exits_of(base, name, taps)
+    return row != base and replace(row, name=base.name, head=base.head) == base and (
+        configs_of(row, exits, taps) == configs_of(base, exits, taps))
+
+
+def _together(run: tuple[Row, int]) -> tuple[int, str]:
+    return run[1], run[0].trained_as
+
+
+def results(names: Iterable[str], rows: Iterable[Row], log: Path) -> list[dict[str, Any]]:
+    """Every run, those that `log` has included."""
+    lines = log.read_text(encoding='utf-8').splitlines() if log.exists() else []
+    kept = [json.loads(x) for x in lines if x.endswith('}')]  # a line cut off by a kill is not a result
+    done = {(x['pair'], x['key'], x['seed']) for x in kept}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        offered = [r for r in rows if r.views <= PAIRS[name].get('views', 0)]
+        if all((name, r.key, s) in done for r in offered for s in SEEDS):
+            continue
+        taps = load_taps(name)
+        todo = [(r, s) for r in offered for s in SEEDS if (name, r.key, s) not in done and not _is_base(r, name, taps)]
+        for (seed, _), alike in groupby(sorted(todo, key=_together), key=_together):
+            for line in runs_of([r for r, _ in alike], name, taps, seed):
+                _logger.info('%s', line)
+                with open(log, 'a', encoding='utf-8') as f:
+                    f.write(json.dumps(line) + '\n')
+                kept.append(line)
+    return kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--pairs', nargs='+', default=list(PAIRS), choices=list(PAIRS))
+    parser.add_argument('--out', type=Path, default=ROOT / 'docs')
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
+    runs = results(args.pairs, ROWS, ROOT / 'runs' / 'ablation' / 'results.jsonl')
+    table = summary(runs, args.pairs, ROWS)
+    command = 'python scripts/emoji.py --out runs/emoji && python scripts/ablation.py'
+    command += '' if args.pairs == list(PAIRS) else f' --pairs {" ".join(args.pairs)}'
+    write_text(args.out / 'ablation.json', json.dumps(dict(command=command, rows=table), indent=1))
+    write_text(args.out / 'ablation.md', markdown(table, args.pairs, ROWS, command))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,162 @@
+"""scripts/ablation.py on a tiny pair: the base row is the library's training, and every switch does what it says."""
+from __future__ import annotations
+
+import copy
+import json
+
+import ablation
+import ablation_heads
+import ablation_page
+import ablation_taps
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from ablation_heads import CarryHead, Heads, Row, fit, fit_weights
+
+import timm_cascade
+from timm_cascade.data import create_loader
+from timm_cascade.heads import head_configs
+
+SHAPES = [dict(channels=3, size=(4, 4)), dict(channels=5, size=(2, 2)), dict(channels=6, size=(2, 2))]
+WIDTHS = [48, 20, 24]
+
+
+@pytest.fixture
+def pooled():
+    """Three exits' pooled taps of 64 samples of 4 classes, ever easier, and labels."""
+    labels = torch.arange(64) % 4
+    taps = [torch.randn(64, w) for w in WIDTHS]
+    for strength, tap in enumerate(taps, start=1):
+        tap[:, :4] += strength * F.one_hot(labels, 4)
+    return taps, labels
+
+
+def make(row: Row) -> Heads:
+    torch.manual_seed(0)
+    return Heads(SHAPES, head_configs('enhanced', 3), 4, row)
+
+
+def test_the_base_row_is_what_train_heads_does(small, images):
+    loader = create_loader(small, images)
+    with torch.no_grad():
+        parts = [small.forward_pooled(x)[0] for x, _ in loader]
+    taps = [torch.cat(p) for p in zip(*parts, strict=True)]
+    labels, base = torch.as_tensor(images.labels), Row('base')
+    heads = Heads([dict(channels=p.channels, size=p.size) for p in small.exits], small._head_configs, 4, base)
+    heads.heads.load_state_dict(small.heads.state_dict())
+    fit(heads, base, taps, labels, torch.zeros(96, 4), seed=3)
+    timm_cascade.train_heads(small, images, seed=3)
+    for ours, theirs in zip(heads.heads.parameters(), small.heads.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert heads.macs() == small.head_macs().tolist()
+
+
+def test_carried_logits_are_read_and_learn_nothing(pooled):
+    taps, _ = pooled
+    heads = make(Row('carry', carry=True))
+    assert [type(h) is CarryHead for h in heads.heads] == [False, True, True]
+    logits = heads(taps)
+    changed = heads([10 * taps[0], *taps[1:]])
+    assert not torch.equal(logits[2], changed[2])  # by way of exit 1
+    logits[1].sum().backward()
+    assert heads.heads[0].fc.weight.grad is None and heads.heads[1].fc.weight.grad is not None
+    plain = make(Row('base'))
+    assert [a - b for a, b in zip(heads.macs(), plain.macs(), strict=True)] == [0, 4 * 64, 4 * 64]
+
+
+def test_combined_answers_start_as_the_average_and_learn(pooled):
+    taps, labels = pooled
+    row = Row('learned', combine='learned')
+    heads = make(row)
+    fit(heads, row, taps, labels, torch.zeros(64, 4), seed=0)
+    logits = [x.detach() for x in heads(taps)]
+    answers = heads.answers(logits)
+    sure = [F.log_softmax(x, 1) for x in logits]
+    torch.testing.assert_close(answers[2], torch.stack(sure).mean(0))
+    before = copy.deepcopy(heads.heads.state_dict())
+    losses = sum(F.cross_entropy(x, labels) for x in answers)
+    fit_weights(heads, logits, labels)
+    assert sum(F.cross_entropy(x, labels) for x in heads.answers(logits)) < losses
+    assert all(torch.equal(before[k], v) for k, v in heads.heads.state_dict().items())
+    heads.combine = ''
+    assert heads.answers(logits) is logits
+
+
+def test_samples_that_a_sure_exit_has_answered_count_less():
+    logits = [torch.tensor([[9., 0], [0, 0], [0, 0]]), torch.tensor([[0., 0], [9, 0], [0, 0]]), torch.zeros(3, 2)]
+    first, second, third = ablation_heads._weights(logits, Row('weigh', weigh=True))
+    assert first.tolist() == [1, 1, 1]
+    assert second[0] < 0.5 < second[1] == second[2]
+    assert third[0] == pytest.approx(float(third[1]), abs=0.01) and third[2] > 2
+    assert float(third.mean()) == pytest.approx(1)
+
+
+def test_distillation_alone_needs_no_labels(pooled, monkeypatch):
+    taps, labels = pooled
+    teacher, wrong = 5 * F.one_hot((labels + 1) % 4, 4).float(), torch.full_like(labels, 3)
+    monkeypatch.setattr(ablation_heads, 'BATCH', 8)
+    heads = make(Row('distil', distil=1.))
+    fit(heads, Row('distil', distil=1.), taps, wrong, teacher, seed=0)
+    assert (heads(taps)[2].argmax(1) == (labels + 1) % 4).float().mean() > 0.9
+
+
+def test_savings_are_read_where_the_realised_loss_is_what_was_said():
+    """One exit at a tenth of the cost, right on all but the least sure samples: 0.5 of 200 are lost a hundredth."""
+    confidence = np.stack([np.linspace(0.5, 1, 1000), np.ones(1000)], 1)
+    correct = np.stack([np.arange(1000) >= 200, np.ones(1000, bool)], 1)
+    samples = confidence, correct
+    found = ablation.measure(samples, samples, np.array([10., 90.]), np.array([1.]), 99., 2)
+    # those who stay pay head and backbone; the grid of thresholds is 256 wide
+    for drop, lost in ((0.0025, 2.5), (0.005, 5), (0.01, 10)):
+        leave = 0.8 + lost / 1000
+        assert found[f'saved_{drop:g}'] == pytest.approx(1 - (10 + 90 * (1 - leave)) / 99, abs=0.006)
+    assert 0.8 < found['area'] < 1
+    pairs = list(ablation.halvings(samples, samples))
+    assert len(pairs) == 14 and all(len(a[0]) == len(b[0]) == 1000 for a, b in pairs)
+
+
+def test_a_tiny_pair_from_backbone_to_page(images, tmp_path, monkeypatch):
+    recipe = dict(
+        data=dict(name='quarters', train='a', calibration='b', test='c'),
+        model=dict(base='cifar_resnet20', create=dict(in_chans=1, num_classes=4, pretrained_cfg_overlay=dict(
+            input_size=[1, 32, 32], mean=[0.5], std=[0.25]))),
+        backbone=dict(epochs=1, batch_size=32, lr=0.05, weight_decay=5e-4, seed=0, pad=1, flip=False,
+                      mixed_precision='no'))
+    (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
+    pair = dict(recipe=str(tmp_path / 'recipe.yaml'), input_size=[1, 16, 16], views=1, images=64,
+                exits=['layer1.0', 'layer1', 'layer2', 'layer3.0'], stages=['layer1', 'layer2'])
+    for module in (ablation, ablation_taps):
+        monkeypatch.setattr(module, 'ROOT', tmp_path)
+    monkeypatch.setitem(ablation_taps.PAIRS, 'tiny', pair)
+    monkeypatch.setitem(ablation_taps.DATA, 'quarters', lambda split: images)
+    monkeypatch.setattr(ablation_heads, 'EPOCHS', 2)
+    for module in (ablation, ablation_page):
+        monkeypatch.setattr(module, 'SEEDS', (0, 1))
+    names = ablation_page.PAPER, ablation_page.BASE, ablation_page.THREE
+    rows = [r for r in ablation.ROWS if r.name in names or r.combine]
+    monkeypatch.setattr(ablation, 'ROWS', [*rows, Row('views', views=1), Row('more views', views=2)])
+    monkeypatch.setattr('sys.argv', ['ablation.py', '--pairs', 'tiny', '--out', str(tmp_path / 'docs')])
+    monkeypatch.setattr(ablation_taps.load_taps, '__defaults__', (tmp_path / 'runs',))
+    ablation.main()
+    log = tmp_path / 'runs' / 'ablation' / 'results.jsonl'
+    first = log.read_text()
+    with open(log, 'a') as f:
+        f.write('{"pair": "ti')  # a kill in the middle of a line
+    page = (tmp_path / 'docs' / 'ablation.md').read_text()
+    ablation.main()
+    assert log.read_text().startswith(first) and log.read_text().count('\n') == first.count('\n')
+    assert (tmp_path / 'docs' / 'ablation.md').read_text() == page
+
+    taps = ablation_taps.load_taps('tiny')
+    assert taps.pooled['train', 'layer1', 4].shape == (96, 16 * 16)
+    np.testing.assert_allclose(  # every grid is pooled from the tap itself; 8 divides into all of them
+        taps.pooled['test', 'layer2', 4].reshape(96, 32, 2, 2, 2, 2).mean((3, 5)).reshape(96, -1),
+        taps.pooled['test', 'layer2', 2], atol=2e-3)
+    assert not np.array_equal(taps.pooled['train', 'layer1', 4], taps.pooled['view0', 'layer1', 4])
+    assert ablation.exits_of(ablation.ROWS[0], 'tiny', taps) == ['layer1', 'layer2']
+    table = json.loads((tmp_path / 'docs' / 'ablation.json').read_text())['rows']
+    assert {x['row'] for x in table} == {r.name for r in ablation.ROWS} - {'more views'}
+    assert all(x['seeds'] == 2 and 0 <= x['saved_0.005']['mean'] < 1 for x in table)
+    assert f'| {ablation_page.PAPER} |' in page and 'more views' not in page.split('## tiny')[1]
