@@ -85,7 +85,7 @@ def test_a_linear_probe_on_other_classes(capsys, tmp_path):
 @pytest.mark.parametrize('flags, trained, said', [
     ([], True, 'new, 4 classes; trained as the final exit'), (['--classifier', 'keep'], False, 'kept as it is, RANDOM'),
     (['--checkpoint', 'backbone.pt'], False, 'kept as it is'),
-    (['--checkpoint', 'backbone.pt', '--classifier', 'train'], True, 'trained further')])
+    (['--checkpoint', 'backbone.pt', '--classifier', 'train'], True, 'trained anew')])
 def test_which_classifier(capsys, caplog, idx, tmp_path, small, monkeypatch, flags, trained, said):
     monkeypatch.chdir(tmp_path)
     torch.save(small.backbone.state_dict(), 'backbone.pt')

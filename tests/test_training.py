@@ -119,7 +119,8 @@ def test_a_classifier_that_is_kept_is_kept(small, images):
 
 @pytest.mark.parametrize('name', ['test_vit', 'test_convnext', 'test_efficientnet', 'test_nfnet', 'resnetv2_18'])
 def test_classifiers_of_other_families(name):
-    model = timm.create_model(f'cascade_{name}', num_classes=3, exits=1)  # of resnetv2 a 1x1 convolution
+    size = dict(pretrained_cfg_overlay=dict(input_size=(3, 64, 64))) if name == 'resnetv2_18' else {}
+    model = timm.create_model(f'cascade_{name}', num_classes=3, exits=1, **size)  # of resnetv2 a 1x1 convolution
     data = ImageData(np.random.default_rng(0).integers(0, 255, (6, 20, 20), dtype=np.uint8), [0, 1, 2] * 2, list('abc'))
     before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
     history = timm_cascade.train_heads(model, data, data, epochs=3, classifier=True)

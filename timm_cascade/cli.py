@@ -137,7 +137,7 @@ def _create(args: argparse.Namespace, num_classes: int) -> tuple[CascadeModel, b
     _logger.info('backbone: weights %s', weights)
     _logger.info('classifier: %s', f'new, {num_classes} classes; trained as the final exit\'s head (linear probe), the '
                  'rest of the backbone is not changed' if train and not fits else
-                 'trained further (linear probe)' if train else
+                 'trained anew (linear probe)' if train else
                  'kept as it is' if fits else 'kept as it is, RANDOM')
     return model, train
 

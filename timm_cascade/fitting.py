@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 __all__ = ['Classifier', 'Heads', 'Recipe', 'Trainer', 'moments']
 
 _logger = logging.getLogger(__name__)
-EPSILON = 1e-5  # added to variances, as BatchNorm does
+EPSILON = 1e-4  # of the mean variance, added to each: features may be of any scale
 TEMPERATURE = 4.  # at which heads are compared with the network's answers
 
 
 class Classifier(nn.Module):
-    """The backbone's classifier, the same function, with a parameter space in which its input is standardised."""
+    """A new classifier for the backbone: starts at zero, and trains on standardised features, of whatever scale."""
     mean: Tensor
     std: Tensor
 
@@ -40,12 +40,10 @@ class Classifier(nn.Module):
         super().__init__()
         weight, bias = layer.weight.flatten(1), layer.bias
         self.register_buffer('mean', mean.to(weight) if bias is not None else torch.zeros_like(mean).to(weight))
-        self.register_buffer('std', (variance + EPSILON).sqrt().to(weight))
+        self.register_buffer('std', (variance + EPSILON * variance.mean() + 1e-30).sqrt().to(weight))
         self.linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None).to(weight)
-        with torch.no_grad():
-            self.linear.weight.copy_(weight * self.std)
-            if bias is not None:
-                self.linear.bias.copy_(bias + weight @ self.mean)
+        for parameter in self.linear.parameters():  # softmax regression is convex; a random start only costs time
+            nn.init.zeros_(parameter)
 
     def classify(self, features: Tensor) -> Tensor:
         """(N, in_features) to logits (N, num_classes)."""
@@ -53,7 +51,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def write_to(self, layer: nn.Linear | nn.Conv2d) -> None:
-        """Makes `layer` the same function of the features as they are."""
+        """Makes `layer` the same function, of the features as they are."""
         weight = self.linear.weight / self.std
         layer.weight.copy_(weight.view_as(layer.weight))
         if layer.bias is not None:

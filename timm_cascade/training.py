@@ -63,8 +63,8 @@ def train_heads(
         batch_size: Over all processes together; with gradient accumulation (the accelerator's) of each part of a step.
         views: How many looks at each image, one an epoch in turn: the first as in evaluation, the others augmented by
             timm's training transform (or whatever is random about a data set of your own).
-        classifier: Train the backbone's classifier too, as the final exit's head (a linear probe): for a classifier
-            that is new. Nothing else of the backbone changes.
+        classifier: Train the backbone's classifier too, from nothing, as the final exit's head (a linear probe).
+            Nothing else of the backbone changes.
         cache: Folder for the taps, which stay there for the next training; True for a temporary one; False for none:
             the backbone then runs anew in every epoch, with the same result but for rounding.
         state: File of the training's state, written now and then; the same call continues from it. It stays when the
