@@ -1,0 +1,76 @@
+"""Trains the smaller static networks that a cascade has to beat: shallower or narrower, same data, same recipe.
+
+    python scripts/static_networks.py hub/recipes/cascade_cifar_resnet20.emoji.yaml
+
+Each network's state is runs/static/RECIPE/NETWORK.pt, continued at the epoch where it was stopped; the images of
+`calibration` are watched while it trains, nothing is chosen by them, and benchmark.py tests it on `test`.
+"""
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from accelerate.utils import set_seed
+from backbones import train_backbone
+from release import DATA
+from torch import nn
+
+import timm_cascade  # noqa: F401  registers cifar_resnet20
+
+ROOT = Path(__file__).resolve().parent.parent
+# name: arguments of cifar_resnet20 that make it
+NETWORKS: dict[str, dict[str, int]] = {
+    'ResNet-8': dict(depth=1),
+    'ResNet-14': dict(depth=2),
+    'ResNet-20, half width': dict(width=8),
+}
+
+
+def state_file(recipe: dict[str, Any], name: str) -> Path:
+    return ROOT / 'runs' / 'static' / recipe['name'] / f'{name.lower().replace(", ", "_").replace(" ", "_")}.pt'
+
+
+def create(recipe: dict[str, Any], name: str) -> nn.Module:
+    """One of NETWORKS, untrained, for the recipe's images and classes."""
+    set_seed(recipe['backbone']['seed'])
+    return timm.create_model(recipe['model']['base'], **recipe['model']['create'], **NETWORKS[name])
+
+
+def load(recipe: dict[str, Any], name: str) -> tuple[nn.Module, int]:
+    """The network as far as it is trained, and for how many epochs it was.
+
+    Raises:
+        FileNotFoundError: It is not trained yet.
+    """
+    file = state_file(recipe, name)
+    if not file.exists():
+        raise FileNotFoundError(f'{name} is not trained; run python scripts/static_networks.py '
+                                f'hub/recipes/{recipe["name"]}.yaml first.')
+    state = torch.load(file, map_location='cpu', weights_only=True)
+    model = create(recipe, name)
+    model.load_state_dict(state['model'])
+    return model.eval(), state['epoch']
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('recipe', type=Path)
+    parser.add_argument('--networks', nargs='+', choices=list(NETWORKS), default=list(NETWORKS))
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
+    recipe = yaml.safe_load(args.recipe.read_text(encoding='utf-8'))
+    load_split = DATA[recipe['data']['name']]
+    train, watch = load_split(recipe['data']['train']), load_split(recipe['data']['calibration'])
+    for name in args.networks:
+        logging.info('%s, %s', recipe['name'], name)
+        state_file(recipe, name).parent.mkdir(parents=True, exist_ok=True)
+        train_backbone(create(recipe, name), train, watch, state_file(recipe, name), recipe['backbone'])
+
+
+if __name__ == '__main__':
+    main()

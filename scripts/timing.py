@@ -1,0 +1,141 @@
+"""Times of several contestants on one machine, side by side.
+
+`torch.utils.benchmark` times one statement after the other; on a machine whose speed drifts, ratios need the contestants
+in turns. So: every repetition runs each of them once, the order reversed from one to the next, and ratios are formed
+within a repetition.
+"""
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from timm_cascade.backbone import tap_of
+from timm_cascade.model import CascadeModel
+
+
+def clock() -> float:
+    """Seconds; waits for what the accelerator still has to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@dataclass
+class Runs:
+    """What `in_turns` measured: by contestant, seconds (repetitions,) and what each call returned."""
+    seconds: dict[str, np.ndarray]
+    returned: dict[str, list[Any]]
+
+    def ratio(self, one: str, other: str | np.ndarray) -> dict[str, float]:
+        """Time of `one` over that of `other`, as `spread` has it."""
+        return spread(self.seconds[one] / (self.seconds[other] if isinstance(other, str) else other))
+
+
+def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = np.quantile(np.asarray(values, dtype=float), (0.25, 0.5, 0.75))
+    return dict(median=float(median), low=float(low), high=float(high), n=len(values))
+
+
+@torch.inference_mode()
+def in_turns(contestants: dict[str, Callable[[], Any]], seconds: float, least: int = 3) -> Runs:
+    """Runs all contestants again and again, at least `least` times each, for about `seconds`; one warm-up each."""
+    for call in contestants.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    returned: dict[str, list[Any]] = {name: [] for name in contestants}
+    began, turn = time.perf_counter(), 0
+    while turn < least or time.perf_counter() - began < seconds:
+        names = list(contestants)
+        for name in names if turn % 2 else reversed(names):
+            start = clock()
+            value = contestants[name]()
+            times[name].append(clock() - start)
+            returned[name].append(value)
+        turn += 1
+    return Runs({k: np.array(v) for k, v in times.items()}, returned)
+
+
+class _Enough(Exception):
+    """The stage that was asked for is done."""
+
+
+def stage_seconds(model: CascadeModel, images: Tensor, last: int | None = None) -> np.ndarray:
+    """Seconds of stages 0..last of the plain network, each with its head, for images (N, ...) that all go on.
+
+    The network runs as it is; a hook at each exit reads the clock, runs the head and reads the clock again. No
+    confidence, no comparison, no cut: that is what the cascade adds, and what an ideal one would not need.
+    """
+    last = len(model.exits) if last is None else last
+    stamps: list[float] = []
+
+    def hook(index: int) -> Callable[..., None]:
+        def at(module: Any, args: Any, output: Any) -> None:
+            model.heads[index](tap_of(output, model.exits[index]))
+            stamps.append(clock())
+            if index == last:
+                raise _Enough
+        return at
+
+    handles = [model.backbone.get_submodule(p.module).register_forward_hook(hook(i)) for i, p in enumerate(model.exits)]
+    try:
+        stamps.append(clock())
+        model.backbone(images)
+        stamps.append(clock())
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return np.diff(stamps)
+
+
+def survivors(exits: Tensor, count: int) -> list[int]:
+    """Samples that come to each of the M+1 = `count` stages, from the exits that answered them (N,)."""
+    return [int((exits >= k).sum()) for k in range(count)]
+
+
+def occurring(batches: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """(last stage, batch size) pairs to run, so that every stage is timed at every batch size that comes to it."""
+    last: dict[int, int] = {}
+    for sizes in batches:
+        for stage, n in enumerate(sizes):
+            if n:
+                last[n] = max(stage, last.get(n, 0))
+    return [(stage, n) for n, stage in sorted(last.items())]
+
+
+def ideal_seconds(batches: Sequence[Sequence[int]], stages: dict[int, np.ndarray]) -> np.ndarray:
+    """(repetitions,) seconds that the batches would take if only their stages cost anything.
+
+    Args:
+        batches: For each batch, the samples that come to each stage.
+        stages: By batch size, seconds (repetitions, stages) of the stages at that size.
+    """
+    total = np.zeros(len(next(iter(stages.values()))))
+    for sizes in batches:
+        for stage, n in enumerate(sizes):
+            if n:
+                total = total + stages[n][:, stage]
+    return total
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import timm
+
+    info = Path('/proc/cpuinfo')
+    models = [x.split(':')[1].strip() for x in info.read_text().splitlines()
+              if x.startswith('model name')] if info.exists() else []
+    processor = models[0] if models else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{processor} (CPU)'
+    return dict(device=device, threads=torch.get_num_threads(), torch=torch.__version__.split('+')[0],
+                timm=timm.__version__)
