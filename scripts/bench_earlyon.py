@@ -23,7 +23,7 @@ from bench_plain import build, each, forced, observe, pictures
 from timing import ideal_seconds, in_turns, occurring, spread, stage_seconds, survivors
 from torch import Tensor, nn
 
-import timm_cascade
+from timm_cascade.data import ImageData
 from timm_cascade.model import CascadeModel
 
 _logger = logging.getLogger('benchmark')
@@ -126,21 +126,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = timm.create_model(f'local-dir:{RELEASE}', pretrained=True).eval()
     model.to(args.device, memory_format=torch.channels_last)
     model.set_max_drop(0.005)
-    data = fashion_mnist.load_test()
-    data = timm_cascade.data.ImageData(
-        data.images, data.labels, data.class_names, data.source, data.split) if args.images >= len(data) else head(
-            data, args.images)
-    images = decode(model, data)[0].to(args.device)
+    images = decode(model, first(fashion_mnist.load_test(), args.images))[0].to(args.device)
     for batch, n, target in ((1, len(images) // 4, 1.), (64, len(images) // 64 * 64, 2.5)):
         rows.append(dict(compare('Fashion-MNIST release, max_drop 0.5 %, test images', model, images[:n], batch,
                                  args.seconds, args.repetitions), target=target))
     return dict(rows=rows, version=VERSION)
 
 
-def head(data: timm_cascade.data.ImageData, n: int) -> timm_cascade.data.ImageData:
+def first(data: ImageData, n: int) -> ImageData:
     """The first n images."""
+    n = min(n, len(data))
     images = data.images[:n] if isinstance(data.images, np.ndarray) else [data.images[i] for i in range(n)]
-    return timm_cascade.data.ImageData(images, data.labels[:n], data.class_names, data.source, data.split)
+    return ImageData(images, data.labels[:n], data.class_names, data.source, data.split)
 
 
 def markdown(section: dict[str, Any]) -> list[str]:
