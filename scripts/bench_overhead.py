@@ -169,8 +169,8 @@ def markdown(section: dict[str, Any]) -> list[str]:
              '| network | cascade | plain |', '| --- | --- | --- |']
     text += [f'| {r["network"]} | {verdict(r["cascade"], 1.2)} | {verdict(r["plain"], None)} |'
              for r in section['first']]
-    text += ['', '**Peak memory** above what the process had with the model loaded, eight batches, 40 % leaving at each '
-             'of three exits: of `stream` over the plain network\'s plus the stated buffer (one batch of taps an '
+    text += ['', '**Peak memory** above what the process had with the model loaded, eight batches, 40 % leaving at '
+             'each of three exits: of `stream` over the plain network\'s plus the stated buffer (one batch of taps an '
              'exit), of `predict` over the plain network\'s. Target: 1.2.', '',
              '| network | batch | plain, MB | buffer, MB | stream | predict |', '| --- | --- | --- | --- | --- | --- |']
     text += [f'| {r["network"]} | {r["batch"]} | {r["peaks"]["plain"] / 1e6:.0f} | {r["buffer"] / 1e6:.0f} | '

@@ -66,7 +66,8 @@ def forced(sure: np.ndarray, share: float) -> list[float]:
 @torch.inference_mode()
 def observe(model: CascadeModel, batches: list[Tensor]) -> np.ndarray:
     """(n, M) confidences of all images at all exits."""
-    return torch.cat([torch.stack([confidence(x) for x in model.forward_exits(b)[:-1]], 1) for b in batches]).cpu().numpy()
+    sure = [torch.stack([confidence(x) for x in model.forward_exits(b)[:-1]], 1) for b in batches]
+    return torch.cat(sure).cpu().numpy()
 
 
 def each(call: Callable[[Tensor], Any], batches: list[Tensor]) -> None:
@@ -184,7 +185,8 @@ def markdown(section: dict[str, Any]) -> list[str]:
         'network\'s stages and heads, each at the batch sizes that came to it. Eager is the faster of the two memory '
         'formats; best is the plain network in its fastest mode of all. Targets: at most 1.05 of the ideal at batch '
         '64, 1.10 at batch 1; below 1.00 of the plain network from 20 % up.', '',
-        '| network | batch | mode | leave | of the ideal | of plain, same mode | of plain, best mode | ideal of plain |',
+        '| network | batch | mode | leave | of the ideal | of plain, same mode | of plain, best mode '
+        '| ideal of plain |',
         '| --- | --- | --- | --- | --- | --- | --- | --- |']
     for r in section['rows']:
         limit = 1.05 if r['batch'] >= 64 else 1.10 if r['batch'] == 1 else None

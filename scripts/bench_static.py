@@ -18,7 +18,6 @@ from release import DATA
 from timing import in_turns
 from torch import Tensor, nn
 
-import timm_cascade
 from timm_cascade.backbone import backbone_macs
 from timm_cascade.calibration import record
 from timm_cascade.model import CascadeModel
@@ -27,7 +26,8 @@ from timm_cascade.thresholds import outcome, route
 
 _logger = logging.getLogger('benchmark')
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = {name: ROOT / 'hub' / 'recipes' / f'cascade_cifar_resnet20.{name}.yaml' for name in ('fashion_mnist', 'emoji')}
+RECIPES = {name: ROOT / 'hub' / 'recipes' / f'cascade_cifar_resnet20.{name}.yaml'
+           for name in ('fashion_mnist', 'emoji')}
 RELEASES = (ROOT / 'hub' / 'releases', ROOT / 'runs' / 'releases')
 MAX_DROPS = (0., 0.001, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.0125, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075)
 BATCHES = {1: 256, 64: 1024}  # how many test images a repetition runs

@@ -1,8 +1,8 @@
 """Times of several contestants on one machine, side by side.
 
-`torch.utils.benchmark` times one statement after the other; on a machine whose speed drifts, ratios need the contestants
-in turns. So: every repetition runs each of them once, the order reversed from one to the next, and ratios are formed
-within a repetition.
+`torch.utils.benchmark` times one statement after the other; on a machine whose speed drifts, ratios need the
+contestants in turns. So: every repetition runs each of them once, the order reversed from one to the next, and ratios
+are formed within a repetition.
 """
 from __future__ import annotations
 
