@@ -32,8 +32,8 @@ class CompileOptions:
         backend: Of torch.compile.
         mode: Of torch.compile; None is its default on a CPU and `max-autotune` on a GPU.
         channels_last: Images and weights of convolutions in channels-last memory.
-        fold: Let the compiler compute with the weights: batch norms go into their convolutions, and on a CPU weights are
-            packed for it.
+        fold: Let the compiler compute with the weights: batch norms go into their convolutions, and on a CPU weights
+            are packed for it.
         buckets: Pad to a few batch sizes; None where CUDA graphs need it.
     """
     backend: str = 'inductor'
@@ -61,7 +61,7 @@ class CompiledBackbone(StagedBackbone):
     ) -> None:
         super().__init__(backbone, run, images, count)
         self.tensors = [t for t in (*backbone.parameters(), *backbone.buffers()) if not t.is_inference()]
-        self.versions = self._versions()
+        self.state = self._state(backbone)
         mode = options.mode or ('max-autotune' if images.is_cuda else None)
         self.buckets = options.buckets if options.buckets is not None else images.is_cuda and mode in GRAPHS
         kwargs: dict[str, Any] = dict(backend=options.backend, dynamic=False if self.buckets else None, mode=mode)
@@ -74,15 +74,15 @@ class CompiledBackbone(StagedBackbone):
             stage.inputs = [node for node in stage.inputs if node not in self.weights and node not in self.constants]
             stage.module = CompiledStage(plain, kwargs)
 
-    def _versions(self) -> int:
-        return sum(t._version for t in self.tensors)
+    def _state(self, backbone: nn.Module) -> tuple[int, int]:
+        """Differs once weights were written to, moved or replaced."""
+        return sum(t._version for t in self.tensors), next(backbone.parameters()).data_ptr()
 
     def stale(self, backbone: nn.Module) -> bool:
-        return self._versions() != self.versions
+        return self._state(backbone) != self.state
 
     @property
     def failure(self) -> str | None:
-        """Why a stage could not be compiled."""
         return next((s.module.failure for s in self.stages if s.module.failure), None)
 
     def _with_weights(self, stage: Stage, backbone: nn.Module, channels_last: bool) -> fx.GraphModule:
@@ -167,6 +167,6 @@ class CompiledStage:
 
 
 def bucket(n: int) -> int:
-    """The batch size that n samples are padded to: 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, ...; at most half as many again."""
+    """The batch size that n samples are padded to: 1, 2, 3, 4, 6, 8, 12, 16, 24, ...; less than half as many again."""
     power = 1 << (n - 1).bit_length()
     return 3 * power // 4 if power >= 4 and n <= 3 * power // 4 else power

@@ -154,7 +154,7 @@ class CascadeModel(nn.Module):
             channels_last: bool | None = None,
             fold: bool = True,
             backend: str = 'inductor',
-        ) -> CascadeModel:
+    ) -> CascadeModel:
         """Runs the backbone as stages between its exits, each compiled by itself, from now on.
 
         For inference: while gradients are asked for, and in training mode, everything runs as before. New weights are
@@ -409,7 +409,6 @@ class CascadeModel(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads a cascade's state, or the state of a plain timm backbone into `backbone`."""
-        self._router.forget()
         if state_dict and not any(key.startswith(('backbone.', 'heads.')) for key in state_dict):
             return self.backbone.load_state_dict(state_dict, strict=strict, assign=assign)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)

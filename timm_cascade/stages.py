@@ -70,8 +70,6 @@ class StagedBackbone:
         ValueError: The graph does not have its exits, or something crosses one that cannot be cut by samples.
     """
 
-    failure: str | None = None  # of compiling a stage
-
     def __init__(self, backbone: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, count: int) -> None:
         self.memory_format = torch.contiguous_format if images.is_contiguous() else torch.channels_last
         # of two images: torch.export takes a dimension of 1 for a constant
@@ -115,7 +113,7 @@ class StagedBackbone:
                 stages[count].tap = result
             elif node.op != 'placeholder' and not _is_assertion(node):
                 # one of several results is taken where they are made, so that tensors only cross an exit
-                home[node] = home[node.args[0]] if node.target is operator.getitem else current  # type: ignore[index]
+                home[node] = home[node.args[0]] if node.target is operator.getitem else current
                 stages[home[node]].nodes.append(node)
         missed = [i for i, stage in enumerate(stages) if stage.tap is None]
         if missed:
@@ -152,6 +150,11 @@ class StagedBackbone:
         if sizes[0] != each * self.batch or any(self.batch in getattr(s, 'free_symbols', ()) for s in sizes[1:]):
             raise ValueError(f'a tensor of shape {tuple(sizes)} crosses an exit: samples are not its rows')
         return int(each)
+
+    @property
+    def failure(self) -> str | None:
+        """Why a stage is not compiled that should be."""
+        return None
 
     def stale(self, backbone: nn.Module) -> bool:
         """Whether it no longer does what the backbone does."""

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
 from .backbone import merge_rows
-from .routing import Answers, Crossing, Engine, Flight, Interrupted
+from .flight import Answers, Flight
+from .routing import Crossing, Engine, Interrupted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,7 +35,7 @@ class StreamOutput(NamedTuple):
         exit: (K,) int64, the exit that answered, M for the backbone's own classifier.
         confidence: (K,) float32, max softmax of `logits`.
     """
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # and not tuple's method
     logits: Tensor
     exit: Tensor
     confidence: Tensor
