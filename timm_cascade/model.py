@@ -4,8 +4,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,10 +13,16 @@ from torch import Tensor, nn
 
 from .backbone import ExitPoint, backbone_macs, input_size_of, resolve_exits
 from .heads import ExitHead, HeadSpec, create_heads, head_configs
-from .routing import CascadeOutput, Router
+from .routing import CascadeOutput, Engine, Router
+from .stream import StreamOutput, stream
 from .thresholds import Calibration, OperatingPoint, ThresholdTable
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 __all__ = ['CascadeModel', 'NotCalibratedError']
+
+MIN_LEAVE = 0.02
 
 _ANCHOR = re.compile(r'(?<![\[\\])\^')
 
@@ -66,6 +72,7 @@ class CascadeModel(nn.Module):
         self._head_macs: list[int] | None = None
         self._router = Router(backbone, self._points)
         self._thresholds = [math.inf] * len(self._points)
+        self.min_leave = MIN_LEAVE
         self.train(backbone.training)
         if thresholds is not None:
             self.thresholds = thresholds
@@ -74,7 +81,7 @@ class CascadeModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) to logits (N, num_classes), easy images from an early exit."""
-        return self.predict(x).logits if self.any_open else self.backbone(x)
+        return self.predict(x).logits if self.any_open or self.compiled else self.backbone(x)
 
     def predict(self, x: Tensor) -> CascadeOutput:
         """Logits, the exit that answered and its confidence, for images (N, C, H, W), in their order.
@@ -82,15 +89,107 @@ class CascadeModel(nn.Module):
         Raises:
             ValueError: Images of another shape or number of channels than the backbone's.
         """
-        in_chans = input_size_of(self.backbone)[0]
-        if x.ndim != 4 or x.shape[1] != in_chans:
-            raise ValueError(f'images are {tuple(x.shape)}; expected (N, {in_chans}, H, W). Convert them, or create '
-                             f'the model with in_chans={x.shape[1] if x.ndim == 4 else "..."}.')
+        self._check(x)
         if not len(x):  # many networks crash on an empty batch
             empty = x.new_empty(0, dtype=torch.float32)
             return CascadeOutput(x.new_empty(0, self.num_classes), empty.long(), empty)
         open_exits = self._thresholds if self.any_open else [math.inf] * len(self._points)
-        return self._router.route(self.backbone, x, list(self.heads), open_exits)
+        return self._router.route(self.backbone, x, list(self.heads), open_exits, self.min_leave)
+
+    def stream(
+            self,
+            batches: Iterable[Any],
+            *,
+            batch_size: int | None = None,
+            ordered: bool = True,
+            max_held: int | None = None,
+            accelerator: Accelerator | None = None,
+    ) -> Iterator[StreamOutput]:
+        """Answers a long input with full batches in every stage: survivors of several batches go on together.
+
+        Gradients are not kept. What was read before the input raised is answered before it is raised.
+
+        Args:
+            batches: Images (N, C, H, W), or tuples that begin with them: a data loader, or any iterable.
+            batch_size: Samples that a stage runs on; by default as many as the first batch has.
+            ordered: Results in the input's order, one for each batch (in parts where a batch is larger than
+                `max_held`). Otherwise samples come as soon as they are answered, which holds none back.
+            max_held: Most samples that are kept at once, waiting for a stage or, in order, for others' results; then
+                stages run with fewer. By default 32 batches. Never more than M * `batch_size` of them keep a tap.
+            accelerator: With several processes, each reads and answers every P-th batch of the same input; `index` is
+                that in the whole. Where one of them fails, the others raise at their end.
+
+        Raises:
+            ValueError: Images that are not the backbone's, or numbers out of range.
+            TypeError: A batch without images.
+            RuntimeError: Another process failed.
+        """
+        return stream(self, batches, batch_size=batch_size, ordered=ordered, max_held=max_held, accelerator=accelerator)
+
+    def engine(self, images: Tensor) -> Engine:
+        """How the backbone runs images of this kind; see routing.Engine."""
+        return self._router.engine(self.backbone, images, self.any_open)
+
+    def as_images(self, x: Tensor) -> Tensor:
+        """The batch on the model's device.
+
+        Raises:
+            ValueError: Not images of this backbone's kind.
+        """
+        self._check(x)
+        return x.to(next(self.backbone.parameters()).device, non_blocking=True)
+
+    def _check(self, x: Tensor) -> None:
+        in_chans = self.in_chans
+        if x.ndim != 4 or x.shape[1] != in_chans:
+            raise ValueError(f'images are {tuple(x.shape)}; expected (N, {in_chans}, H, W). Convert them, or create '
+                             f'the model with in_chans={x.shape[1] if x.ndim == 4 else "..."}.')
+
+    def compile(  # type: ignore[override]
+            self,
+            enabled: bool = True,
+            *,
+            mode: str | None = None,
+            batch_sizes: Sequence[int] = (2,),
+            channels_last: bool | None = None,
+            fold: bool = True,
+            backend: str = 'inductor',
+    ) -> CascadeModel:
+        """Runs the backbone as stages between its exits, each compiled by itself, from now on.
+
+        For inference: while gradients are asked for, and in training mode, everything runs as before. New weights are
+        compiled anew when images come. Where the backbone cannot be exported or compiled it goes on eagerly, and a
+        warning says why. Unlike nn.Module.compile this compiles at once, for images of the size the model was made for.
+
+        Args:
+            enabled: False goes back to the eager cascade.
+            mode: Of torch.compile; by default its own on a CPU, and `max-autotune` on a GPU.
+            batch_sizes: Numbers of samples to warm up with. On a CPU anything above 1 does for all; a batch of 1 is
+                compiled by itself. On a GPU each size that CUDA graphs are padded to is.
+            channels_last: Convolutions in channels-last memory; by default where taps are feature maps.
+            fold: Compute with the weights while compiling: batch norms go into convolutions.
+            backend: Of torch.compile.
+
+        Returns:
+            The model itself.
+        """
+        from .compiled import CompileOptions  # torch.export and the compiler are costly imports
+
+        if channels_last is None:
+            channels_last = any(p.layout == 'NCHW' for p in self._points)
+        self._router.forget()
+        self._router.options = CompileOptions(backend, mode, channels_last, fold) if enabled else None
+        if enabled:
+            weight = next(self.backbone.parameters())
+            size = input_size_of(self.backbone)
+            self._router.warm_up(self.backbone, [
+                torch.zeros(n, *size, dtype=weight.dtype, device=weight.device) for n in batch_sizes])
+        return self
+
+    @property
+    def compiled(self) -> bool:
+        """Whether `compile` is in force."""
+        return self._router.options is not None
 
     def forward_exits(self, x: Tensor) -> list[Tensor]:
         """Every exit's logits, M+1 of (N, num_classes); nobody leaves."""

@@ -1,0 +1,172 @@
+"""The backbone's stages, each compiled with its weights in it.
+
+A stage is compiled once for all numbers of samples. On a GPU, where CUDA graphs replay one shape only, samples are
+padded up to a few batch sizes and each of those is compiled when it first comes. Where compiling fails, the stage runs
+as it was exported, and a warning says why.
+"""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._inductor
+from torch import Tensor, fx, nn
+
+from .backbone import select_rows
+from .stages import Stage, StagedBackbone
+
+__all__ = ['CompileOptions', 'CompiledBackbone']
+
+GRAPHS = ('reduce-overhead', 'max-autotune')  # modes of torch.compile that replay CUDA graphs
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How stages are compiled.
+
+    Attributes:
+        backend: Of torch.compile.
+        mode: Of torch.compile; None is its default on a CPU and `max-autotune` on a GPU.
+        channels_last: Images and weights of convolutions in channels-last memory.
+        fold: Let the compiler compute with the weights: batch norms go into their convolutions, and on a CPU weights
+            are packed for it.
+        buckets: Pad to a few batch sizes; None where CUDA graphs need it.
+    """
+    backend: str = 'inductor'
+    mode: str | None = None
+    channels_last: bool = False
+    fold: bool = True
+    buckets: bool | None = None
+
+
+class CompiledBackbone(StagedBackbone):
+    """A StagedBackbone whose stages hold the weights they were made with, and are compiled.
+
+    Args:
+        backbone, run, images, count: See StagedBackbone.
+        options: How to compile.
+    """
+
+    def __init__(
+            self,
+            backbone: nn.Module,
+            run: Callable[[Tensor], Tensor],
+            images: Tensor,
+            count: int,
+            options: CompileOptions,
+    ) -> None:
+        super().__init__(backbone, run, images, count)
+        self.tensors = [t for t in (*backbone.parameters(), *backbone.buffers()) if not t.is_inference()]
+        self.state = self._state(backbone)
+        mode = options.mode or ('max-autotune' if images.is_cuda else None)
+        self.buckets = options.buckets if options.buckets is not None else images.is_cuda and mode in GRAPHS
+        kwargs: dict[str, Any] = dict(backend=options.backend, dynamic=False if self.buckets else None, mode=mode)
+        if options.backend == 'inductor' and options.fold:
+            # torch.compile takes a mode or options, so the mode's options are spelled out
+            kwargs['options'] = {**(torch._inductor.list_mode_options(mode) if mode else {}), 'freezing': True}
+            kwargs['mode'] = None
+        for stage in self.stages:
+            plain = self._with_weights(stage, backbone, options.channels_last)
+            stage.inputs = [node for node in stage.inputs if node not in self.weights and node not in self.constants]
+            stage.module = CompiledStage(plain, kwargs)
+
+    def _state(self, backbone: nn.Module) -> tuple[int, int]:
+        """Differs once weights were written to, moved or replaced."""
+        return sum(t._version for t in self.tensors), next(backbone.parameters()).data_ptr()
+
+    def stale(self, backbone: nn.Module) -> bool:
+        return self._state(backbone) != self.state
+
+    @property
+    def failure(self) -> str | None:
+        return next((s.module.failure for s in self.stages if s.module.failure), None)
+
+    def _with_weights(self, stage: Stage, backbone: nn.Module, channels_last: bool) -> fx.GraphModule:
+        """The stage with its weights as attributes, where a compiler may compute with them."""
+        root, graph, copies = nn.Module(), fx.Graph(), dict[fx.Node, fx.Node]()
+        for node in stage.inputs:
+            if node in self.weights or node in self.constants:
+                value = self.weights[node](backbone).detach() if node in self.weights else self.constants[node]
+                if channels_last and value.ndim == 4:
+                    value = value.contiguous(memory_format=torch.channels_last)
+                root.register_buffer(node.name, value)
+                copies[node] = graph.get_attr(node.name)
+        for node in stage.inputs:
+            if node not in copies:
+                copies[node] = graph.placeholder(node.name)
+        for node in stage.nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(tuple(copies[node] for node in stage.outputs))
+        return fx.GraphModule(root, graph)
+
+    def compute(
+            self,
+            stage: Stage,
+            values: Mapping[fx.Node, Tensor],
+            backbone: nn.Module,
+            alive: int,
+    ) -> Sequence[Tensor]:
+        size = bucket(alive) if self.buckets else alive
+        padding = torch.arange(size, device=self.device(values)).clamp_(max=alive - 1) if size > alive else None
+        inputs = []
+        for node in stage.inputs:
+            value = self._value(node, values, backbone, size)
+            rows = self.rows_of(node.meta['val']) if isinstance(value, Tensor) else 0
+            if rows and padding is not None:
+                value = select_rows(value, padding, rows)
+            elif rows and not self.buckets and size > 1 and not stage.module.called:
+                torch._dynamo.maybe_mark_dynamic(value, 0)
+            inputs.append(value)
+        with torch.no_grad():
+            outputs = stage.module(inputs, size if self.buckets else 0)
+        if not self.buckets:
+            return outputs
+        # CUDA graphs write to the same memory every time: what is kept has to be copied out of it
+        each = [self.rows_of(node.meta['val']) for node in stage.outputs]
+        return [(o[:alive * r] if r else o).clone() for o, r in zip(outputs, each, strict=True)]
+
+    @staticmethod
+    def device(values: Mapping[fx.Node, Tensor]) -> torch.device:
+        return next(iter(values.values())).device
+
+
+class CompiledStage:
+    """A stage and its compiled forms.
+
+    Args:
+        plain: The stage.
+        kwargs: For torch.compile.
+    """
+
+    def __init__(self, plain: fx.GraphModule, kwargs: Mapping[str, Any]) -> None:
+        self.plain = plain
+        self.kwargs = kwargs
+        self.forms: dict[int, Callable[..., Sequence[Tensor]]] = {}
+        self.failure: str | None = None
+        self.called = False
+
+    def __call__(self, inputs: Sequence[Any], size: int) -> Sequence[Tensor]:
+        """Outputs of the form compiled for batches of `size` samples, 0 for the one that takes any number."""
+        if self.failure is not None:
+            return self.plain(*inputs)
+        self.called = True
+        if size not in self.forms:
+            # a copy has code of its own, and with it its own share of the compiler's cache
+            self.forms[size] = torch.compile(fx.GraphModule(self.plain, self.plain.graph), **self.kwargs)
+        try:
+            return self.forms[size](*inputs)
+        except Exception as e:  # a compiler may raise anything; where the inputs are at fault, the stage raises as well
+            outputs = self.plain(*inputs)
+            self.failure = f'{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ""}'
+            warnings.warn(f'a stage of the cascade is not compiled and runs eagerly: {self.failure}', stacklevel=2)
+            return outputs
+
+
+def bucket(n: int) -> int:
+    """The batch size that n samples are padded to: 1, 2, 3, 4, 6, 8, 12, 16, 24, ...; less than half as many again."""
+    power = 1 << (n - 1).bit_length()
+    return 3 * power // 4 if power >= 4 and n <= 3 * power // 4 else power
