@@ -19,7 +19,7 @@ import numpy as np
 import timm
 import torch
 from backbones import decode
-from bench_plain import build, each, forced, observe, pictures
+from bench_plain import bare, build, each, forced, observe, pictures
 from timing import ideal_seconds, in_turns, occurring, spread, stage_seconds, survivors
 from torch import Tensor, nn
 
@@ -50,12 +50,8 @@ def wrap(model: CascadeModel, size: tuple[int, ...]) -> nn.Module:
         backbone='custom', num_classes=model.num_classes, exit_points=points,
         confidence_thresholds=[0. if math.isinf(t) else t for t in thresholds],
         enabled_exits=[not math.isinf(t) for t in thresholds])
-    # a copy of the backbone with none of the cascade's hooks
-    backbone = copy.deepcopy(model.backbone)
-    for module in backbone.modules():
-        module._forward_hooks.clear()
     heads = {f'e{i}': copy.deepcopy(head) for i, head in enumerate(model.heads)}
-    wrapper = EarlyExitWrapper(backbone, heads, nn.Identity(), config, input_shape=(1, *size)).eval()
+    wrapper = EarlyExitWrapper(bare(model), heads, nn.Identity(), config, input_shape=(1, *size)).eval()
     _ = wrapper.flops_estimate  # it computes this at its first call; that is not what is timed
     return wrapper
 
@@ -85,7 +81,7 @@ def compare(what: str, model: CascadeModel, images: Tensor, batch: int, seconds:
     runs = in_turns({
         'ours': partial(each, model.predict, batches),
         'theirs': partial(each, other if batch == 1 else other.forward_inference_batched, batches),
-        'plain': partial(each, model.backbone, batches),
+        'plain': partial(each, bare(model), batches),
     }, seconds, least)
     left = [e for e in theirs if e >= 0]
     row = dict(what=what, batch=batch, images=len(images), survivors=np.sum(sizes, axis=0).tolist(),
@@ -101,7 +97,7 @@ def ideal_share(model: CascadeModel, images: Tensor, batch: int, seconds: float,
     batches = list(images.contiguous(memory_format=torch.channels_last).split(batch))
     sizes = [survivors(model.predict(b).exit, len(model.exits) + 1) for b in batches]
     images = torch.cat(batches)
-    runs = in_turns({'plain': partial(each, model.backbone, batches)} | {
+    runs = in_turns({'plain': partial(each, bare(model), batches)} | {
         str(n): partial(stage_seconds, model, images[:n], last) for last, n in occurring(sizes)}, seconds, least)
     stages = {int(n): np.stack(v) for n, v in runs.returned.items() if n != 'plain'}
     return spread(ideal_seconds(sizes, stages) / runs.seconds['plain'])

@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timing import Runs, ideal_seconds, in_turns, occurring, spread, stage_seconds, survivors
-from torch import Tensor
+from torch import Tensor, nn
 
 import timm_cascade  # noqa: F401  registers the cascades
 from timm_cascade.model import CascadeModel
@@ -75,88 +75,84 @@ def each(call: Callable[[Tensor], Any], batches: list[Tensor]) -> None:
         call(batch)
 
 
-class Case:
-    """One network at one batch size: its contestants, and what they must be compared with."""
+def bare(model: CascadeModel) -> nn.Module:
+    """A copy of the backbone without the cascade's hooks."""
+    backbone = copy.deepcopy(model.backbone)
+    for module in backbone.modules():
+        module._forward_hooks.clear()
+    return backbone
 
-    def __init__(self, model: CascadeModel, images: Tensor, batch: int, modes: list[str]) -> None:
-        self.models: dict[str, CascadeModel] = {}
-        self.batches: dict[str, list[Tensor]] = {}
-        self.sizes: dict[tuple[str, float], list[list[int]]] = {}
-        self.contestants: dict[str, Callable[[], Any]] = {}
+
+class Network:
+    """A network in every mode, plain and as a cascade."""
+
+    def __init__(self, model: CascadeModel, modes: list[str]) -> None:
+        self.cascades: dict[str, CascadeModel] = {}
+        self.plain: dict[str, Callable[[Tensor], Any]] = {}
         for mode in modes:
-            self.models[mode] = copy.deepcopy(model).to(memory_format=MEMORY[mode])
-            self.batches[mode] = [b.contiguous(memory_format=MEMORY[mode]) for b in images.split(batch)]
-            backbone = self.models[mode].backbone
-            if mode == 'compiled':
-                backbone = torch.compile(copy.deepcopy(model.backbone).to(memory_format=MEMORY[mode]))
-            self.contestants[f'plain {mode}'] = partial(each, backbone, self.batches[mode])
+            copied = copy.deepcopy(model).to(memory_format=MEMORY[mode])
+            self.cascades[mode], self.plain[mode] = copied, bare(copied)
+            if mode == 'compiled':  # as the cascade's stages are, with the weights in it
+                self.plain[mode] = torch.compile(self.plain[mode], options=dict(freezing=True))
 
-    def add_cascade(self, mode: str) -> None:
-        model, batches = self.models[mode], self.batches[mode]
-        sure = observe(model, batches)
-        if mode == 'compiled':
-            model.compile()
-        for share in SHARES:
-            model.thresholds = thresholds = forced(sure, share)
-            with torch.inference_mode():
-                outputs = [model.predict(b) for b in batches]
-            self.sizes[mode, share] = [survivors(o.exit, len(model.exits) + 1) for o in outputs]
-            self.contestants[f'cascade {mode} {share}'] = partial(self._cascade, model, thresholds, batches)
-        images = torch.cat(batches)
-        for last, n in occurring([s for (m, _), sizes in self.sizes.items() if m == mode for s in sizes]):
-            self.contestants[f'stages {mode} {n}'] = partial(self._stages, model, images[:n], last, len(batches))
-
-    @staticmethod
-    def _cascade(model: CascadeModel, thresholds: list[float], batches: list[Tensor]) -> None:
-        model.thresholds = thresholds
-        each(model.predict, batches)
-
-    @staticmethod
-    def _stages(model: CascadeModel, images: Tensor, last: int, times: int) -> np.ndarray:
-        return np.mean([stage_seconds(model, images, last) for _ in range(times)], axis=0)
-
-    def stages(self, runs: Runs, mode: str) -> dict[int, np.ndarray]:
-        prefix = f'stages {mode} '
-        return {int(k.removeprefix(prefix)): np.stack(v) for k, v in runs.returned.items() if k.startswith(prefix)}
+    def eager(self, batches: list[Tensor]) -> str:
+        """The memory format in which the plain network is faster."""
+        names = [m for m in ('eager', 'channels-last') if m in self.plain]
+        runs = in_turns({m: partial(each, self.plain[m], to_memory(m, batches)) for m in names}, 0, least=2)
+        return min(names, key=lambda m: runs.seconds[m].min())
 
 
-@torch.inference_mode()
-def faster_eager(case: Case) -> str:
-    """The memory format that the plain backbone runs faster in."""
-    names = [m for m in ('eager', 'channels-last') if m in case.models]
-    runs = in_turns({m: case.contestants[f'plain {m}'] for m in names}, 0, least=2)
-    return min(names, key=lambda m: runs.seconds[m].min())
+def to_memory(mode: str, batches: list[Tensor]) -> list[Tensor]:
+    return [b.contiguous(memory_format=MEMORY[mode]) for b in batches]
 
 
-def measure(name: str, batch: int, seconds: float, least: int, modes: list[str], device: str,
-            size: int | None) -> list[dict[str, Any]]:
-    n = IMAGES.get(batch, batch)
-    # timm knows what size the network takes; a smaller one is for the tests
-    side = size or timm.get_pretrained_cfg(name).input_size[-1]
-    images = pictures(n, (3, side, side)).to(device)
-    case = Case(build(name, images, **(dict(pretrained_cfg_overlay=dict(input_size=(3, side, side))) if size else {}))
-                .to(device), images, batch, modes)
-    cascades = [faster_eager(case), *(m for m in modes if m == 'compiled')]
+def set_and_run(model: CascadeModel, thresholds: list[float], batches: list[Tensor]) -> None:
+    model.thresholds = thresholds
+    each(model.predict, batches)
+
+
+def mean_stages(model: CascadeModel, images: Tensor, last: int, times: int) -> np.ndarray:
+    return np.mean([stage_seconds(model, images, last) for _ in range(times)], axis=0)
+
+
+def measure(network: Network, images: Tensor, batch: int, seconds: float, least: int) -> list[dict[str, Any]]:
+    """Rows for one batch size: every eager and compiled cascade at every share."""
+    plain_batches = list(images.split(batch))
+    modes = list(network.plain)
+    contestants: dict[str, Callable[[], Any]] = {
+        f'plain {m}': partial(each, network.plain[m], to_memory(m, plain_batches)) for m in modes}
+    cascades = [network.eager(plain_batches), *(m for m in modes if m == 'compiled')]
+    came: dict[tuple[str, float], list[list[int]]] = {}
     for mode in cascades:
-        case.add_cascade(mode)
-    runs = in_turns(case.contestants, seconds, least)
+        model, batches = network.cascades[mode], to_memory(mode, plain_batches)
+        sure = observe(model, batches)
+        for share in SHARES:
+            thresholds = forced(sure, share)
+            model.thresholds = thresholds
+            with torch.inference_mode():
+                came[mode, share] = [survivors(model.predict(b).exit, len(model.exits) + 1) for b in batches]
+            contestants[f'cascade {mode} {share}'] = partial(set_and_run, model, thresholds, batches)
+        whole = torch.cat(batches).contiguous(memory_format=MEMORY[mode])
+        for last, n in occurring([sizes for share in SHARES for sizes in came[mode, share]]):
+            contestants[f'stages {mode} {n}'] = partial(mean_stages, model, whole[:n], last, len(batches))
+    runs = in_turns(contestants, seconds, least)
     best = min(modes, key=lambda m: np.median(runs.seconds[f'plain {m}']))
     rows = []
-    for mode in cascades:
-        for share in SHARES:
-            sizes, key = case.sizes[mode, share], f'cascade {mode} {share}'
-            ideal = ideal_seconds(sizes, case.stages(runs, mode))
-            present = np.sum(sizes, axis=0)
-            rows.append(dict(
-                network=name, batch=batch, mode=mode, share=share, left=(1 - present[1:] / present[:-1]).tolist(),
-                to_ideal=runs.ratio(key, ideal), to_plain=runs.ratio(key, f'plain {mode}'),
-                to_best=runs.ratio(key, f'plain {best}'), best=best,
-                ideal_to_plain=spread(ideal / runs.seconds[f'plain {mode}']),
-                plain_ms=1000 * float(np.median(runs.seconds[f'plain {mode}'])) / n))
-            _logger.info('%s, batch %d, %s, %.0f %%: %.3f of the ideal, %.3f of the plain network (%s: %.3f)', name,
-                         batch, mode, 100 * share, rows[-1]['to_ideal']['median'], rows[-1]['to_plain']['median'], best,
-                         rows[-1]['to_best']['median'])
+    for (mode, share), sizes in came.items():
+        key, plain = f'cascade {mode} {share}', f'plain {mode}'
+        ideal = ideal_seconds(sizes, stages_of(runs, mode))
+        rows.append(dict(
+            batch=batch, mode=mode, share=share, came=np.sum(sizes, axis=0).tolist(), best=best,
+            to_ideal=runs.ratio(key, ideal), to_plain=runs.ratio(key, plain), to_best=runs.ratio(key, f'plain {best}'),
+            ideal_to_plain=spread(ideal / runs.seconds[plain]),
+            plain_ms=1000 * float(np.median(runs.seconds[plain])) / len(images)))
     return rows
+
+
+def stages_of(runs: Runs, mode: str) -> dict[int, np.ndarray]:
+    """By batch size, (repetitions, stages) seconds."""
+    prefix = f'stages {mode} '
+    return {int(k.removeprefix(prefix)): np.stack(v) for k, v in runs.returned.items() if k.startswith(prefix)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,9 +165,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for name in args.networks:
+        # timm knows what size the network takes; a smaller one is for the tests
+        side = args.size or timm.get_pretrained_cfg(name).input_size[-1]
+        images = pictures(max(IMAGES.get(b, b) for b in args.batch), (3, side, side)).to(args.device)
+        model = build(name, images[:64], pretrained_cfg_overlay=dict(input_size=(3, side, side)))
+        network = Network(model.to(args.device), args.modes)
+        if 'compiled' in network.cascades:
+            network.cascades['compiled'].compile()
         for batch in args.batch:
-            rows += measure(name, batch, args.seconds, args.repetitions, args.modes, args.device, args.size)
-            torch.compiler.reset()
+            found = measure(network, images[:IMAGES.get(batch, batch)], batch, args.seconds, args.repetitions)
+            rows += [dict(network=name, **row) for row in found]
+            for r in found:
+                _logger.info(
+                    '%s, batch %d, %s, %.0f %%: %.3f of the ideal, %.3f of the plain network (%s: %.3f)', name, batch,
+                    r['mode'], 100 * r['share'], r['to_ideal']['median'], r['to_plain']['median'], r['best'],
+                    r['to_best']['median'])
+        torch.compiler.reset()
     return dict(rows=rows)
 
 
@@ -182,7 +191,7 @@ def markdown(section: dict[str, Any]) -> list[str]:
         'Random weights, three exits, coarse random pictures of the network\'s own size; thresholds put between the '
         'confidences that were observed, so that the stated share of the images present leaves at each exit (at batch '
         '1 and 8: of 20 and 24 images; the ideal counts what really left). Ideal: the measured times of the plain '
-        'network\'s stages and heads, each at the batch sizes that came to it. Eager is the faster of the two memory '
+        'network\'s stages and heads, each at the batch sizes that came to it (compiled: of the compiled stages). Eager is the faster of the two memory '
         'formats; best is the plain network in its fastest mode of all. Targets: at most 1.05 of the ideal at batch '
         '64, 1.10 at batch 1; below 1.00 of the plain network from 20 % up.', '',
         '| network | batch | mode | leave | of the ideal | of plain, same mode | of plain, best mode '

@@ -13,7 +13,7 @@ import timm
 import torch
 from backbones import decode
 from bench_earlyon import RELEASE, first
-from bench_plain import each
+from bench_plain import bare, each
 from timing import in_turns, spread
 from torch import Tensor
 
@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     model = timm.create_model(f'local-dir:{RELEASE}', pretrained=True).eval()
     model.to(args.device, memory_format=torch.channels_last)
+    plain = bare(model)
     test = fashion_mnist.load_test()
     rows = []
     for batch in args.batch:
@@ -74,9 +75,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for max_drop in MAX_DROPS:
             model.set_max_drop(max_drop)
             contestants: dict[str, Callable[[], Any]] = {
-                'plain': partial(answers, model.backbone, loader, args.device),
+                'plain': partial(answers, plain, loader, args.device),
                 'cascade': partial(answers, model, loader, args.device),
-                'plain, loaded': partial(each, model.backbone, batches),
+                'plain, loaded': partial(each, plain, batches),
                 'cascade, loaded': partial(each, model, batches),
             }
             if batch > 1:

@@ -13,7 +13,7 @@ import timm
 import torch
 import yaml
 from backbones import decode
-from bench_plain import each
+from bench_plain import bare, each
 from release import DATA
 from timing import in_turns
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ def everything(args: argparse.Namespace) -> list[dict[str, Any]]:
                 same = [bool((model.predict(b).exit == choose_afterwards(model, b).exit).all()) for b in batches]
             runs = in_turns({'cascade': partial(each, model.predict, batches),
                              'everything': partial(each, partial(choose_afterwards, model), batches),
-                             'plain': partial(each, model.backbone, batches)}, args.seconds, args.repetitions)
+                             'plain': partial(each, bare(model), batches)}, args.seconds, args.repetitions)
             rows.append(dict(max_drop=max_drop, batch=batch, same=float(np.mean(same)),
                              faster=runs.ratio('everything', 'cascade'), to_plain=runs.ratio('everything', 'plain')))
             _logger.info('everything at max_drop %.4f, batch %d: cascade %.2f times as fast', max_drop, batch,

@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
 
     section = importlib.import_module(f'bench_{args.section}').run(args)
-    shown = [a for a in argv if not a.startswith('--out')]  # where it was written is nobody's business
+    # where it was written is nobody's business
+    shown = [a for i, a in enumerate(argv) if a != '--out' and (not i or argv[i - 1] != '--out')]
     section = dict(command=shlex.join(['python', 'scripts/benchmark.py', *shown]), quick=args.quick, machine=machine(),
                    **section)
     file = args.out / 'benchmark.json'

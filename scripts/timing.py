@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timm_cascade.backbone import tap_of
 from timm_cascade.model import CascadeModel
+from timm_cascade.routing import Crossing, Interrupted
 
 
 def clock() -> float:
@@ -64,37 +64,28 @@ def in_turns(contestants: dict[str, Callable[[], Any]], seconds: float, least: i
     return Runs({k: np.array(v) for k, v in times.items()}, returned)
 
 
-class _Enough(Exception):
-    """The stage that was asked for is done."""
-
-
 def stage_seconds(model: CascadeModel, images: Tensor, last: int | None = None) -> np.ndarray:
-    """Seconds of stages 0..last of the plain network, each with its head, for images (N, ...) that all go on.
+    """Seconds of stages 0..last of the network, each with its head, for images (N, ...) that all go on.
 
-    The network runs as it is; a hook at each exit reads the clock, runs the head and reads the clock again. No
+    The network runs as the model runs it, compiled or not; at each exit the head runs and the clock is read. No
     confidence, no comparison, no cut: that is what the cascade adds, and what an ideal one would not need.
     """
     last = len(model.exits) if last is None else last
     stamps: list[float] = []
 
-    def hook(index: int) -> Callable[..., None]:
-        def at(module: Any, args: Any, output: Any) -> None:
-            model.heads[index](tap_of(output, model.exits[index]))
-            stamps.append(clock())
-            if index == last:
-                raise _Enough
-        return at
+    def at(index: int, crossing: Crossing) -> None:
+        model.heads[index](crossing.tap)
+        stamps.append(clock())
+        if index == last:
+            raise Interrupted
 
-    handles = [model.backbone.get_submodule(p.module).register_forward_hook(hook(i)) for i, p in enumerate(model.exits)]
+    engine = model.engine(images)
     try:
         stamps.append(clock())
-        model.backbone(images)
+        engine(images, at)
         stamps.append(clock())
-    except _Enough:
+    except Interrupted:
         pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return np.diff(stamps)
 
 

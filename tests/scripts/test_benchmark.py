@@ -2,25 +2,19 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
-
-import numpy as np
-import pytest
-import timm
-import torch
-
-import timm_cascade  # noqa: F401  registers the cascades
-
-SCRIPTS = Path(__file__).parents[2] / 'scripts'
-sys.path.insert(0, str(SCRIPTS))
 
 import bench_page
 import bench_plain
 import bench_static
 import benchmark
+import numpy as np
+import pytest
 import static_networks
 import timing
+import timm
+import torch
+
+import timm_cascade  # noqa: F401  registers the cascades
 
 SMALL = dict(num_classes=10, pretrained_cfg_overlay=dict(input_size=(3, 32, 32)))
 
