@@ -191,8 +191,8 @@ def markdown(section: dict[str, Any]) -> list[str]:
         'Random weights, three exits, coarse random pictures of the network\'s own size; thresholds put between the '
         'confidences that were observed, so that the stated share of the images present leaves at each exit (at batch '
         '1 and 8: of 20 and 24 images; the ideal counts what really left). Ideal: the measured times of the plain '
-        'network\'s stages and heads, each at the batch sizes that came to it (compiled: of the compiled stages). Eager is the faster of the two memory '
-        'formats; best is the plain network in its fastest mode of all. Targets: at most 1.05 of the ideal at batch '
+        'network\'s stages (compiled: of the compiled stages) and heads, each at the batch sizes that came to it. '
+        'Eager is the faster of the two memory formats; best is the plain network in its fastest mode of all. Targets: at most 1.05 of the ideal at batch '
         '64, 1.10 at batch 1; below 1.00 of the plain network from 20 % up.', '',
         '| network | batch | mode | leave | of the ideal | of plain, same mode | of plain, best mode '
         '| ideal of plain |',

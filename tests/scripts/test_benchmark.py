@@ -1,4 +1,4 @@
-"""The benchmark's own arithmetic, and that a tiny run writes its page. No figure is checked: that needs an idle machine."""
+"""The benchmark's own arithmetic, and that a tiny run writes its page. No time is checked: that needs an idle machine."""
 from __future__ import annotations
 
 import json
@@ -86,7 +86,7 @@ def test_earlyon_answers_as_the_cascade_does(model):
 def test_static_networks_are_smaller_and_of_the_same_kind():
     recipe = dict(backbone=dict(seed=0), model=dict(base='cifar_resnet20', create=dict(in_chans=1, num_classes=10)))
     whole = sum(p.numel() for p in timm.create_model('cifar_resnet20', in_chans=1).parameters())
-    for name in static_networks.NETWORKS:
+    for name in set(static_networks.NETWORKS) - {'ResNet-20'}:
         network = static_networks.create(recipe, name).eval()
         assert sum(p.numel() for p in network.parameters()) < 0.7 * whole
         assert network(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
