@@ -238,7 +238,7 @@ def test_half_precision(small, dtype):
     small.to(dtype)
     x = torch.randn(20, 1, 16, 16).to(dtype)
     spread(small, x)
-    index, logits, exits, sure = whole(small.stream(x.split(6)))
+    _, logits, exits, sure = whole(small.stream(x.split(6)))
     assert logits.dtype == dtype and sure.dtype == torch.float32
     want = small.predict(x)
     agree = exits == want.exit  # other batches round otherwise, and who is nearly on a threshold may go the other way
@@ -264,7 +264,8 @@ torch.manual_seed(0)
 model = timm.create_model('cascade_test_resnet', num_classes=5, exits=2).eval()
 x = torch.randn(27, 3, 32, 32) * torch.linspace(0.2, 3, 27)[:, None, None, None]
 with torch.no_grad():
-    model.thresholds = [float(timm_cascade.routing.confidence(e).median()) * 1.0001 for e in model.forward_exits(x)[:-1]]
+    sure = [timm_cascade.routing.confidence(e) for e in model.forward_exits(x)[:-1]]
+    model.thresholds = [float(s.median()) * 1.0001 for s in sure]
     want = model.predict(x)
 loader = DataLoader(TensorDataset(x), batch_size=4)
 
