@@ -39,7 +39,7 @@ class CompileOptions:
     backend: str = 'inductor'
     mode: str | None = None
     channels_last: bool = False
-    fold: bool = True
+    fold: bool = False
     buckets: bool | None = None
 
 
@@ -73,6 +73,12 @@ class CompiledBackbone(StagedBackbone):
             plain = self._with_weights(stage, backbone, options.channels_last)
             stage.inputs = [node for node in stage.inputs if node not in self.weights and node not in self.constants]
             stage.module = CompiledStage(plain, kwargs)
+        # compiled now, so that what cannot be compiled is found out before anything depends on it; for any number of
+        # samples, which a batch of one does not stand for
+        example = images if self.buckets or len(images) > 1 else images.expand(2, *images.shape[1:])
+        self.run(backbone, example, lambda index, crossing: None)
+        for stage in self.stages:
+            stage.module.settled = True
 
     def _state(self, backbone: nn.Module) -> tuple[int, int]:
         """Differs once weights were written to, moved or replaced."""
@@ -80,10 +86,6 @@ class CompiledBackbone(StagedBackbone):
 
     def stale(self, backbone: nn.Module) -> bool:
         return self._state(backbone) != self.state
-
-    @property
-    def failure(self) -> str | None:
-        return next((s.module.failure for s in self.stages if s.module.failure), None)
 
     def _with_weights(self, stage: Stage, backbone: nn.Module, channels_last: bool) -> fx.GraphModule:
         """The stage with its weights as attributes, where a compiler may compute with them."""
@@ -118,7 +120,7 @@ class CompiledBackbone(StagedBackbone):
             rows = self.rows_of(node.meta['val']) if isinstance(value, Tensor) else 0
             if rows and padding is not None:
                 value = select_rows(value, padding, rows)
-            elif rows and not self.buckets and size > 1 and not stage.module.called:
+            elif rows and not self.buckets and size > 1 and not stage.module.settled:
                 torch._dynamo.maybe_mark_dynamic(value, 0)
             inputs.append(value)
         with torch.no_grad():
@@ -135,7 +137,7 @@ class CompiledBackbone(StagedBackbone):
 
 
 class CompiledStage:
-    """A stage and its compiled forms.
+    """A stage and its compiled forms. Until `settled`, failing to compile is an error; from then on it runs without.
 
     Args:
         plain: The stage.
@@ -146,23 +148,24 @@ class CompiledStage:
         self.plain = plain
         self.kwargs = kwargs
         self.forms: dict[int, Callable[..., Sequence[Tensor]]] = {}
-        self.failure: str | None = None
-        self.called = False
+        self.settled = self.failed = False
 
     def __call__(self, inputs: Sequence[Any], size: int) -> Sequence[Tensor]:
         """Outputs of the form compiled for batches of `size` samples, 0 for the one that takes any number."""
-        if self.failure is not None:
+        if self.failed:
             return self.plain(*inputs)
-        self.called = True
         if size not in self.forms:
             # a copy has code of its own, and with it its own share of the compiler's cache
             self.forms[size] = torch.compile(fx.GraphModule(self.plain, self.plain.graph), **self.kwargs)
         try:
             return self.forms[size](*inputs)
-        except Exception as e:  # a compiler may raise anything; where the inputs are at fault, the stage raises as well
-            outputs = self.plain(*inputs)
-            self.failure = f'{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ""}'
-            warnings.warn(f'a stage of the cascade is not compiled and runs eagerly: {self.failure}', stacklevel=2)
+        except Exception as e:  # a compiler may raise anything
+            if not self.settled:
+                raise
+            outputs = self.plain(*inputs)  # where the inputs are at fault, this raises as well
+            self.failed = True
+            warnings.warn(f'a stage of the cascade is no longer compiled and runs eagerly: {type(e).__name__}: '
+                          f'{" ".join(str(e).split())[:300]}', stacklevel=2)
             return outputs
 
 

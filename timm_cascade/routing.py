@@ -145,15 +145,6 @@ class Router:
                 return self.engine(backbone, images, anybody_leaves)
         return partial(self._hooked, backbone)
 
-    def warm_up(self, backbone: nn.Module, batches: Sequence[Tensor]) -> None:
-        """Compiles what the backbone needs for these batches now, or finds out that it cannot be."""
-        for images in batches:
-            with torch.no_grad():
-                self.engine(backbone, images)(images, lambda index, crossing: None)
-        failure = next((f for staged in self._exported.values() if (f := staged.failure)), None)
-        if failure is not None:
-            self.give_up(failure)
-
     def give_up(self, reason: str) -> None:
         """Goes back to what runs without a compiler, and says why."""
         self.options = None
@@ -252,6 +243,7 @@ class Router:
         def run(x: Tensor) -> Tensor:
             return self._hooked(backbone, x, at)
 
+        what = 'exported to cut its batch at' if not compiled else 'exported and compiled between'
         try:
             if compiled:
                 from .compiled import CompiledBackbone
@@ -261,8 +253,8 @@ class Router:
             return StagedBackbone(backbone, run, images, len(self.points))
         except Exception as e:  # torch.export raises whatever the network's code makes it raise
             raise RoutingError(
-                f'{type(backbone).__name__} has to be exported to cut its batch at '
-                f'{[p.module for p in self.points]}, and torch.export failed: {str(e).splitlines()[0]}') from e
+                f'{type(backbone).__name__} has to be {what} {[p.module for p in self.points]}, and that failed: '
+                f'{type(e).__name__}: {" ".join(str(e).split())[:300]}') from e
 
 
 def _layout(images: Tensor) -> torch.memory_format:

@@ -151,11 +151,6 @@ class StagedBackbone:
             raise ValueError(f'a tensor of shape {tuple(sizes)} crosses an exit: samples are not its rows')
         return int(each)
 
-    @property
-    def failure(self) -> str | None:
-        """Why a stage is not compiled that should be."""
-        return None
-
     def stale(self, backbone: nn.Module) -> bool:
         """Whether it no longer does what the backbone does."""
         return False
