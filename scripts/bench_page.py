@@ -37,7 +37,7 @@ def write(folder: Path, sections: dict[str, Any], render: Callable[[str, dict[st
     for name, section in sections.items():
         m = section['machine']
         text += ['', f'## {name}', '', f'    {section["command"]}', '',
-                 f'{m["device"]}, {m["threads"]} threads, torch {m["torch"]}, timm {m["timm"]}'
+                 f'{m["device"]}, torch {m["torch"]}, timm {m["timm"]}'
                  + (', **quick run: few repetitions, not a result**' if section['quick'] else '') + '.', '',
                  *render(name, section)]
     write_text(folder / 'benchmark.md', '\n'.join([*text, '']))
@@ -67,7 +67,7 @@ def plot(sections: dict[str, Any], path: Path) -> None:
     static = sections.get('static', {})
     bars += [(f'every exit, max_drop {r["max_drop"]:.2%}, batch {r["batch"]}', r['faster'])
              for r in static.get('everything', []) if r['max_drop'] == 0.005]
-    bars += [(f'{r["network"]}, {r["data"]}, batch {r["batch"]}', r['faster'])
+    bars += [(f'{r["network"]}, {r["data"]}, {r["mode"]}, batch {r["batch"]}', r['faster'])
              for r in static.get('static', []) if r['cascade']]
     for y, (_, s) in enumerate(bars):
         right.barh(y, s['median'], color='#4878a8')

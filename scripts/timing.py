@@ -6,26 +6,18 @@ are formed within a repetition.
 """
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from timm_cascade.machine import clock, device_name
 from timm_cascade.model import CascadeModel
 from timm_cascade.routing import Crossing, Interrupted
-
-
-def clock() -> float:
-    """Seconds; waits for what the accelerator still has to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 @dataclass
@@ -48,6 +40,7 @@ def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
 @torch.inference_mode()
 def in_turns(contestants: dict[str, Callable[[], Any]], seconds: float, least: int = 3) -> Runs:
     """Runs all contestants again and again, at least `least` times each, for about `seconds`; one warm-up each."""
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')  # whose work the clock waits for
     for call in contestants.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -56,9 +49,9 @@ def in_turns(contestants: dict[str, Callable[[], Any]], seconds: float, least: i
     while turn < least or time.perf_counter() - began < seconds:
         names = list(contestants)
         for name in names if turn % 2 else reversed(names):
-            start = clock()
+            start = clock(device)
             value = contestants[name]()
-            times[name].append(clock() - start)
+            times[name].append(clock(device) - start)
             returned[name].append(value)
         turn += 1
     return Runs({k: np.array(v) for k, v in times.items()}, returned)
@@ -71,19 +64,19 @@ def stage_seconds(model: CascadeModel, images: Tensor, last: int | None = None) 
     confidence, no comparison, no cut: that is what the cascade adds, and what an ideal one would not need.
     """
     last = len(model.exits) if last is None else last
-    stamps: list[float] = []
+    device, stamps = images.device, list[float]()
 
     def at(index: int, crossing: Crossing) -> None:
         model.heads[index](crossing.tap)
-        stamps.append(clock())
+        stamps.append(clock(device))
         if index == last:
             raise Interrupted
 
-    engine = model.engine(images)
+    engine = model.engine(images, anybody_leaves=True)
     try:
-        stamps.append(clock())
+        stamps.append(clock(device))
         engine(images, at)
-        stamps.append(clock())
+        stamps.append(clock(device))
     except Interrupted:
         pass
     return np.diff(stamps)
@@ -123,10 +116,6 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     import timm
 
-    info = Path('/proc/cpuinfo')
-    models = [x.split(':')[1].strip() for x in info.read_text().splitlines()
-              if x.startswith('model name')] if info.exists() else []
-    processor = models[0] if models else platform.processor() or platform.machine()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{processor} (CPU)'
-    return dict(device=device, threads=torch.get_num_threads(), torch=torch.__version__.split('+')[0],
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    return dict(device=device_name(device), torch=torch.__version__.split('+')[0],
                 timm=timm.__version__)
