@@ -176,8 +176,8 @@ def markdown(section: dict[str, Any]) -> list[str]:
     text += [
         '', '**Smaller static networks**, the same family, data and recipe (`python scripts/static_networks.py '
         'RECIPE`). The cascade stands at the boldest setting of its dial (`joint`, to save time as profiled here) '
-        'whose accuracy on the test images is no less than the static network\'s; in brackets half the 95 % interval of the '
-        'difference, in points. Both eager, channels-last, or both compiled. Target: 1.5 times as fast.', '',
+        'whose accuracy on the test images is no less than the static network\'s; in brackets half the 95 % interval '
+        'of the difference, in points. Both eager, channels-last, or both compiled. Target: 1.5 times as fast.', '',
         '| data | static network | epochs | accuracy | MACs | mode | batch | cascade: accuracy | MACs '
         '| cascade faster by |', '| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |']
     for r in section['static']:

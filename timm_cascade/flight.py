@@ -83,6 +83,12 @@ class Flight:
         logits = self.heads[index](tap)
         sure = confidence(logits)
         leaves = sure >= self.thresholds[index]
+        if len(self.ids) == 1:  # a single image needs no rows sorted out
+            if not leaves:
+                return None
+            self.answers.append(Answers(self.ids, logits, sure, index))
+            self._open, self.ids = 0, self.ids[:0]
+            return self.ids
         if self._done is not None:
             leaves &= ~self._done
         gone = leaves.nonzero().squeeze(1)  # the one synchronisation of this exit

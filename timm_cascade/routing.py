@@ -84,7 +84,8 @@ class _ExitHook:
         run = getattr(_thread, 'run', None)
         if run is None or run.router is not self.router or self.index < run.start - 1:
             return None
-        leaves, spec = tree_flatten(output)
+        # a walk through a lone tensor is a cost that single images feel
+        leaves, spec = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if self.index == run.start - 1:
             tensors = run.tensors
@@ -95,7 +96,7 @@ class _ExitHook:
             return None
         for i, tensor in zip(places, tensors, strict=True):
             leaves[i] = tensor
-        return tree_unflatten(leaves, spec)
+        return leaves[0] if spec is None else tree_unflatten(leaves, spec)
 
 
 MAX_EXPORTS = 4  # kinds of images (size, dtype, device) a Router keeps the exported backbone for
