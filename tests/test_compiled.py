@@ -173,6 +173,18 @@ def test_gradients_and_training_run_as_before(cascade):
         assert model(x).shape == (12, 7)
 
 
+def test_inference_mode(cascade):
+    model, x = cascade
+    with torch.inference_mode():
+        want = model.predict(x)
+        model.compile(backend='eager')
+        agree(model.predict(x), want)
+        same(list(model.stream(x.split(5))), want)
+    with torch.no_grad():
+        agree(model.predict(x), want)
+    assert not any(stage.failed for stage in stages_of(model))
+
+
 @torch.no_grad()
 def test_copies_compile_their_own(cascade):
     model, x = cascade

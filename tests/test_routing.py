@@ -7,6 +7,7 @@ import torch
 from conftest import batch_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from timm_cascade.model import MIN_LEAVE
 from timm_cascade.routing import RoutingError, confidence
 
 TOLERANCE = 1e-4
@@ -243,7 +244,7 @@ def test_one_synchronisation_an_exit_and_no_loop_over_samples(cascade, min_leave
             assert counted.waits == ['aten.nonzero.default'] * len(cascade.exits)
             calls.append(counted.calls)
     finally:
-        cascade.min_leave = 0.02
+        cascade.min_leave = MIN_LEAVE
     assert calls[1] <= 1.2 * calls[0]
 
 
@@ -265,7 +266,7 @@ def test_a_batch_that_is_not_worth_cutting_goes_on_whole(cascade):
             assert torch.allclose(out.confidence, want.confidence, atol=1e-4)
     finally:
         handle.remove()
-        cascade.min_leave = 0.02
+        cascade.min_leave = MIN_LEAVE
     before_last = int((want.exit >= len(cascade.exits) - 1).sum())
     assert seen[0] == before_last < seen[-1] == 10
 

@@ -72,7 +72,8 @@ class CompiledBackbone(StagedBackbone):
         for stage in self.stages:
             plain = self._with_weights(stage, backbone, options.channels_last)
             stage.inputs = [node for node in stage.inputs if node not in self.weights and node not in self.constants]
-            stage.module = CompiledStage(plain, kwargs)
+            stage.module = CompiledStage(
+                plain, kwargs, [self._rows(n) for n in stage.inputs], [self._rows(n) for n in stage.outputs])
         # compiled now, so that what cannot be compiled is found out before anything depends on it; for any number of
         # samples, which a batch of one does not stand for
         example = images if self.buckets or len(images) > 1 else images.expand(2, *images.shape[1:])
@@ -86,6 +87,10 @@ class CompiledBackbone(StagedBackbone):
 
     def stale(self, backbone: nn.Module) -> bool:
         return self._state(backbone) != self.state
+
+    def _rows(self, node: fx.Node) -> int:
+        value = node.meta['val']
+        return self.rows_of(value) if isinstance(value, Tensor) else 0
 
     def _with_weights(self, stage: Stage, backbone: nn.Module, channels_last: bool) -> fx.GraphModule:
         """The stage with its weights as attributes, where a compiler may compute with them."""
@@ -113,27 +118,22 @@ class CompiledBackbone(StagedBackbone):
             alive: int,
     ) -> Sequence[Tensor]:
         size = bucket(alive) if self.buckets else alive
-        padding = torch.arange(size, device=self.device(values)).clamp_(max=alive - 1) if size > alive else None
-        inputs = []
-        for node in stage.inputs:
-            value = self._value(node, values, backbone, size)
-            rows = self.rows_of(node.meta['val']) if isinstance(value, Tensor) else 0
-            if rows and padding is not None:
-                value = select_rows(value, padding, rows)
-            elif rows and not self.buckets and size > 1 and not stage.module.settled:
-                torch._dynamo.maybe_mark_dynamic(value, 0)
-            inputs.append(value)
+        form: CompiledStage = stage.module
+        inputs = [self._value(node, values, backbone, size) for node in stage.inputs]
+        if size > alive:
+            device = next(t.device for t in inputs if isinstance(t, Tensor))
+            padding = torch.arange(size, device=device).clamp_(max=alive - 1)
+            inputs = [select_rows(t, padding, r) if r else t for t, r in zip(inputs, form.input_rows, strict=True)]
+        elif not self.buckets and not form.settled:
+            for tensor, rows in zip(inputs, form.input_rows, strict=True):
+                if rows:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
         with torch.no_grad():
-            outputs = stage.module(inputs, size if self.buckets else 0)
+            outputs = form(inputs, size if self.buckets else 0)
         if not self.buckets:
             return outputs
         # CUDA graphs write to the same memory every time: what is kept has to be copied out of it
-        each = [self.rows_of(node.meta['val']) for node in stage.outputs]
-        return [(o[:alive * r] if r else o).clone() for o, r in zip(outputs, each, strict=True)]
-
-    @staticmethod
-    def device(values: Mapping[fx.Node, Tensor]) -> torch.device:
-        return next(iter(values.values())).device
+        return [(t[:alive * r] if r else t).clone() for t, r in zip(outputs, form.output_rows, strict=True)]
 
 
 class CompiledStage:
@@ -142,11 +142,20 @@ class CompiledStage:
     Args:
         plain: The stage.
         kwargs: For torch.compile.
+        input_rows, output_rows: Rows of each input and output that belong to one sample.
     """
 
-    def __init__(self, plain: fx.GraphModule, kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+            self,
+            plain: fx.GraphModule,
+            kwargs: Mapping[str, Any],
+            input_rows: Sequence[int],
+            output_rows: Sequence[int],
+    ) -> None:
         self.plain = plain
         self.kwargs = kwargs
+        self.input_rows = input_rows
+        self.output_rows = output_rows
         self.forms: dict[int, Callable[..., Sequence[Tensor]]] = {}
         self.settled = self.failed = False
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ['CascadeModel', 'NotCalibratedError']
 
-MIN_LEAVE = 0.02
+MIN_LEAVE = 0.01
 
 
 class CascadeModel(BackboneContract, Dial):
@@ -39,8 +39,9 @@ class CascadeModel(BackboneContract, Dial):
 
     Attributes:
         min_leave: Share of a batch that must have left before it is cut: less saves no more time than the copy takes.
-            What each image gets is the same. The default is above what cuts were measured to cost; see
-            `timm-cascade profile`, whose `cut pays from` is that share for every exit.
+            What each image gets is the same; 0 cuts always. `timm-cascade profile cascade_resnet18` prints the share
+            from which a cut pays as `cut_pays_from`: 1.2, 0.3 and 0.1 % at its exits (CPU, batch 64), less than one
+            image of the batch; so by default, at 1 %, only larger batches ever go on uncut.
     """
 
     def __init__(

@@ -246,12 +246,13 @@ class Router:
 
         what = 'exported to cut its batch at' if not compiled else 'exported and compiled between'
         try:
-            if compiled:
+            with torch.inference_mode(False):
+                if not compiled:
+                    return StagedBackbone(backbone, run, images, len(self.points))
                 from .compiled import CompiledBackbone
 
                 assert self.options is not None
                 return CompiledBackbone(backbone, run, images, len(self.points), self.options)
-            return StagedBackbone(backbone, run, images, len(self.points))
         except Exception as e:  # torch.export raises whatever the network's code makes it raise
             raise RoutingError(
                 f'{type(backbone).__name__} has to be {what} {[p.module for p in self.points]}, and that failed: '

@@ -84,6 +84,7 @@ class StagedBackbone:
         constants = signature.inputs_to_lifted_tensor_constants
         self.weights: dict[fx.Node, Callable[[nn.Module], Tensor]] = {}
         self.constants: dict[fx.Node, Any] = {}
+        self.numbers: dict[tuple[fx.Node, int], int] = {}  # sizes for a number of samples, so far
         for node in program.graph.find_nodes(op='placeholder'):
             if node.name in names:
                 self.weights[node] = operator.attrgetter(names[node.name].removeprefix('backbone.'))
@@ -207,7 +208,9 @@ class StagedBackbone:
         if node in self.constants:
             return self.constants[node]
         # a size that follows from the number of samples; it was computed before some of them left
-        return int(node.meta['val'].node.expr.subs(self.batch, alive))
+        if (node, alive) not in self.numbers:
+            self.numbers[node, alive] = int(node.meta['val'].node.expr.subs(self.batch, alive))
+        return self.numbers[node, alive]
 
 
 def _is_number(node: fx.Node) -> bool:
