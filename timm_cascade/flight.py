@@ -11,6 +11,9 @@ from torch import Tensor
 __all__ = ['Answers', 'CascadeOutput', 'Flight', 'RoutingError', 'confidence']
 
 
+NOBODY = torch.empty(0, dtype=torch.int64)
+
+
 class RoutingError(RuntimeError):
     """The backbone did not do with a cut batch what it must; nothing was answered."""
 
@@ -82,13 +85,13 @@ class Flight:
             raise RoutingError(f'{len(self.ids)} samples came to exit {index}, but its tap has {len(tap)} rows.')
         logits = self.heads[index](tap)
         sure = confidence(logits)
-        leaves = sure >= self.thresholds[index]
-        if len(self.ids) == 1:  # a single image needs no rows sorted out
-            if not leaves:
+        if len(self.ids) == 1:  # a single image has no rows to sort out, and feels every operation
+            if not sure.item() >= self.thresholds[index]:
                 return None
             self.answers.append(Answers(self.ids, logits, sure, index))
-            self._open, self.ids = 0, self.ids[:0]
-            return self.ids
+            self._open = 0
+            return NOBODY
+        leaves = sure >= self.thresholds[index]
         if self._done is not None:
             leaves &= ~self._done
         gone = leaves.nonzero().squeeze(1)  # the one synchronisation of this exit
