@@ -58,8 +58,8 @@ def loading(least: int) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--images', type=int, default=5000, help='test images a repetition runs')
-    parser.add_argument('--batch', type=int, nargs='+', default=[1, 64, 256])
+    parser.add_argument('--images', type=int, default=2000, help='test images a repetition runs')
+    parser.add_argument('--batch', type=int, nargs='+', default=[1, 64])
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

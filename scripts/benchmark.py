@@ -58,13 +58,17 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    section = importlib.import_module(f'bench_{args.section}').run(args)
+    module = importlib.import_module(f'bench_{args.section}')
+    section = module.run(args)
     # where it was written is nobody's business
     shown = [a for i, a in enumerate(argv) if a != '--out' and (not i or argv[i - 1] != '--out')]
     section = dict(command=shlex.join(['python', 'scripts/benchmark.py', *shown]), quick=args.quick, machine=machine(),
                    **section)
     file = args.out / 'benchmark.json'
     sections = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+    old = sections.get(args.section)
+    if old and hasattr(module, 'merge') and (old['machine'], old['quick']) == (section['machine'], section['quick']):
+        section = module.merge(old, section)
     sections[args.section] = section
     args.out.mkdir(parents=True, exist_ok=True)
     bench_page.write(args.out, {name: sections[name] for name in SECTIONS if name in sections}, render)

@@ -38,10 +38,10 @@ def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def in_turns(contestants: dict[str, Callable[[], Any]], seconds: float, least: int = 3) -> Runs:
+def in_turns(contestants: dict[str, Callable[[], Any]], seconds: float, least: int = 3, warm: bool = True) -> Runs:
     """Runs all contestants again and again, at least `least` times each, for about `seconds`; one warm-up each."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')  # whose work the clock waits for
-    for call in contestants.values():
+    for call in contestants.values() if warm else ():
         call()
     times: dict[str, list[float]] = {name: [] for name in contestants}
     returned: dict[str, list[Any]] = {name: [] for name in contestants}
