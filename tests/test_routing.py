@@ -5,7 +5,9 @@ import threading
 import pytest
 import torch
 from conftest import batch_for
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from timm_cascade.model import MIN_LEAVE
 from timm_cascade.routing import RoutingError, confidence
 
 TOLERANCE = 1e-4
@@ -203,3 +205,79 @@ def test_gradients_flow_through_a_routed_batch(small):
     small.thresholds = [0.3, 0.3]
     small(x).sum().backward()
     assert x.grad is not None and (x.grad != 0).any()
+
+
+class Counted(TorchDispatchMode):
+    """Operations for which the host has to wait for the device."""
+    WAITING = ('aten.nonzero', 'aten._local_scalar_dense', 'aten.item', 'aten.masked_select', 'aten.unique',
+               'aten.is_nonzero', 'aten.equal')
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.calls = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        name = str(func)
+        # rows picked by a mask wait too: how many there are is asked for
+        mask = name.startswith('aten.index') and any(
+            isinstance(a, torch.Tensor) and a.dtype == torch.bool for arg in args if isinstance(arg, (list, tuple))
+            for a in arg)
+        if name.startswith(self.WAITING) or mask or (name.startswith('aten._to_copy') and 'device' in (kwargs or {})):
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('min_leave', [0., 1.])
+def test_one_synchronisation_an_exit_and_no_loop_over_samples(cascade, min_leave):
+    calls = []
+    try:
+        cascade.min_leave = min_leave
+        for n in (6, 24):
+            x = batch_for(cascade, n)
+            # half leave at the first exit, nobody at the others
+            cascade.thresholds = [split_thresholds(cascade, x)[0], *[1.5] * (len(cascade.exits) - 1)]
+            with Counted() as counted:
+                exits = cascade.predict(x).exit
+            assert exits.unique().tolist() == [0, len(cascade.exits)]
+            assert counted.waits == ['aten.nonzero.default'] * len(cascade.exits)
+            calls.append(counted.calls)
+    finally:
+        cascade.min_leave = MIN_LEAVE
+    assert calls[1] <= 1.2 * calls[0]
+
+
+@torch.no_grad()
+def test_a_batch_that_is_not_worth_cutting_goes_on_whole(cascade):
+    x = batch_for(cascade, 10)
+    cascade.thresholds = [t * 1.0001 for t in split_thresholds(cascade, x)]
+    want = cascade.predict(x)
+    assert len(want.exit.unique()) > 1
+    seen = []
+    handle = cascade.backbone.get_submodule(cascade.exits[-1].module).register_forward_hook(
+        lambda module, args, out: seen.append(len(args[0])))
+    try:
+        for share in (0., 0.3, 0.6, 1.):
+            cascade.min_leave = share
+            out = cascade.predict(x)
+            assert torch.equal(out.exit, want.exit)
+            assert torch.allclose(out.logits, want.logits, atol=1e-4)
+            assert torch.allclose(out.confidence, want.confidence, atol=1e-4)
+    finally:
+        handle.remove()
+        cascade.min_leave = MIN_LEAVE
+    before_last = int((want.exit >= len(cascade.exits) - 1).sum())
+    assert seen[0] == before_last < seen[-1] == 10
+
+
+@torch.no_grad()
+def test_a_sample_answers_once_though_it_flies_on(small):
+    """Later heads are sure of everybody; who left keeps the first answer."""
+    x = torch.randn(10, 1, 16, 16)
+    small.thresholds = [float(confidence(small.forward_exits(x)[0]).median()), 0.]
+    small.min_leave = 1.
+    out = small.predict(x)
+    first = small.forward_exits(x)[0]
+    assert set(out.exit.tolist()) == {0, 1}
+    assert torch.allclose(out.logits[out.exit == 0], first[out.exit == 0], atol=1e-5)

@@ -19,13 +19,16 @@ from .hub import (
     save,
 )
 from .model import CascadeModel, NotCalibratedError
+from .profiling import profile
 from .routing import CascadeOutput
-from .thresholds import Calibration, OperatingPoint, ThresholdTable
+from .stream import StreamOutput
+from .thresholds import Calibration, OperatingPoint, Profile, ThresholdTable
 from .training import train_heads
 from .version import __version__
 
 __all__ = [
     'Calibration', 'CascadeModel', 'CascadeOutput', 'HubUnavailableError', 'ImageData', 'NotCalibratedError',
-    'OperatingPoint', 'PushConflictError', 'PushDeniedError', 'PushError', 'ReleaseError', 'Report', 'ThresholdTable',
-    '__version__', 'calibrate', 'create_model', 'evaluate', 'load', 'load_data', 'push_to_hub', 'save', 'train_heads',
+    'OperatingPoint', 'Profile', 'PushConflictError', 'PushDeniedError', 'PushError', 'ReleaseError', 'Report',
+    'StreamOutput', 'ThresholdTable', '__version__', 'calibrate', 'create_model', 'evaluate', 'load', 'load_data',
+    'profile', 'push_to_hub', 'save', 'train_heads',
 ]

@@ -1,7 +1,6 @@
 """What a cascade does on images: accuracy, computation, exits, and time beside its own backbone."""
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 
 from .calibration import record
 from .data import create_loader
+from .machine import clock
 from .model import CascadeModel
 from .thresholds.routing import exit_costs
 
@@ -76,16 +76,10 @@ class Report:
         return plain(asdict(self))
 
 
-def _clock(device: torch.device) -> float:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def _timed(call: Any, images: Tensor) -> tuple[Any, float]:
-    began = _clock(images.device)
+    began = clock(images.device)
     result = call(images)
-    return result, _clock(images.device) - began
+    return result, clock(images.device) - began
 
 
 @torch.inference_mode()

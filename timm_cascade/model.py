@@ -3,29 +3,29 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .backbone import ExitPoint, backbone_macs, input_size_of, resolve_exits
+from .contract import BackboneContract
+from .dial import Dial, NotCalibratedError
 from .heads import ExitHead, HeadSpec, create_heads, head_configs, within_share
-from .routing import CascadeOutput, Router
-from .thresholds import Calibration, OperatingPoint, ThresholdTable
+from .routing import CascadeOutput, Engine, Router
+from .stream import StreamOutput, stream
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 __all__ = ['CascadeModel', 'NotCalibratedError']
 
-_ANCHOR = re.compile(r'(?<![\[\\])\^')
+MIN_LEAVE = 0.01
 
 
-class NotCalibratedError(RuntimeError):
-    """The dial was turned on a model that has neither a calibration nor a threshold table."""
-
-
-class CascadeModel(nn.Module):
+class CascadeModel(BackboneContract, Dial):
     """A timm model whose samples may leave early.
 
     Called, it keeps timm's contract: images (N, C, H, W) to logits (N, num_classes) in input order. In training
@@ -36,8 +36,13 @@ class CascadeModel(nn.Module):
         exits: How many, their cost fractions, or module names (see `backbone.resolve_exits`); or points known before.
         head: Preset or description of the exit heads (see `heads.head_configs`).
         thresholds: One confidence an exit; inf or None closes it.
+
+    Attributes:
+        min_leave: Share of a batch that must have left before it is cut: less saves no more time than the copy takes.
+            What each image gets is the same; 0 cuts always. `timm-cascade profile cascade_resnet18` prints the share
+            from which a cut pays as `cut_pays_from`: 1.2, 0.3 and 0.1 % at its exits (CPU, batch 64), less than one
+            image of the batch; so by default, at 1 %, only larger batches ever go on uncut.
     """
-    backbone: Any  # a timm model: an nn.Module with timm's methods, which have no type of their own
 
     def __init__(
             self,
@@ -60,14 +65,16 @@ class CascadeModel(nn.Module):
         self.pretrained_cfg = dict(getattr(backbone, 'pretrained_cfg', None) or {})
         self.pretrained_cfg['architecture'] = f'cascade_{self.pretrained_cfg.get("architecture", "model")}'
         self.default_cfg = self.pretrained_cfg
-        self.calibration: Calibration | None = None
-        self.table: ThresholdTable | None = None
+        self.calibration = None
+        self.table = None
+        self.profiles = []
         self.published: Any = None  # hub.published.Published: the checkpoint the backbone was loaded from, unadapted
         self.base_model: str | None = None  # Hub id of what the backbone was made from, for model cards
         self._factory_args: dict[str, Any] = {}
         self._head_macs: list[int] | None = None
         self._router = Router(backbone, self._points)
         self._thresholds = [math.inf] * len(self._points)
+        self.min_leave = MIN_LEAVE
         self.train(backbone.training)
         if thresholds is not None:
             self.thresholds = thresholds
@@ -76,7 +83,7 @@ class CascadeModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) to logits (N, num_classes), easy images from an early exit."""
-        return self.predict(x).logits if self.any_open else self.backbone(x)
+        return self.predict(x).logits if self.any_open or self.compiled else self.backbone(x)
 
     def predict(self, x: Tensor) -> CascadeOutput:
         """Logits, the exit that answered and its confidence, for images (N, C, H, W), in their order.
@@ -84,15 +91,115 @@ class CascadeModel(nn.Module):
         Raises:
             ValueError: Images of another shape or number of channels than the backbone's.
         """
-        in_chans = input_size_of(self.backbone)[0]
-        if x.ndim != 4 or x.shape[1] != in_chans:
-            raise ValueError(f'images are {tuple(x.shape)}; expected (N, {in_chans}, H, W). Convert them, or create '
-                             f'the model with in_chans={x.shape[1] if x.ndim == 4 else "..."}.')
+        self._check(x)
         if not len(x):  # many networks crash on an empty batch
             empty = x.new_empty(0, dtype=torch.float32)
             return CascadeOutput(x.new_empty(0, self.num_classes), empty.long(), empty)
         open_exits = self._thresholds if self.any_open else [math.inf] * len(self._points)
-        return self._router.route(self.backbone, x, list(self.heads), open_exits)
+        return self._router.route(self.backbone, x, list(self.heads), open_exits, self.min_leave)
+
+    def stream(
+            self,
+            batches: Iterable[Any],
+            *,
+            batch_size: int | None = None,
+            ordered: bool = True,
+            max_held: int | None = None,
+            accelerator: Accelerator | None = None,
+    ) -> Iterator[StreamOutput]:
+        """Answers a long input with full batches in every stage: survivors of several batches go on together.
+
+        Gradients are not kept. What was read before the input raised is answered before it is raised.
+
+        Args:
+            batches: Images (N, C, H, W), or tuples that begin with them: a data loader, or any iterable.
+            batch_size: Samples that a stage runs on; by default as many as the first batch has.
+            ordered: Results in the input's order, one for each batch (in parts where a batch is larger than
+                `max_held`). Otherwise samples come as soon as they are answered, which holds none back.
+            max_held: Most samples that are kept at once, waiting for a stage or, in order, for others' results; then
+                stages run with fewer. By default 32 batches. Never more than M * `batch_size` of them keep a tap.
+            accelerator: With several processes, each reads and answers every P-th batch of the same input; `index` is
+                that in the whole. Where one of them fails, the others raise at their end.
+
+        Raises:
+            ValueError: Images that are not the backbone's, or numbers out of range.
+            TypeError: A batch without images.
+            RuntimeError: Another process failed.
+        """
+        return stream(self, batches, batch_size=batch_size, ordered=ordered, max_held=max_held, accelerator=accelerator)
+
+    def engine(self, images: Tensor, anybody_leaves: bool | None = None) -> Engine:
+        """How the backbone runs images of this kind; see routing.Engine.
+
+        Args:
+            anybody_leaves: Whether images may leave on the way; by default, whether an exit is open.
+        """
+        return self._router.engine(
+            self.backbone, images, self.any_open if anybody_leaves is None else anybody_leaves)
+
+    def as_images(self, x: Tensor) -> Tensor:
+        """The batch on the model's device.
+
+        Raises:
+            ValueError: Not images of this backbone's kind.
+        """
+        self._check(x)
+        return x.to(next(self.backbone.parameters()).device, non_blocking=True)
+
+    def _check(self, x: Tensor) -> None:
+        in_chans = self.in_chans
+        if x.ndim != 4 or x.shape[1] != in_chans:
+            raise ValueError(f'images are {tuple(x.shape)}; expected (N, {in_chans}, H, W). Convert them, or create '
+                             f'the model with in_chans={x.shape[1] if x.ndim == 4 else "..."}.')
+
+    def compile(  # type: ignore[override]
+            self,
+            enabled: bool = True,
+            *,
+            mode: str | None = None,
+            batch_sizes: Sequence[int] = (),
+            channels_last: bool | None = None,
+            fold: bool = False,
+            backend: str = 'inductor',
+    ) -> CascadeModel:
+        """Runs the backbone as stages between its exits, each compiled by itself, from now on.
+
+        For inference: while gradients are asked for, and in training mode, everything runs as before. New weights are
+        compiled anew when images come. Where the backbone cannot be exported or compiled it goes on eagerly, and a
+        warning says why. Unlike nn.Module.compile this compiles at once, for images of the size the model was made for.
+
+        Args:
+            enabled: False goes back to the eager cascade.
+            mode: Of torch.compile; by default its own on a CPU, and `max-autotune` on a GPU.
+            batch_sizes: Numbers of images to compile for now rather than when they come. On a CPU one form does for all
+                but a single image; on a GPU each size is compiled that CUDA graphs are padded to.
+            channels_last: Convolutions in channels-last memory; by default where taps are feature maps.
+            fold: Compute with the weights while compiling: batch norms go into convolutions. On a CPU it took three
+                times as long to compile and ran no faster (resnet18, vit_small_patch16_224), so it is off.
+            backend: Of torch.compile.
+
+        Returns:
+            The model itself.
+        """
+        from .compiled import CompileOptions  # torch.export and the compiler are costly imports
+
+        if channels_last is None:
+            channels_last = any(p.layout == 'NCHW' for p in self._points)
+        self._router.forget()
+        self._router.options = CompileOptions(backend, mode, channels_last, fold) if enabled else None
+        if enabled:
+            weight = next(self.backbone.parameters())
+            size = input_size_of(self.backbone)
+            for n in batch_sizes or (2,):
+                images = torch.zeros(n, *size, dtype=weight.dtype, device=weight.device)
+                with torch.no_grad():
+                    self.engine(images)(images, lambda index, crossing: None)
+        return self
+
+    @property
+    def compiled(self) -> bool:
+        """Whether `compile` is in force."""
+        return self._router.options is not None
 
     def forward_exits(self, x: Tensor) -> list[Tensor]:
         """Every exit's logits, M+1 of (N, num_classes); nobody leaves."""
@@ -147,54 +254,6 @@ class CascadeModel(nn.Module):
         # kept as float32 values: a threshold is one of the confidences that were seen
         self._thresholds = [float(np.float32(t)) for t in numbers]
 
-    def set_max_drop(
-            self,
-            max_drop: float,
-            rule: str = 'certified',
-            level: float = 0.9,
-            reference: str | None = None,
-    ) -> OperatingPoint:
-        """Sets the thresholds from the accuracy that may be given up.
-
-        Args:
-            max_drop: Acceptable loss of top-1 accuracy, absolute, as a fraction: 0.01 is one point.
-            rule: `certified`, `joint` or `per_exit`.
-            level: Confidence of the certificate.
-            reference: What is right: `labels`, or `backbone` for what the full network answers. Default: labels,
-                where the calibration had any.
-
-        Raises:
-            NotCalibratedError: There is neither a calibration nor a table to choose from.
-        """
-        dial = self._dial()
-        point = dial.point(max_drop, rule=rule, level=level, reference=_reference(dial, reference))
-        self.thresholds = point.thresholds
-        return point
-
-    def set_cost(self, fraction: float, reference: str | None = None) -> OperatingPoint:
-        """Sets the most accurate thresholds that spend at most this share of the backbone's MACs on average.
-
-        Raises:
-            NotCalibratedError: There is neither a calibration nor a table to choose from.
-        """
-        dial = self._dial()
-        point = dial.at_cost(fraction, reference=_reference(dial, reference))
-        self.thresholds = point.thresholds
-        return point
-
-    def _dial(self) -> Calibration | ThresholdTable:
-        dial = self.calibration if self.calibration is not None else self.table
-        if dial is None:
-            raise NotCalibratedError(
-                'this cascade is not calibrated. Run timm_cascade.calibrate(model, held_out) or '
-                '`timm-cascade calibrate FOLDER --data DATA` on images it was not trained on.')
-        return dial
-
-    def forget_calibration(self) -> None:
-        """Closes all exits and drops calibration and table: they belong to other heads or classes."""
-        self.calibration = self.table = None
-        self.thresholds = None
-
     # ---- what it costs, and which heads these are
 
     def head_macs(self) -> np.ndarray:
@@ -225,30 +284,6 @@ class CascadeModel(nn.Module):
         self.pretrained_cfg['label_names'] = None if names is None else list(names)
 
     @property
-    def num_classes(self) -> int:
-        return self.backbone.num_classes
-
-    @property
-    def num_features(self) -> int:
-        return self.backbone.num_features
-
-    @property
-    def head_hidden_size(self) -> int:
-        return getattr(self.backbone, 'head_hidden_size', self.num_features)
-
-    @property
-    def feature_info(self) -> Any:
-        return self.backbone.feature_info
-
-    @property
-    def in_chans(self) -> int:
-        return input_size_of(self.backbone)[0]
-
-    @property
-    def _traits(self) -> dict[str, Any]:
-        return getattr(self.backbone, '_traits', {})
-
-    @property
     def _model_args(self) -> dict[str, Any]:
         """What timm writes to config.json and hands to the entrypoint again: resolved exits, heads and the dial."""
         return {
@@ -262,18 +297,6 @@ class CascadeModel(nn.Module):
     def _model_args(self, args: Mapping[str, Any]) -> None:
         self._factory_args = {k: v for k, v in args.items() if k not in ('exits', 'head', 'thresholds')}
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.backbone.forward_features(x)
-
-    def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.backbone.forward_head(x, *args, **kwargs)
-
-    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.backbone.forward_intermediates(x, *args, **kwargs)
-
-    def get_classifier(self) -> nn.Module:
-        return self.backbone.get_classifier()
-
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
         """New classifier and new heads for `num_classes`; the dial goes back to "nobody leaves"."""
         self.backbone.reset_classifier(num_classes, *args, **kwargs)
@@ -286,50 +309,11 @@ class CascadeModel(nn.Module):
         self.label_names = None
         self.forget_calibration()
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.backbone.set_grad_checkpointing(enable)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else set()
-        return {f'backbone.{name}' for name in names}
-
-    @property
-    def group_matcher(self) -> Callable[..., Any]:
-        """The backbone's groups, for its parameters under their names here; heads match none, so they come last.
-
-        A property, so that this model has it only where its backbone has: timm asks `hasattr`.
-        """
-        matcher = self.backbone.group_matcher
-
-        def renamed(pattern: str) -> str:
-            # timm matches from the start of a name, so anchors say nothing; behind a prefix they would never hold
-            return rf'^backbone\.(?:{_ANCHOR.sub("", pattern)})'
-
-        def group(coarse: bool = False) -> dict[str, Any] | Callable[[str], Any]:
-            groups = matcher(coarse=coarse)
-            if callable(groups):
-                return lambda name: groups(name.removeprefix('backbone.')) if name.startswith('backbone.') else math.inf
-            return {
-                key: renamed(spec) if isinstance(spec, str) else spec and [(renamed(p), order) for p, order in spec]
-                for key, spec in groups.items()}
-
-        return group
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads a cascade's state, or the state of a plain timm backbone into `backbone`."""
         if state_dict and not any(key.startswith(('backbone.', 'heads.')) for key in state_dict):
             return self.backbone.load_state_dict(state_dict, strict=strict, assign=assign)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-
-def _reference(dial: Calibration | ThresholdTable, asked: str | None) -> str:
-    labelled = dial.provenance.get('labelled', True)
-    if asked == 'labels' and not labelled:
-        raise ValueError('this cascade was calibrated without labels: accuracy cannot be promised, only agreement with '
-                         'the full network. Use reference="backbone", or calibrate with labels.')
-    return asked or ('labels' if labelled else 'backbone')
 
 
 def hash_heads(exits: Sequence[str], state: Mapping[str, Tensor]) -> str:

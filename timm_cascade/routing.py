@@ -1,64 +1,78 @@
-"""Who leaves, who goes on: forward hooks at the exits that cut the batch in flight.
+"""Ways to run the backbone so that at every exit somebody may leave.
 
-The hooks stay on the backbone for good and do nothing until a Router runs it, so the backbone used on its own is
-the plain timm model. What belongs to one run is kept per thread: several threads may use one model. Where hooks cannot
-cut (`ExitPoint.cut` says so), the backbone runs as the stages that its exported graph was split into.
+By default forward hooks cut the batch in flight. They stay on the backbone for good and do nothing until a Router runs
+it, so the backbone used on its own is the plain timm model. What belongs to one run is kept per thread: several threads
+may use one model. Where hooks cannot cut (`ExitPoint.cut` says so), and once the model is compiled, the backbone runs
+as the stages that its exported graph was split into. Both ways are an `Engine`, and call the same thing at every exit.
 """
 from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from .backbone import ExitPoint, cut, tap_of
+from .backbone import ExitPoint, select_rows
+from .flight import CascadeOutput, Flight, RoutingError, confidence
 
 if TYPE_CHECKING:
+    from .compiled import CompileOptions
     from .stages import StagedBackbone
 
-__all__ = ['CascadeOutput', 'Router', 'RoutingError', 'confidence']
+__all__ = ['At', 'CascadeOutput', 'Crossing', 'Engine', 'Interrupted', 'Router', 'RoutingError', 'confidence']
 
 
-class RoutingError(RuntimeError):
-    """The backbone did not do with a cut batch what it must; nothing was answered."""
+class Interrupted(Exception):
+    """Raised at an exit, ends the run: nobody goes on, and an empty batch would crash many models."""
 
 
-class CascadeOutput(NamedTuple):
-    """What a cascade answers for a batch, in input order.
+class Crossing(NamedTuple):
+    """All that goes from an exit to the rest of the backbone, for the samples in flight.
 
     Attributes:
-        logits: (N, C)
-        exit: (N,) int64, the exit that answered, M for the backbone's own classifier.
-        confidence: (N,) float32, max softmax of `logits`.
+        tap: What the exit's head reads.
+        tensors: What crosses, often the tap alone.
+        rows: Rows of each of them that belong to one sample; 0 where all samples share it.
     """
-    logits: Tensor
-    exit: Tensor
-    confidence: Tensor
+    tap: Tensor
+    tensors: list[Tensor]
+    rows: Sequence[int]
+
+    def select(self, keep: Tensor) -> list[Tensor]:
+        """What crosses for samples `keep` (indices)."""
+        return [select_rows(t, keep, r) for t, r in zip(self.tensors, self.rows, strict=True)]
 
 
-def confidence(logits: Tensor) -> Tensor:
-    """Max softmax (N,) of logits (N, C), in float32 whatever the logits' dtype."""
-    return logits.float().softmax(-1).amax(-1)
+At = Callable[[int, Crossing], 'list[Tensor] | None']
 
 
-class _EverybodyLeft(Exception):
-    """Ends the backbone's forward when no sample is left; an empty batch would crash many models."""
+class Engine(Protocol):
+    """A way to run the backbone: images (N, C, H, W) to the logits of those who come to the end.
 
+    `at(exit, crossing)` is called at every exit, in order; the tensors it returns go on in place of those that came,
+    None leaves them as they are, and what it raises ends the run. With `start` = k > 0 the run begins behind exit k-1
+    with `tensors`, as they crossed it before; `images` is then any one image.
+    """
 
-class _Run:
-    """One pass of a batch through the backbone; `at` is called at every exit and may replace the output."""
-
-    def __init__(self, router: Router, at: Callable[[int, Any], Any]) -> None:
-        self.router = router
-        self.at = at
+    def __call__(self, images: Tensor, at: At, start: int = 0, tensors: list[Tensor] | None = None) -> Tensor: ...
 
 
 _thread = threading.local()
+
+
+class _Run(NamedTuple):
+    """One pass through the backbone with hooks at work."""
+    router: Router
+    at: At
+    start: int
+    tensors: list[Tensor] | None
 
 
 class _ExitHook:
@@ -68,7 +82,21 @@ class _ExitHook:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         run = getattr(_thread, 'run', None)
-        return run.at(self.index, output) if run is not None and run.router is self.router else None
+        if run is None or run.router is not self.router or self.index < run.start - 1:
+            return None
+        # a walk through a lone tensor is a cost that single images feel
+        leaves, spec = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        if self.index == run.start - 1:
+            tensors = run.tensors
+        else:
+            point, found = self.router.points[self.index], [leaves[i] for i in places]
+            tensors = run.at(self.index, Crossing(found[point.item], found, point.rows))
+        if tensors is None:
+            return None
+        for i, tensor in zip(places, tensors, strict=True):
+            leaves[i] = tensor
+        return leaves[0] if spec is None else tree_unflatten(leaves, spec)
 
 
 MAX_EXPORTS = 4  # kinds of images (size, dtype, device) a Router keeps the exported backbone for
@@ -76,15 +104,19 @@ _export_lock = threading.Lock()
 
 
 class Router:
-    """Hooks on the backbone's exit modules, and the ways to run it with them.
+    """Hooks on the backbone's exit modules, and the ways to run it.
 
     Args:
         backbone: The network.
         points: The exits, in the order the network runs them.
+
+    Attributes:
+        options: How the exported stages are compiled; None for not at all.
     """
 
     def __init__(self, backbone: nn.Module, points: Sequence[ExitPoint]) -> None:
         self.points = tuple(points)
+        self.options: CompileOptions | None = None
         self.handles: list[RemovableHandle] = [
             backbone.get_submodule(p.module).register_forward_hook(_ExitHook(self, i)) for i, p in enumerate(points)]
         self._exported: dict[tuple, StagedBackbone] = {}
@@ -98,13 +130,38 @@ class Router:
             handle.remove()
 
     def forget(self) -> None:
-        """Drops what was exported: the backbone's structure has changed."""
+        """Drops what was exported: the backbone's structure, or what was compiled into it, has changed."""
         self._exported.clear()
 
-    def _run(
-            self, backbone: Callable[[Tensor], Tensor], images: Tensor, at: Callable[[int, Any], Any]) -> Tensor:
+    def engine(self, backbone: nn.Module, images: Tensor, anybody_leaves: bool = True) -> Engine:
+        """How to run images of this kind."""
+        compiled = self.options is not None and not backbone.training and not _needs_grad(backbone, images)
+        if compiled or (anybody_leaves and any(p.cut == 'export' for p in self.points)):
+            try:
+                return partial(self._staged(backbone, images, compiled).run, backbone)
+            except RoutingError as e:
+                if not compiled:
+                    raise
+                self.give_up(str(e))
+                return self.engine(backbone, images, anybody_leaves)
+        return partial(self._hooked, backbone)
+
+    def give_up(self, reason: str) -> None:
+        """Goes back to what runs without a compiler, and says why."""
+        self.options = None
+        self.forget()
+        warnings.warn(f'the cascade runs eagerly, without compiled stages: {reason}', stacklevel=4)
+
+    def _hooked(
+            self,
+            backbone: Callable[[Tensor], Tensor],
+            images: Tensor,
+            at: At,
+            start: int = 0,
+            tensors: list[Tensor] | None = None,
+    ) -> Tensor:
         outer = getattr(_thread, 'run', None)
-        _thread.run = _Run(self, at)
+        _thread.run = _Run(self, at, start, tensors)
         try:
             return backbone(images)
         finally:
@@ -119,10 +176,10 @@ class Router:
         """What each reader makes of its exit's tap, and the logits (or whatever `backbone` returns); nobody leaves."""
         read: list[Tensor | None] = [None] * len(self.points)
 
-        def at(index: int, output: Any) -> None:
-            read[index] = readers[index](tap_of(output, self.points[index]))
+        def at(index: int, crossing: Crossing) -> None:
+            read[index] = readers[index](crossing.tap)
 
-        logits = self._run(backbone, images, at)
+        logits = self._hooked(backbone, images, at)
         missed = [i for i, r in enumerate(read) if r is None]
         if missed:
             raise RoutingError(f'the backbone did not run its exits {missed}; was it changed after it was wrapped?')
@@ -134,90 +191,78 @@ class Router:
             images: Tensor,
             heads: Sequence[Callable[[Tensor], Tensor]],
             thresholds: Sequence[float],
+            min_leave: float = 0.,
     ) -> CascadeOutput:
         """Runs the cascade: a sample leaves at the first exit whose confidence is at least its threshold.
 
         Args:
             backbone: The network that carries the hooks.
             images: (N, ...), N >= 1.
-            heads: One a exit; not run where the threshold is infinite.
+            heads: One an exit; not run where the threshold is infinite.
             thresholds: M numbers. A confidence that is not a number never passes.
+            min_leave: See Flight.
         """
-        alive = torch.arange(len(images), device=images.device)
-        answers: list[tuple[Tensor, Tensor, Tensor, int]] = []  # who, logits, confidence, exit
+        flight = Flight(torch.arange(len(images), device=images.device), heads, thresholds, min_leave)
 
-        def leave(index: int, tap: Tensor) -> Tensor | None:
-            nonlocal alive
-            if math.isinf(thresholds[index]):
+        def at(index: int, crossing: Crossing) -> list[Tensor] | None:
+            keep = flight.at_exit(index, crossing.tap)
+            if keep is None:
                 return None
-            if len(tap) != len(alive):
-                raise RoutingError(f'{len(alive)} samples came to exit {index}, but its tap has {len(tap)} rows.')
-            logits = heads[index](tap)
-            sure = confidence(logits)
-            leaves = sure >= thresholds[index]
-            gone = leaves.nonzero().squeeze(1)  # the one synchronisation of this exit
-            if not len(gone):
-                return None
-            answers.append((alive[gone], logits[gone], sure[gone], index))
-            if len(gone) == len(alive):
-                raise _EverybodyLeft
-            # the sizes are known by now, so sorting finds those who stay without asking the device again
-            keep = leaves.to(torch.uint8).argsort(stable=True)[:len(alive) - len(gone)]
-            alive = alive[keep]
-            return keep
+            if not len(keep):
+                raise Interrupted
+            return crossing.select(keep)
 
-        def at(index: int, output: Any) -> Any:
-            keep = leave(index, tap_of(output, self.points[index]))
-            return None if keep is None else cut(output, keep, self.points[index])
-
-        somebody_may_leave = not all(math.isinf(t) for t in thresholds)
+        engine = self.engine(backbone, images, not all(math.isinf(t) for t in thresholds))
         try:
-            if somebody_may_leave and any(p.cut == 'export' for p in self.points):
-                logits = self._run_exported(backbone, images, leave)
-            else:
-                logits = self._run(backbone, images, at)
-            if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(alive):
-                found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                raise RoutingError(f'{len(alive)} samples went to the end, but the backbone returned {found}.')
-            answers.append((alive, logits, confidence(logits), len(self.points)))
-        except _EverybodyLeft:
+            flight.at_end(engine(images, at))
+        except Interrupted:
             pass
-        return _in_input_order(answers)
+        return flight.output()
 
-    def _run_exported(
-            self, backbone: nn.Module, images: Tensor, leave: Callable[[int, Tensor], Tensor | None]) -> Tensor:
-        channels_last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
-        images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    def _staged(self, backbone: nn.Module, images: Tensor, compiled: bool) -> StagedBackbone:
         kind = images.device.type
         weight = next(backbone.parameters())
-        key = (images.shape[1:], images.dtype, images.device, images.stride()[1:], weight.dtype,
+        forced = compiled and self.options is not None and self.options.channels_last
+        layout = torch.channels_last if forced else _layout(images)
+        key = (images.shape[1:], images.dtype, images.device, layout, weight.dtype, compiled,
                torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind))
         with _export_lock:
-            staged = self._exported.pop(key, None) or self._export(backbone, images)
+            staged = self._exported.pop(key, None)
+            if staged is None or staged.stale(backbone):
+                staged = self._export(backbone, images.contiguous(memory_format=layout), compiled)
             self._exported[key] = staged
             while len(self._exported) > MAX_EXPORTS:
                 self._exported.pop(next(iter(self._exported)))
-        return staged.run(backbone, images, leave)
+        return staged
 
-    def _export(self, backbone: nn.Module, images: Tensor) -> StagedBackbone:
+    def _export(self, backbone: nn.Module, images: Tensor, compiled: bool) -> StagedBackbone:
         from .stages import StagedBackbone, mark  # torch.export is a costly import, and few backbones need it
 
-        def at(index: int, output: Any) -> Any:
-            tap = tap_of(output, self.points[index])
-            return tree_map(lambda t: mark(t, index) if t is tap else t, output)
+        def at(index: int, crossing: Crossing) -> list[Tensor]:
+            return [mark(t, index) if t is crossing.tap else t for t in crossing.tensors]
 
+        def run(x: Tensor) -> Tensor:
+            return self._hooked(backbone, x, at)
+
+        what = 'exported to cut its batch at' if not compiled else 'exported and compiled between'
         try:
-            return StagedBackbone(backbone, lambda x: self._run(backbone, x, at), images, len(self.points))
+            with torch.inference_mode(False):
+                if not compiled:
+                    return StagedBackbone(backbone, run, images, len(self.points))
+                from .compiled import CompiledBackbone
+
+                assert self.options is not None
+                return CompiledBackbone(backbone, run, images, len(self.points), self.options)
         except Exception as e:  # torch.export raises whatever the network's code makes it raise
             raise RoutingError(
-                f'{type(backbone).__name__} has to be exported to cut its batch at '
-                f'{[p.module for p in self.points]}, and torch.export failed: {str(e).splitlines()[0]}') from e
+                f'{type(backbone).__name__} has to be {what} {[p.module for p in self.points]}, and that failed: '
+                f'{type(e).__name__}: {" ".join(str(e).split())[:300]}') from e
 
 
-def _in_input_order(answers: list[tuple[Tensor, Tensor, Tensor, int]]) -> CascadeOutput:
-    who = torch.cat([a[0] for a in answers])
-    order = torch.empty_like(who)
-    order[who] = torch.arange(len(who), device=who.device)
-    exits = torch.cat([torch.full_like(w, index) for w, _, _, index in answers])
-    return CascadeOutput(
-        torch.cat([a[1] for a in answers])[order], exits[order], torch.cat([a[2] for a in answers])[order])
+def _layout(images: Tensor) -> torch.memory_format:
+    channels_last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _needs_grad(backbone: nn.Module, images: Tensor) -> bool:
+    return torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in backbone.parameters()))

@@ -5,18 +5,18 @@ exported graph everything that crosses an exit is visible, and its rows can be s
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from .backbone import select_rows
+from .routing import At, Crossing
 
-__all__ = ['StagedBackbone', 'mark']
+__all__ = ['Stage', 'StagedBackbone', 'mark']
 
 
 @torch.library.custom_op('timm_cascade::mark', mutates_args=())
@@ -43,11 +43,13 @@ class _Marked(nn.Module):
 
 
 @dataclass
-class _Stage:
+class Stage:
+    """What is computed between two exits."""
     nodes: list[fx.Node] = field(default_factory=list)
     inputs: list[fx.Node] = field(default_factory=list)
     outputs: list[fx.Node] = field(default_factory=list)
-    live: list[fx.Node] = field(default_factory=list)  # what later stages need, once this one is done
+    live: list[fx.Node] = field(default_factory=list)  # tensors that later stages need, once this one is done
+    rows: list[int] = field(default_factory=list)  # of each of them for one sample
     tap: fx.Node | None = None
     module: Any = None
 
@@ -69,7 +71,10 @@ class StagedBackbone:
     """
 
     def __init__(self, backbone: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, count: int) -> None:
-        example = torch.empty_like(images[:1].expand(2, *images.shape[1:])) if len(images) < 2 else images[:2]
+        self.memory_format = torch.contiguous_format if images.is_contiguous() else torch.channels_last
+        # of two images: torch.export takes a dimension of 1 for a constant
+        example = torch.empty((2, *images.shape[1:]), dtype=images.dtype, device=images.device,
+                              memory_format=self.memory_format)
         with torch.no_grad():
             program = torch.export.export(
                 _Marked(backbone, run), (example,), dynamic_shapes={'images': {0: torch.export.Dim('batch')}},
@@ -79,9 +84,10 @@ class StagedBackbone:
         constants = signature.inputs_to_lifted_tensor_constants
         self.weights: dict[fx.Node, Callable[[nn.Module], Tensor]] = {}
         self.constants: dict[fx.Node, Any] = {}
+        self.numbers: dict[tuple[fx.Node, int], int] = {}  # sizes for a number of samples, so far
         for node in program.graph.find_nodes(op='placeholder'):
             if node.name in names:
-                self.weights[node] = attrgetter(names[node.name].removeprefix('backbone.'))
+                self.weights[node] = operator.attrgetter(names[node.name].removeprefix('backbone.'))
             elif node.name in constants:
                 self.constants[node] = program.constants[constants[node.name]]
             else:
@@ -89,12 +95,11 @@ class StagedBackbone:
         self.batch = self.images.meta['val'].shape[0].node.expr
         self.stages = self._split(program.graph, count)
         for stage in self.stages:
-            self._build(stage, program.graph_module)
-        self.rows = {node: tree_map(self._rows, node.meta['val']) for stage in self.stages for node in stage.live
-                     if not _is_number(node)}
+            stage.rows = [self.rows_of(node.meta['val']) for node in stage.live]
+            stage.module = self._build(stage, program.graph_module)
 
-    def _split(self, graph: fx.Graph, count: int) -> list[_Stage]:
-        stages = [_Stage() for _ in range(count + 1)]
+    def _split(self, graph: fx.Graph, count: int) -> list[Stage]:
+        stages = [Stage() for _ in range(count + 1)]
         home: dict[fx.Node, int] = {}
         current = 0
         for node in list(graph.nodes):
@@ -108,8 +113,9 @@ class StagedBackbone:
                 (result,) = (n for n in tree_leaves(node.args) if isinstance(n, fx.Node))
                 stages[count].tap = result
             elif node.op != 'placeholder' and not _is_assertion(node):
-                home[node] = current
-                stages[current].nodes.append(node)
+                # one of several results is taken where they are made, so that tensors only cross an exit
+                home[node] = home[node.args[0]] if node.target is operator.getitem else current
+                stages[home[node]].nodes.append(node)
         missed = [i for i, stage in enumerate(stages) if stage.tap is None]
         if missed:
             raise ValueError(f'the exported graph does not have exits {missed}')
@@ -119,22 +125,22 @@ class StagedBackbone:
             own = set(stage.nodes)
             needed = {n: None for node in stage.nodes for n in node.all_input_nodes if n not in own}
             stage.inputs = list(needed)
-            stage.live = [n for n in (self.images, *home) if (home.get(n, -1) <= i < last[n])]
-            wanted = {n: None for n in (*stage.live, stage.tap) if n in own and not _is_number(n)}
+            stage.live = [n for n in (self.images, *home) if home.get(n, -1) <= i < last[n] and not _is_number(n)]
+            wanted = {n: None for n in (*stage.live, stage.tap) if n in own}
             stage.outputs = list(wanted)
             if i < count and stage.tap not in own:  # two exits at one place, or an exit at the images
                 raise ValueError(f'nothing is computed between exit {i} and the one before it')
         return stages
 
-    def _build(self, stage: _Stage, root: nn.Module) -> None:
+    def _build(self, stage: Stage, root: nn.Module) -> fx.GraphModule:
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in stage.inputs}
         for node in stage.nodes:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
         graph.output(tuple(copies[node] for node in stage.outputs))
-        stage.module = fx.GraphModule(root, graph)
+        return fx.GraphModule(root, graph)
 
-    def _rows(self, value: Any) -> int:
+    def rows_of(self, value: Any) -> int:
         """Rows of a live tensor for each sample."""
         if not isinstance(value, Tensor):
             raise ValueError(f'{type(value).__name__} crosses an exit')
@@ -146,30 +152,55 @@ class StagedBackbone:
             raise ValueError(f'a tensor of shape {tuple(sizes)} crosses an exit: samples are not its rows')
         return int(each)
 
-    def run(self, backbone: nn.Module, images: Tensor, leave: Callable[[int, Tensor], Tensor | None]) -> Tensor:
-        """Runs all stages; after each of the first M, `leave(index, tap)` may name the samples that go on.
+    def stale(self, backbone: nn.Module) -> bool:
+        """Whether it no longer does what the backbone does."""
+        return False
+
+    def run(
+            self,
+            backbone: nn.Module,
+            images: Tensor,
+            at: At,
+            start: int = 0,
+            tensors: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Runs the stages from `start` on; see routing.Engine.
 
         Raises:
             AttributeError: The backbone no longer has a weight that the graphs use: export it again.
         """
-        alive = len(images)
-        values: dict[fx.Node, Any] = {self.images: images}
-        for index, stage in enumerate(self.stages):
-            inputs = [self._value(node, values, backbone, alive) for node in stage.inputs]
-            values.update(zip(stage.outputs, stage.module(*inputs), strict=True))
+        if start == 0:
+            values = {self.images: images.contiguous(memory_format=self.memory_format)}
+            alive = len(images)
+        else:
+            values, alive = self._crossed(start - 1, tensors)
+        for index in range(start, len(self.stages)):
+            stage = self.stages[index]
+            values.update(zip(stage.outputs, self.compute(stage, values, backbone, alive), strict=True))
             assert stage.tap is not None
-            tap = values[stage.tap]
             if index == len(self.stages) - 1:
-                return tap
-            keep = leave(index, tap)
-            values = {node: values[node] for node in stage.live if node in values}
-            if keep is not None:
-                alive = len(keep)
-                values = {node: tree_map(lambda t, r, keep=keep: _select(t, keep, r), value, self.rows[node])
-                          for node, value in values.items()}
-        raise AssertionError('no last stage')
+                break
+            crossing = Crossing(values[stage.tap], [values[node] for node in stage.live], stage.rows)
+            values, alive = self._crossed(index, at(index, crossing) or crossing.tensors)
+        return values[stage.tap]
 
-    def _value(self, node: fx.Node, values: dict[fx.Node, Any], backbone: nn.Module, alive: int) -> Any:
+    def compute(
+            self,
+            stage: Stage,
+            values: Mapping[fx.Node, Tensor],
+            backbone: nn.Module,
+            alive: int,
+    ) -> Sequence[Tensor]:
+        """A stage's outputs for `alive` samples, from the tensors that came to it."""
+        return stage.module(*(self._value(node, values, backbone, alive) for node in stage.inputs))
+
+    def _crossed(self, index: int, tensors: list[Tensor] | None) -> tuple[dict[fx.Node, Tensor], int]:
+        stage = self.stages[index]
+        assert tensors is not None
+        alive = next(len(t) // r for t, r in zip(tensors, stage.rows, strict=True) if r)
+        return dict(zip(stage.live, tensors, strict=True)), alive
+
+    def _value(self, node: fx.Node, values: Mapping[fx.Node, Any], backbone: nn.Module, alive: int) -> Any:
         if node in values:
             return values[node]
         if node in self.weights:
@@ -177,7 +208,9 @@ class StagedBackbone:
         if node in self.constants:
             return self.constants[node]
         # a size that follows from the number of samples; it was computed before some of them left
-        return int(node.meta['val'].node.expr.subs(self.batch, alive))
+        if (node, alive) not in self.numbers:
+            self.numbers[node, alive] = int(node.meta['val'].node.expr.subs(self.batch, alive))
+        return self.numbers[node, alive]
 
 
 def _is_number(node: fx.Node) -> bool:
@@ -186,13 +219,3 @@ def _is_number(node: fx.Node) -> bool:
 
 def _is_assertion(node: fx.Node) -> bool:
     return node.op == 'call_function' and not node.users and 'assert' in str(node.target)
-
-
-def _select(tensor: Tensor, keep: Tensor, rows: int) -> Tensor:
-    """Rows of samples `keep`, in the memory order that the tensor had: the graph's views rely on it."""
-    order: Sequence[int] = sorted(range(tensor.ndim), key=tensor.stride, reverse=True) if rows else ()
-    selected = select_rows(tensor, keep, rows)
-    if list(order) == list(range(len(order))):
-        return selected
-    back = sorted(range(len(order)), key=lambda i: order[i])
-    return selected.permute(*order).contiguous().permute(*back)

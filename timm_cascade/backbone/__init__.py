@@ -8,10 +8,10 @@ from .exits import (
     cut,
     input_size_of,
     resolve_exits,
-    select_rows,
     tap_of,
 )
 from .probe import backbone_macs
+from .rows import merge_rows, select_rows
 
 __all__ = ['BackboneError', 'ExitError', 'ExitPoint', 'backbone_macs', 'candidates', 'cifar_resnet', 'cut',
-           'input_size_of', 'resolve_exits', 'select_rows', 'tap_of']
+           'input_size_of', 'merge_rows', 'resolve_exits', 'select_rows', 'tap_of']

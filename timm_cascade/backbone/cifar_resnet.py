@@ -39,6 +39,7 @@ class CifarResNet(nn.Module):
 
     Args:
         depth: Blocks in each group (n of 6n+2).
+        width: Channels of the first group; each group after it has twice as many.
         num_classes: Outputs of the classifier, 0 for none.
         in_chans: Channels of the input images.
         global_pool: Pooling before the classifier.
@@ -48,6 +49,7 @@ class CifarResNet(nn.Module):
     def __init__(
             self,
             depth: int,
+            width: int = 16,
             num_classes: int = 10,
             in_chans: int = 3,
             global_pool: str = 'avg',
@@ -62,20 +64,20 @@ class CifarResNet(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
 
-        chans = 16
+        chans = width
         self.conv1 = nn.Conv2d(in_chans, chans, 3, padding=1, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(chans, **dd)
         self.act1 = nn.ReLU(inplace=True)
         self.feature_info: list[dict[str, Any]] = [dict(num_chs=chans, reduction=1, module='act1')]
-        for i, (width, stride) in enumerate(((16, 1), (32, 2), (64, 2)), start=1):
+        for i, (out_chans, stride) in enumerate(((width, 1), (2 * width, 2), (4 * width, 2)), start=1):
             blocks = []
             for b in range(depth):
                 s = stride if b == 0 else 1
-                shortcut = PadShortcut(width, s) if s > 1 or chans != width else None
-                blocks.append(BasicBlock(chans, width, stride=s, downsample=shortcut, **dd))
-                chans = width
+                shortcut = PadShortcut(out_chans, s) if s > 1 or chans != out_chans else None
+                blocks.append(BasicBlock(chans, out_chans, stride=s, downsample=shortcut, **dd))
+                chans = out_chans
             self.add_module(f'layer{i}', nn.Sequential(*blocks))
-            self.feature_info.append(dict(num_chs=width, reduction=2 ** (i - 1), module=f'layer{i}'))
+            self.feature_info.append(dict(num_chs=out_chans, reduction=2 ** (i - 1), module=f'layer{i}'))
 
         self.num_features = chans
         self.global_pool, self.fc = create_classifier(chans, num_classes, pool_type=global_pool, **dd)
@@ -156,7 +158,7 @@ default_cfgs = generate_default_cfgs({f'cifar_resnet{layers}': dict(_cfg) for la
 
 def _create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     depth = (int(variant.removeprefix('cifar_resnet')) - 2) // 6
-    return build_model_with_cfg(CifarResNet, variant, pretrained, depth=depth, **kwargs)
+    return build_model_with_cfg(CifarResNet, variant, pretrained, **dict(dict(depth=depth), **kwargs))
 
 
 @register_model

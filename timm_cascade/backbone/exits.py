@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .layout import find_layout
 from .probe import PROBE_BATCH, meta_pass
+from .rows import select_rows
 
 __all__ = ['BackboneError', 'ExitError', 'ExitPoint', 'candidates', 'cut', 'input_size_of', 'resolve_exits',
-           'select_rows', 'tap_of']
+           'tap_of']
 
 # an exit that hooks can cut is preferred to one that needs the exported graph, unless it lies this much farther away
 # from the share of the cost that was asked for
@@ -81,13 +82,6 @@ def _tensors(output: Any) -> list[Tensor]:
 def tap_of(output: Any, point: ExitPoint) -> Tensor:
     """The tensor that a head reads from a module's output."""
     return output if isinstance(output, Tensor) else _tensors(output)[point.item]
-
-
-def select_rows(tensor: Tensor, keep: Tensor, rows: int = 1) -> Tensor:
-    """The rows of samples `keep` (indices); a sample owns `rows` consecutive ones, 0 for all samples the same."""
-    if rows == 0:
-        return tensor
-    return tensor[keep] if rows == 1 else tensor.unflatten(0, (-1, rows))[keep].flatten(0, 1)
 
 
 def cut(output: Any, keep: Tensor, point: ExitPoint) -> Any:

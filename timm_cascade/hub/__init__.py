@@ -2,9 +2,10 @@
 from .errors import HubUnavailableError, PushConflictError, PushDeniedError, PushError, ReleaseError
 from .loading import create_cascade, load
 from .push import Pushed, compare, push_to_hub
-from .releases import CALIBRATION, CARD, CONFIG, TABLE, WEIGHTS, binding, save
+from .releases import CALIBRATION, CARD, CONFIG, PROFILES, TABLE, WEIGHTS, binding, save, save_profiles
 
 __all__ = [
-    'CALIBRATION', 'CARD', 'CONFIG', 'TABLE', 'WEIGHTS', 'HubUnavailableError', 'PushConflictError', 'PushDeniedError',
-    'PushError', 'Pushed', 'ReleaseError', 'binding', 'compare', 'create_cascade', 'load', 'push_to_hub', 'save',
+    'CALIBRATION', 'CARD', 'CONFIG', 'PROFILES', 'TABLE', 'WEIGHTS', 'HubUnavailableError', 'PushConflictError',
+    'PushDeniedError', 'PushError', 'Pushed', 'ReleaseError', 'binding', 'compare', 'create_cascade', 'load',
+    'push_to_hub', 'save', 'save_profiles',
 ]

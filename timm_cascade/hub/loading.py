@@ -150,6 +150,7 @@ def _load_release(
         model.heads.load_state_dict(heads)
     if fit and same_input:
         model.table, model.calibration = release.dial()
+        model.profiles = release.profiles()
         if own['thresholds'] is not None:
             model.thresholds = own['thresholds']
     else:

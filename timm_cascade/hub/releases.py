@@ -1,4 +1,4 @@
-"""The saved format: config.json, model.safetensors, thresholds.json, calibration.safetensors and README.md.
+"""The saved format: config.json, model.safetensors, thresholds.json, calibration.safetensors, profiles.json, README.md.
 
 The one module that writes and reads these files. Reading takes them for what they are, a stranger's: everything is
 checked before a model is built, and whatever is wrong is a ReleaseError that names the file.
@@ -24,19 +24,21 @@ from torch import Tensor, nn
 from ..backbone import input_size_of
 from ..files import replacing, write_text
 from ..model import CascadeModel, hash_heads
-from ..thresholds import Calibration, ThresholdTable
+from ..thresholds import Calibration, Profile, ThresholdTable, profiles_from_json, profiles_to_json
 from .card import GENERATED, PICTURE, render
 from .errors import ReleaseError
 from .published import Published, weights_digest
 from .schema import LAYOUTS, ReleaseConfig, cascade_entry, parse_config
 from .sources import Folder, Repository
 
-__all__ = ['CALIBRATION', 'CARD', 'CONFIG', 'FILES', 'TABLE', 'WEIGHTS', 'Release', 'binding', 'save']
+__all__ = ['CALIBRATION', 'CARD', 'CONFIG', 'FILES', 'PROFILES', 'TABLE', 'WEIGHTS', 'Release', 'binding', 'save',
+           'save_profiles']
 
-CONFIG, WEIGHTS, TABLE, CALIBRATION, CARD = FILES = (
-    'config.json', 'model.safetensors', 'thresholds.json', 'calibration.safetensors', 'README.md')
+CONFIG, WEIGHTS, TABLE, CALIBRATION, PROFILES, CARD = FILES = (
+    'config.json', 'model.safetensors', 'thresholds.json', 'calibration.safetensors', 'profiles.json', 'README.md')
 PICKLE = 'pytorch_model.bin'
 MAX_CONFIG, MAX_TABLE, MAX_CALIBRATION, MAX_HEADER = 8 << 20, 32 << 20, 256 << 20, 16 << 20  # bytes
+MAX_PROFILES = 8 << 20
 MAX_SIZE = 100 << 30  # of weights, where no model says how large they may be
 
 
@@ -167,6 +169,23 @@ class Release:
                                f'again.') from e
         return table, calibration
 
+    def profiles(self) -> list[Profile]:
+        """What its parts cost by the clock, on the machines where that was measured.
+
+        Raises:
+            ReleaseError: A damaged file, or one of another cascade.
+        """
+        path = self.source.path(PROFILES, MAX_PROFILES)
+        if path is None:
+            return []
+        try:
+            profiles = profiles_from_json(path.read_text(encoding='utf-8'))
+        except ValueError as e:  # also of an encoding that is not UTF-8
+            raise ReleaseError(f'{path}: {e}') from e
+        if any(list(p.exits) != self.config.model_args['exits'] for p in profiles):
+            raise ReleaseError(f'{path}: profiles of other exits; fetch the file again, or measure again.')
+        return profiles
+
     def check(self) -> None:
         """Reads everything without building a model.
 
@@ -175,6 +194,7 @@ class Release:
         """
         self.weights()
         self.dial()
+        self.profiles()
 
 
 def _part(state: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
@@ -244,10 +264,20 @@ def save(
             write_text(folder / name, part.to_json())
         else:
             part.save(folder / name)
+    save_profiles(model, folder)
     if card is not None or not (folder / CARD).exists() or GENERATED in (folder / CARD).read_text(encoding='utf-8'):
         write_text(folder / CARD, card or render(
             model, layout=layout, picture=PICTURE if (folder / PICTURE).exists() else None))
     return folder
+
+
+def save_profiles(model: CascadeModel, folder: str | Path) -> None:
+    """Writes what was measured of this model to its release; removes the file where nothing was."""
+    path = Path(folder) / PROFILES
+    if model.profiles:
+        write_text(path, profiles_to_json(model.profiles))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _config_text(model: CascadeModel, entry: dict[str, Any]) -> str:

@@ -7,10 +7,12 @@ from .errors import PointNotFoundError, TableFormatError, TableMismatchError, Th
 from .joint import at_cost, joint
 from .operating_point import OperatingPoint
 from .per_exit import per_exit
+from .profile import Profile, Saving, in_time, profiles_from_json, profiles_to_json, savings
 from .routing import Outcome, outcome, route
 from .table import ThresholdTable
 
 __all__ = [
-    'Calibration', 'OperatingPoint', 'Outcome', 'PointNotFoundError', 'TableFormatError', 'TableMismatchError',
-    'ThresholdError', 'ThresholdTable', 'at_cost', 'certified', 'joint', 'outcome', 'per_exit', 'route',
+    'Calibration', 'OperatingPoint', 'Outcome', 'PointNotFoundError', 'Profile', 'Saving', 'TableFormatError',
+    'TableMismatchError', 'ThresholdError', 'ThresholdTable', 'at_cost', 'certified', 'in_time', 'joint', 'outcome',
+    'per_exit', 'profiles_from_json', 'profiles_to_json', 'route', 'savings',
 ]

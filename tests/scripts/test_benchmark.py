@@ -1,0 +1,116 @@
+"""The benchmark's own arithmetic, and a tiny run that writes its page. Times need an idle machine: none is checked."""
+from __future__ import annotations
+
+import json
+
+import bench_page
+import bench_plain
+import bench_static
+import benchmark
+import numpy as np
+import pytest
+import static_networks
+import timing
+import timm
+import torch
+
+import timm_cascade  # noqa: F401  registers the cascades
+
+SMALL = dict(num_classes=10, pretrained_cfg_overlay=dict(input_size=(3, 32, 32)))
+
+
+@pytest.fixture(scope='module')
+def model():
+    return bench_plain.build('resnet18', bench_plain.pictures(20, (3, 32, 32)), **SMALL)
+
+
+def test_in_turns_times_each_contestant_as_often_and_reverses_the_order():
+    calls = []
+    runs = timing.in_turns({name: lambda name=name: calls.append(name) or name for name in 'ab'}, 0, least=4)
+    assert calls == ['a', 'b', 'b', 'a', 'a', 'b', 'b', 'a', 'a', 'b']  # the first two are the warm-up
+    assert runs.returned == dict(a=['a'] * 4, b=['b'] * 4)
+    assert all(len(s) == 4 and (s > 0).all() for s in runs.seconds.values())
+
+
+def test_ratios_are_formed_within_a_repetition():
+    runs = timing.Runs(dict(a=np.array([1., 4., 9.]), b=np.array([1., 2., 3.])), {})
+    assert runs.ratio('a', 'b') == dict(median=2., low=1.5, high=2.5, n=3)
+
+
+def test_the_ideal_takes_every_stage_at_the_batch_size_that_comes_to_it():
+    batches = [[4, 3, 1], [4, 4, 0]]
+    assert timing.occurring(batches) == [(2, 1), (1, 3), (1, 4)]
+    stages = {4: np.array([[10., 20.], [11., 21.]]), 3: np.array([[7., 8.], [7., 9.]]), 1: np.array([[1., 2., 3.]] * 2)}
+    assert timing.ideal_seconds(batches, stages).tolist() == [10 + 8 + 3 + 10 + 20, 11 + 9 + 3 + 11 + 21]
+
+
+def test_stages_are_timed_up_to_the_one_asked_for(model):
+    images = bench_plain.pictures(2, (3, 32, 32))
+    with torch.inference_mode():
+        assert len(timing.stage_seconds(model, images)) == 4
+        first = timing.stage_seconds(model, images, last=1)
+    assert len(first) == 2 and (first > 0).all()
+
+
+@pytest.mark.parametrize(['share', 'expected'], [(0., [20, 20, 20, 20]), (0.4, [20, 12, 7, 4]), (0.6, [20, 8, 3, 1])])
+def test_forced_shares_leave_and_no_others(model, share, expected):
+    images = bench_plain.pictures(20, (3, 32, 32))
+    model.thresholds = bench_plain.forced(bench_plain.observe(model, [images]), share)
+    assert not torch.isinf(model.thresholds).any()  # the heads run, even where nobody leaves
+    with torch.inference_mode():
+        assert timing.survivors(model.predict(images).exit, 4) == expected
+        singles = torch.cat([model.predict(x).exit for x in images.split(1)])
+    assert timing.survivors(singles, 4) == expected
+
+
+def test_choosing_afterwards_answers_as_the_cascade_does(model):
+    images = bench_plain.pictures(20, (3, 32, 32))
+    model.thresholds = bench_plain.forced(bench_plain.observe(model, [images]), 0.4)
+    with torch.inference_mode():
+        ours, theirs = model.predict(images), bench_static.choose_afterwards(model, images)
+    assert ours.exit.equal(theirs.exit)
+    torch.testing.assert_close(ours.logits, theirs.logits)
+
+
+def test_earlyon_answers_as_the_cascade_does(model):
+    pytest.importorskip('earlyon')
+    import bench_earlyon
+
+    images = bench_plain.pictures(20, (3, 32, 32))
+    model.thresholds = bench_plain.forced(bench_plain.observe(model, [images]), 0.4)
+    bench_earlyon.same_answers(model, bench_earlyon.wrap(model, (3, 32, 32)), [images])
+    model.thresholds = [None, *model.thresholds.tolist()[1:]]  # a closed exit
+    bench_earlyon.same_answers(model, bench_earlyon.wrap(model, (3, 32, 32)), [images])
+
+
+def test_static_networks_are_smaller_and_of_the_same_kind():
+    recipe = dict(backbone=dict(seed=0), model=dict(base='cifar_resnet20', create=dict(in_chans=1, num_classes=10)))
+    whole = sum(p.numel() for p in timm.create_model('cifar_resnet20', in_chans=1).parameters())
+    for name in set(static_networks.NETWORKS) - {'ResNet-20'}:
+        network = static_networks.create(recipe, name).eval()
+        assert sum(p.numel() for p in network.parameters()) < 0.7 * whole
+        assert network(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    assert len(static_networks.create(recipe, 'ResNet-14').layer3) == 2
+
+
+def test_a_missed_target_says_so():
+    assert bench_page.verdict(dict(median=1.2, low=1., high=1.3), 1.05) == '1.20 (1.00 to 1.30) **missed** (<= 1.05)'
+    assert bench_page.verdict(dict(median=1.2, low=1., high=1.3), 1.5, at_least=True).endswith('**missed** (>= 1.50)')
+    assert 'missed' not in bench_page.verdict(dict(median=1.04, low=1., high=1.3), 1.05)
+
+
+def test_a_tiny_run_writes_its_section_and_leaves_others(tmp_path, capsys):
+    machine = dict(device='a machine', torch='2', timm='1')
+    overhead = dict(command='python x', quick=False, machine=machine, first=[], off=[], memory=[], imports=dict(
+        ours=dict(median=0.2, low=0.2, high=0.2), timm=dict(median=3., low=3., high=3.)))
+    (tmp_path / 'benchmark.json').write_text(json.dumps(dict(overhead=overhead)))
+    benchmark.main(['plain', '--networks', 'resnet18', '--batch', '2', '--size', '32', '--modes', 'eager', '--quick',
+                    '--device', 'cpu', '--out', str(tmp_path)])
+    sections = json.loads((tmp_path / 'benchmark.json').read_text())
+    assert list(sections) == ['plain', 'overhead']
+    assert [r['share'] for r in sections['plain']['rows']] == list(bench_plain.SHARES)
+    text = (tmp_path / 'benchmark.md').read_text()
+    assert 'python scripts/benchmark.py plain --networks resnet18' in text and str(tmp_path) not in text
+    assert 'quick run' in text and '**missed** (<= 150 ms)' in text
+    assert (tmp_path / 'benchmark.png').stat().st_size > 1000
+    assert '| resnet18 | 2 | eager | 40% |' in capsys.readouterr().out
