@@ -153,7 +153,7 @@ class Router:
 
     def _hooked(
             self,
-            backbone: nn.Module,
+            backbone: Callable[[Tensor], Tensor],
             images: Tensor,
             at: At,
             start: int = 0,
@@ -168,11 +168,11 @@ class Router:
 
     def collect(
             self,
-            backbone: nn.Module,
+            backbone: Callable[[Tensor], Tensor],
             images: Tensor,
             readers: Sequence[Callable[[Tensor], Tensor]],
     ) -> tuple[list[Tensor], Tensor]:
-        """What each reader makes of its exit's tap, and the backbone's logits; nobody leaves."""
+        """What each reader makes of its exit's tap, and the logits (or whatever `backbone` returns); nobody leaves."""
         read: list[Tensor | None] = [None] * len(self.points)
 
         def at(index: int, crossing: Crossing) -> None:
