@@ -40,7 +40,7 @@ class CascadeModel(BackboneContract, Dial):
     Attributes:
         min_leave: Share of a batch that must have left before it is cut: less saves no more time than the copy takes.
             What each image gets is the same; 0 cuts always. `timm-cascade profile cascade_resnet18` prints the share
-            from which a cut pays as `cut_pays_from`: 1.2, 0.3 and 0.1 % at its exits (CPU, batch 64), less than one
+            from which a cut pays as `cut_pays_from`: 1.2, 0.3 and 0.05 % at its exits (CPU, batch 64), less than one
             image of the batch; so by default, at 1 %, only larger batches ever go on uncut.
     """
 
