@@ -182,7 +182,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if 'compiled' in network.cascades:
             network.cascades['compiled'].compile()
             with torch.inference_mode():  # two sizes make torch.compile look for a form for all of them
-                each(network.plain['compiled'], to_memory('compiled', [images[:2], images[:3]]))
+                for call in (network.plain['compiled'], network.cascades['compiled'].predict):
+                    each(call, to_memory('compiled', [images[:2], images[:3]]))
         for batch in args.batch:
             found = measure(network, images[:IMAGES.get(batch, batch)], batch, args.seconds, args.repetitions)
             rows += [dict(network=name, **row) for row in found]

@@ -21,6 +21,13 @@ def test_depth_and_timm_s_contract(layers):
     assert model(x).shape == (2, 3)
 
 
+def test_other_depths_and_widths():
+    narrow = timm.create_model('cifar_resnet20', width=8)
+    assert [i['num_chs'] for i in narrow.feature_info] == [8, 8, 16, 32]
+    assert len(timm.create_model('cifar_resnet20', depth=1).layer2) == 1
+    assert narrow.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
 def paper_macs(model: nn.Module, image: torch.Tensor, tap: int) -> int:
     """The paper's count of one stage's layers run in one forward: conv = H*W*Cout*k*k*Cin + Cout, BN one operation an
     output element, pooling its input elements, FC = in*out + out. Shortcuts and activations are free."""
