@@ -64,7 +64,8 @@ def test_the_list_has_every_module_file():
 def test_survivors_get_the_logits_they_get_in_the_whole_batch(name):
     torch.manual_seed(0)
     model = timm.create_model(f'cascade_{name}', num_classes=11, **FAMILIES[name]).eval()
-    images = batch(input_size_of(model.backbone))
+    # four: batch norm of few numbers (maps of one pixel) would be ill-conditioned
+    images = batch(input_size_of(model.backbone), 4)
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     randomise(model, images)
     with torch.no_grad():
