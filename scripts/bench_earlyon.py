@@ -1,4 +1,4 @@
-"""The cascade beside earlyon (https://pypi.org/project/earlyon/), same network, heads, thresholds and images.
+"""The cascade beside earlyon 0.3.0 (from PyPI), same network, heads, thresholds and images.
 
 earlyon's EarlyExitWrapper takes any backbone and any heads, so it gets the very modules that the cascade has. It routes
 one image at a time (`model(x)`), or a batch that leaves together, as soon as all of it is sure
