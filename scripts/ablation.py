@@ -3,8 +3,8 @@
     python scripts/emoji.py --out runs/emoji && python scripts/ablation.py
 
 Pairs of backbone and data stand in scripts/ablation.yaml; backbones and pooled taps are made once (ablation_taps.py),
-rows train from them (ablation_heads.py). Writes docs/ablation.md and .json. Runs that are done are kept in
-runs/ablation/results.jsonl and not repeated.
+rows train from them (ablation_heads.py). Writes docs/ablation.md and .json; pairs that are in them and not asked for
+(--pairs) stay. Runs that are done are kept in runs/ablation/results.jsonl and not repeated.
 """
 from __future__ import annotations
 
@@ -196,6 +196,14 @@ def results(names: Iterable[str], rows: Iterable[Row], log: Path) -> list[dict[s
     return kept
 
 
+def merged(file: Path, table: list[dict[str, Any]], names: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The table with those pairs of `file` that it does not have, and all their names, as ablation.yaml has them."""
+    old = json.loads(file.read_text(encoding='utf-8'))['rows'] if file.exists() else []
+    table = [*(x for x in old if x['pair'] not in names), *table]
+    found = {x['pair'] for x in table}
+    return sorted(table, key=lambda x: list(PAIRS).index(x['pair'])), [name for name in PAIRS if name in found]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--pairs', nargs='+', default=list(PAIRS), choices=list(PAIRS))
@@ -203,11 +211,11 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
     runs = results(args.pairs, ROWS, ROOT / 'runs' / 'ablation' / 'results.jsonl')
-    table = summary(runs, args.pairs, ROWS)
+    table, names = merged(args.out / 'ablation.json', summary(runs, args.pairs, ROWS), args.pairs)
     command = 'python scripts/emoji.py --out runs/emoji && python scripts/ablation.py'
-    command += '' if args.pairs == list(PAIRS) else f' --pairs {" ".join(args.pairs)}'
+    command += '' if names == list(PAIRS) else f' --pairs {" ".join(names)}'
     write_text(args.out / 'ablation.json', json.dumps(dict(command=command, rows=table), indent=1))
-    write_text(args.out / 'ablation.md', markdown(table, args.pairs, ROWS, command))
+    write_text(args.out / 'ablation.md', markdown(table, names, ROWS, command))
 
 
 if __name__ == '__main__':

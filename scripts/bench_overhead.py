@@ -13,7 +13,7 @@ from typing import Any
 
 import timm
 import torch
-from bench_plain import IMAGES, each, pictures
+from bench_plain import bare, pictures
 from timing import in_turns, spread
 
 import timm_cascade  # noqa: F401  registers the cascades
@@ -97,17 +97,13 @@ def alone(code: str, *argv: Any) -> Any:
 
 
 def exits_off(name: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Time of a fresh cascade, thresholds unset, over that of the same weights in a plain timm model."""
+    """Time of a forward of a fresh cascade, thresholds unset, over that of the plain timm model on the same weights."""
     torch.manual_seed(0)
     model = timm.create_model(f'cascade_{name}').eval().to(args.device, memory_format=torch.channels_last)
-    plain, control = (timm.create_model(name).eval().to(args.device, memory_format=torch.channels_last)
-                      for _ in range(2))
-    for copied in (plain, control):
-        copied.load_state_dict(model.backbone.state_dict())
-    images = pictures(IMAGES.get(batch, batch), tuple(plain.pretrained_cfg['input_size'])).to(args.device)
-    batches = list(images.contiguous(memory_format=torch.channels_last).split(batch))
-    runs = in_turns({'off': partial(each, model, batches), 'plain': partial(each, plain, batches),
-                     'control': partial(each, control, batches)}, args.seconds, args.repetitions)
+    images = pictures(batch, tuple(model.pretrained_cfg['input_size'])).to(args.device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    contestants = {'off': model, 'plain': bare(model), 'control': bare(model)}
+    runs = in_turns({k: partial(m, images) for k, m in contestants.items()}, args.seconds, args.repetitions)
     _logger.info('exits off, %s, batch %d: %.4f', name, batch, runs.ratio('off', 'plain')['median'])
     return dict(network=name, batch=batch, off=runs.ratio('off', 'plain'), control=runs.ratio('control', 'plain'))
 

@@ -77,8 +77,10 @@ def each(call: Callable[[Tensor], Any], batches: list[Tensor]) -> None:
 
 
 def bare(model: CascadeModel) -> nn.Module:
-    """A copy of the backbone without the cascade's hooks."""
-    backbone = copy.deepcopy(model.backbone)
+    """The backbone without the cascade's hooks, on the same tensors: where a copy's weights happen to lie in memory
+    is worth up to 5 % of a batch of one."""
+    shared = {id(t): t for t in (*model.backbone.parameters(), *model.backbone.buffers())}
+    backbone = copy.deepcopy(model.backbone, shared)
     for module in backbone.modules():
         module._forward_hooks.clear()
     return backbone

@@ -149,6 +149,16 @@ def test_a_tiny_pair_from_backbone_to_page(images, tmp_path, monkeypatch):
     assert log.read_text().startswith(first) and log.read_text().count('\n') == first.count('\n')
     assert (tmp_path / 'docs' / 'ablation.md').read_text() == page
 
+    monkeypatch.setitem(ablation_taps.PAIRS, 'measured elsewhere', pair)
+    written = tmp_path / 'docs' / 'ablation.json'
+    elsewhere = [dict(x, pair='measured elsewhere') for x in json.loads(written.read_text())['rows']]
+    written.write_text(json.dumps(dict(rows=elsewhere)))
+    ablation.main()
+    both = (tmp_path / 'docs' / 'ablation.md').read_text()
+    assert both.endswith(page.split('## tiny')[1].replace('tiny', 'measured elsewhere')) and '## tiny' in both
+    written.unlink()
+    ablation.main()
+
     taps = ablation_taps.load_taps('tiny')
     assert taps.pooled['train', 'layer1', 4].shape == (96, 16 * 16)
     np.testing.assert_allclose(  # every grid is pooled from the tap itself; 8 divides into all of them
