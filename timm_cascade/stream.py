@@ -237,6 +237,7 @@ def _stream(
                 yield from _answers(stages.drain(), order)
             ids = order.expect(index) if order else index
             yield from _answers(stages.feed(ids, part), order)
+        del images, part  # not held while the next ones are made
     if stages is not None:
         yield from _answers(stages.drain(), order)
     if failure is not None:
@@ -275,8 +276,8 @@ class _Share:
                 rng_types=accelerator.rng_types)
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        start = 0
-        for number, batch in enumerate(self.batches):
+        start = number = 0
+        for batch in self.batches:
             images = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
             if not isinstance(images, Tensor):
                 raise TypeError(f'a batch is {type(images).__name__}; expected images (N, C, H, W), or (images, ...).')
@@ -286,6 +287,8 @@ class _Share:
                 if number % self.processes == self.process:
                     yield start, images
                 start += len(images)
+            number += 1
+            del batch, images  # not held while the next ones are made
 
 
 def _together(results: Iterator[StreamOutput], share: _Share) -> Iterator[StreamOutput]:
