@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class BackboneContract(nn.Module):
     def feature_info(self) -> Any:
         return self.backbone.feature_info
 
-    @property
+    @cached_property  # every batch is checked against it, and timm's way to it takes as long as a small layer
     def in_chans(self) -> int:
         return input_size_of(self.backbone)[0]
 

@@ -71,7 +71,7 @@ class Flight:
         self.min_leave = min_leave
         self.answers: list[Answers] = []
         self._done: Tensor | None = None  # (rows,) bool: answered, but still in flight
-        self._open = len(ids)  # rows that are not answered
+        self._open = ids.numel()  # rows that are not answered
 
     def at_exit(self, index: int, tap: Tensor) -> Tensor | None:
         """Lets leave who is sure at this exit.
@@ -81,11 +81,12 @@ class Flight:
         """
         if math.isinf(self.thresholds[index]):
             return None
-        if len(tap) != len(self.ids):
-            raise RoutingError(f'{len(self.ids)} samples came to exit {index}, but its tap has {len(tap)} rows.')
+        rows = self.ids.numel()  # and not len(), which takes a Tensor through Python: single images feel that too
+        if tap.shape[0] != rows:
+            raise RoutingError(f'{rows} samples came to exit {index}, but its tap has {len(tap)} rows.')
         logits = self.heads[index](tap)
         sure = confidence(logits)
-        if len(self.ids) == 1:  # a single image has no rows to sort out, and feels every operation
+        if rows == 1:  # a single image has no rows to sort out, and feels every operation
             if not sure.item() >= self.thresholds[index]:
                 return None
             self.answers.append(Answers(self.ids, logits, sure, index))
@@ -98,11 +99,11 @@ class Flight:
         if not len(gone):
             return None
         self._open -= len(gone)
-        whole = len(gone) == len(self.ids)
+        whole = len(gone) == rows
         self.answers.append(Answers(self.ids, logits, sure, index) if whole else
                             Answers(self.ids[gone], logits[gone], sure[gone], index))
         done = leaves if self._done is None else leaves | self._done
-        if self._open and len(self.ids) - self._open < self.min_leave * len(self.ids):
+        if self._open and rows - self._open < self.min_leave * rows:
             self._done = done
             return None
         keep = self._rows_left(done)
@@ -111,11 +112,11 @@ class Flight:
 
     def board(self, ids: Tensor) -> None:
         """Other samples fly on instead of those who came."""
-        self.ids, self._done, self._open = ids, None, len(ids)
+        self.ids, self._done, self._open = ids, None, ids.numel()
 
     def at_end(self, logits: Tensor) -> None:
         """Answers the others with the backbone's own logits."""
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(self.ids):
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != self.ids.numel():
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise RoutingError(f'{len(self.ids)} samples went to the end, but the backbone returned {found}.')
         if self._done is not None:

@@ -92,7 +92,7 @@ class CascadeModel(BackboneContract, Dial):
             ValueError: Images of another shape or number of channels than the backbone's.
         """
         self._check(x)
-        if not len(x):  # many networks crash on an empty batch
+        if not x.shape[0]:  # many networks crash on an empty batch
             empty = x.new_empty(0, dtype=torch.float32)
             return CascadeOutput(x.new_empty(0, self.num_classes), empty.long(), empty)
         open_exits = self._thresholds if self.any_open else [math.inf] * len(self._points)

@@ -86,7 +86,7 @@ class _ExitHook:
             return None
         # a walk through a lone tensor is a cost that single images feel
         leaves, spec = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        places = [0] if spec is None else [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if self.index == run.start - 1:
             tensors = run.tensors
         else:
@@ -111,11 +111,13 @@ class Router:
         points: The exits, in the order the network runs them.
 
     Attributes:
+        cuts: Whether hooks can cut the batch at every exit.
         options: How the exported stages are compiled; None for not at all.
     """
 
     def __init__(self, backbone: nn.Module, points: Sequence[ExitPoint]) -> None:
         self.points = tuple(points)
+        self.cuts = not any(p.cut == 'export' for p in points)
         self.options: CompileOptions | None = None
         self.handles: list[RemovableHandle] = [
             backbone.get_submodule(p.module).register_forward_hook(_ExitHook(self, i)) for i, p in enumerate(points)]
@@ -136,7 +138,7 @@ class Router:
     def engine(self, backbone: nn.Module, images: Tensor, anybody_leaves: bool = True) -> Engine:
         """How to run images of this kind."""
         compiled = self.options is not None and not backbone.training and not _needs_grad(backbone, images)
-        if compiled or (anybody_leaves and any(p.cut == 'export' for p in self.points)):
+        if compiled or (anybody_leaves and not self.cuts):
             try:
                 return partial(self._staged(backbone, images, compiled).run, backbone)
             except RoutingError as e:
@@ -202,13 +204,13 @@ class Router:
             thresholds: M numbers. A confidence that is not a number never passes.
             min_leave: See Flight.
         """
-        flight = Flight(torch.arange(len(images), device=images.device), heads, thresholds, min_leave)
+        flight = Flight(torch.arange(images.shape[0], device=images.device), heads, thresholds, min_leave)
 
         def at(index: int, crossing: Crossing) -> list[Tensor] | None:
             keep = flight.at_exit(index, crossing.tap)
             if keep is None:
                 return None
-            if not len(keep):
+            if not keep.numel():
                 raise Interrupted
             return crossing.select(keep)
 
