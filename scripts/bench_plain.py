@@ -204,7 +204,7 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     rows = [r for r in old['rows'] if (r['network'], r['batch']) not in done] + new['rows']
     networks = [*NETWORKS, *(r['network'] for r in rows)]
     rows.sort(key=lambda r: (networks.index(r['network']), r['batch']))
-    return dict(new, rows=rows, command='\n    '.join(dict.fromkeys([*old['command'].split('\n    '), new['command']])))
+    return dict(new, rows=rows)
 
 
 def markdown(section: dict[str, Any]) -> list[str]:

@@ -164,6 +164,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return dict(everything=everything(args), static=[row for name in args.data for row in static(name, args)])
 
 
+def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """What was measured of other networks stays."""
+    done = {(r['data'], r['network']) for r in new['static']}
+    rows = [r for r in old['static'] if (r['data'], r['network']) not in done] + new['static']
+    networks = list(static_networks.NETWORKS)
+    rows.sort(key=lambda r: (list(RECIPES).index(r['data']), networks.index(r['network'])))
+    return dict(new, static=rows)
+
+
 def markdown(section: dict[str, Any]) -> list[str]:
     from bench_page import cell, verdict
 

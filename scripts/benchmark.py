@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     sections = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
     old = sections.get(args.section)
     if old and hasattr(module, 'merge') and (old['machine'], old['quick']) == (section['machine'], section['quick']):
-        section = module.merge(old, section)
+        both = dict.fromkeys([*old['command'].split('\n    '), section['command']])
+        section = dict(module.merge(old, section), command='\n    '.join(both))
     sections[args.section] = section
     args.out.mkdir(parents=True, exist_ok=True)
     bench_page.write(args.out, {name: sections[name] for name in SECTIONS if name in sections}, render)

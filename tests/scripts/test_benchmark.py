@@ -93,6 +93,17 @@ def test_static_networks_are_smaller_and_of_the_same_kind():
     assert len(static_networks.create(recipe, 'ResNet-14').layer3) == 2
 
 
+def test_static_networks_that_were_measured_stay():
+    def row(data, network, accuracy):
+        return dict(data=data, network=network, accuracy=accuracy)
+
+    old = dict(everything=['old'], static=[row('fashion_mnist', 'ResNet-8', 1), row('fashion_mnist', 'ResNet-14', 2)])
+    new = dict(everything=['new'], static=[row('emoji', 'ResNet-8', 3), row('fashion_mnist', 'ResNet-14', 4)])
+    merged = bench_static.merge(old, new)
+    assert [r['accuracy'] for r in merged['static']] == [1, 4, 3]
+    assert merged['everything'] == ['new']
+
+
 def test_a_missed_target_says_so():
     assert bench_page.verdict(dict(median=1.2, low=1., high=1.3), 1.05) == '1.20 (1.00 to 1.30) **missed** (<= 1.05)'
     assert bench_page.verdict(dict(median=1.2, low=1., high=1.3), 1.5, at_least=True).endswith('**missed** (>= 1.50)')
