@@ -69,6 +69,8 @@ def plot(sections: dict[str, Any], path: Path) -> None:
              for r in static.get('everything', []) if r['max_drop'] == 0.005]
     bars += [(f'{r["network"]}, {r["data"]}, {r["mode"]}, batch {r["batch"]}', r['faster'])
              for r in static.get('static', []) if r['cascade']]
+    bars += [(f'{r["network"]}, {r["data"]}, {r["mode"]}, stream', r['stream'])
+             for r in static.get('static', []) if 'stream' in r]
     for y, (_, s) in enumerate(bars):
         right.barh(y, s['median'], color='#4878a8')
         right.plot([s['low'], s['high']], [y, y], color='black', lw=1)

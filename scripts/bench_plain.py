@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -74,6 +74,11 @@ def observe(model: CascadeModel, batches: list[Tensor]) -> np.ndarray:
 def each(call: Callable[[Tensor], Any], batches: list[Tensor]) -> None:
     for batch in batches:
         call(batch)
+
+
+def all_of(outputs: Iterable[Any]) -> None:
+    for _ in outputs:
+        pass
 
 
 def bare(model: CascadeModel) -> nn.Module:

@@ -13,7 +13,7 @@ import timm
 import torch
 from backbones import decode
 from bench_earlyon import RELEASE, first
-from bench_plain import bare, each
+from bench_plain import all_of, bare, each
 from timing import in_turns, spread
 from torch import Tensor
 
@@ -32,11 +32,6 @@ def answers(call: Callable[[Tensor], Tensor], loader: Iterable[Any], device: str
 
 def streamed(model: CascadeModel, loader: Iterable[Any]) -> Tensor:
     return torch.cat([output.logits.argmax(1) for output in model.stream(loader)]).cpu()
-
-
-def all_of(outputs: Iterable[Any]) -> None:
-    for _ in outputs:
-        pass
 
 
 def loading(least: int) -> dict[str, Any]:
