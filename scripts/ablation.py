@@ -40,7 +40,9 @@ ROWS = (
     Row(PAPER, exits='paper', head='paper', recipe='paper'),
     Row('the same exits and heads, our training', exits='paper', head='paper'),
     Row('the same exits, our heads and training', exits='paper'),
-    Row(THREE, exits='three'),
+    Row(THREE, exits=3),
+    Row('four exits', exits=4),
+    Row('five exits', exits=5),
     Row(BASE),
     Row('heads of full width, whatever they cost', head=(dict(grid=4, hidden=64, norm=True),)),
     Row('heads that pool to 2x2', head=(dict(grid=2, hidden=64, norm=True),)),
@@ -58,9 +60,14 @@ ROWS = (
 def exits_of(row: Row, name: str, taps: Taps) -> list[str]:
     """Modules of the exits that a row has in this pair."""
     every, stages = PAIRS[name]['exits'], PAIRS[name]['stages']
-    if row.exits == 'paper':
-        return [min(stages, key=lambda e: abs(taps.macs[e] / taps.total - third)) for third in (1 / 3, 2 / 3)]
-    return every if row.exits == 'all' else [every[round((i + 1) * len(every) / 4) - 1] for i in range(3)]
+    if row.exits == 'all':
+        return every
+    offered, count = (stages, 2) if row.exits == 'paper' else (every, row.exits)
+    picked: list[str] = []
+    for i in range(count):  # as the library does where it is told how many
+        target = taps.total * (i + 1) / (count + 1)
+        picked.append(min((e for e in offered if e not in picked), key=lambda e: abs(taps.macs[e] - target)))
+    return sorted(picked, key=every.index)
 
 
 def configs_of(row: Row, exits: list[str], taps: Taps) -> list[dict[str, Any]]:
@@ -167,7 +174,8 @@ def _is_base(row: Row, name: str, taps: Taps) -> bool:
     """Whether a row of another name is the base row in this pair."""
     base = next(r for r in ROWS if r.name == BASE)
     exits = exits_of(base, name, taps)
-    return row != base and replace(row, name=base.name, head=base.head) == base and (
+    return row != base and replace(row, name=base.name, head=base.head, exits=base.exits) == base and (
+        exits_of(row, name, taps) == exits) and (
         configs_of(row, exits, taps) == configs_of(base, exits, taps))
 
 

@@ -24,7 +24,7 @@ class Row:
 
     Attributes:
         name: What the table calls it.
-        exits: `all`, `three` (of all, spread evenly), or `paper` (the two of the paper's recipe).
+        exits: `all`, how many of them (spread over the cost), or `paper` (the two of the paper's recipe).
         head: As the library's `head=`.
         recipe: `paper` (SGD) or `ours` (AdamW, as `train_heads`).
         distil: Share of the loss that is the distance to the frozen network's answer; the labels have the rest.
@@ -36,7 +36,7 @@ class Row:
         views: Augmented views of each training image beside the plain one.
     """
     name: str
-    exits: str = 'all'
+    exits: str | int = 'all'
     head: HeadSpec = 'enhanced'
     recipe: str = 'ours'
     distil: float = 0.
