@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {name: ROOT / 'hub' / 'recipes' / f'cascade_cifar_resnet20.{name}.yaml'
            for name in ('fashion_mnist', 'emoji')}
 RELEASES = (ROOT / 'hub' / 'releases', ROOT / 'runs' / 'releases')
-MAX_DROPS = (0., 0.001, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.0125, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075)
+MAX_DROPS = (0., *np.geomspace(0.00025, 0.075, 25).tolist())
 BATCHES = {1: 256, 64: 2048}  # how many test images a repetition runs
 
 
