@@ -45,7 +45,16 @@ def write(folder: Path, sections: dict[str, Any], render: Callable[[str, dict[st
 
 def plot(sections: dict[str, Any], path: Path) -> None:
     """Left: time of the cascade over plain, against the ideal's. Right: how much faster than each peer."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=130)
+    bars = [(f'earlyon, {"random" if "resnet18" in r["what"] else "real"} images, batch {r["batch"]}', r['throughput'])
+            for r in sections.get('earlyon', {}).get('rows', [])]
+    static = sections.get('static', {})
+    bars += [(f'every exit, max_drop {r["max_drop"]:.2%}, batch {r["batch"]}', r['faster'])
+             for r in static.get('everything', []) if r['max_drop'] == 0.005]
+    bars += [(f'{r["network"]}, {r["data"]}, {r["mode"]}, batch {r["batch"]}', r['faster'])
+             for r in static.get('static', []) if r['cascade']]
+    bars += [(f'{r["network"]}, {r["data"]}, {r["mode"]}, stream', r['stream'])
+             for r in static.get('static', []) if 'stream' in r]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, max(4.5, 1 + 0.2 * len(bars))), dpi=130)
     rows = sections.get('plain', {}).get('rows', [])
     marks = dict(zip(dict.fromkeys(r['network'] for r in rows), 'os^Dv', strict=False))
     for batch, colour in ((1, '#b8860b'), (8, '#4878a8'), (64, '#2e7d32')):
@@ -62,15 +71,6 @@ def plot(sections: dict[str, Any], path: Path) -> None:
              title='forced exit shares')
     left.grid(alpha=0.25)
     left.legend(fontsize=7)
-    bars = [(f'earlyon, {"random" if "resnet18" in r["what"] else "real"} images, batch {r["batch"]}', r['throughput'])
-            for r in sections.get('earlyon', {}).get('rows', [])]
-    static = sections.get('static', {})
-    bars += [(f'every exit, max_drop {r["max_drop"]:.2%}, batch {r["batch"]}', r['faster'])
-             for r in static.get('everything', []) if r['max_drop'] == 0.005]
-    bars += [(f'{r["network"]}, {r["data"]}, {r["mode"]}, batch {r["batch"]}', r['faster'])
-             for r in static.get('static', []) if r['cascade']]
-    bars += [(f'{r["network"]}, {r["data"]}, {r["mode"]}, stream', r['stream'])
-             for r in static.get('static', []) if 'stream' in r]
     for y, (_, s) in enumerate(bars):
         right.barh(y, s['median'], color='#4878a8')
         right.plot([s['low'], s['high']], [y, y], color='black', lw=1)
