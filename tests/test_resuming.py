@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
@@ -14,6 +15,7 @@ import timm
 import torch
 from test_data import write_idx
 from test_training import close, trained
+from tqdm.auto import tqdm
 
 import timm_cascade
 from timm_cascade.data import ImageData
@@ -37,9 +39,15 @@ def work(model, data, where, epochs):
         log=where / 'log.jsonl', classifier=True, views=2)
 
 
+def in_a_fork(*args):
+    # tqdm's lock is one semaphore for all forks; a process killed while it holds that would stop all others for good
+    tqdm.set_lock(threading.RLock())
+    work(*args)
+
+
 def killed_when(condition, *args):
     """Runs `work` in a process of its own, and kills it as soon as the condition holds; whether it did in time."""
-    process = multiprocessing.get_context('fork').Process(target=work, args=args)
+    process = multiprocessing.get_context('fork').Process(target=in_a_fork, args=args)
     process.start()
     while process.is_alive() and not condition():
         time.sleep(0.001)
