@@ -27,12 +27,12 @@ from ablation_taps import PAIRS, ROOT, Taps, load_taps
 from scipy import optimize
 from torch import Tensor
 
-from timm_cascade.files import write_text
 from timm_cascade.heads import head_configs, within_share
-from timm_cascade.routing import confidence
+from timm_cascade.inference.batch import confidence
 from timm_cascade.thresholds.checks import check_costs, check_samples
-from timm_cascade.thresholds.frontier import GRID, follow, nested_path
+from timm_cascade.thresholds.path import GRID, follow, nested_path
 from timm_cascade.thresholds.problem import Problem
+from timm_cascade.utils.files import write_text
 
 _logger = logging.getLogger('ablation')
 Samples = tuple[np.ndarray, np.ndarray]  # confidence and correct, both (n, M+1)
@@ -179,7 +179,7 @@ def _is_base(row: Row, name: str, taps: Taps) -> bool:
         configs_of(row, exits, taps) == configs_of(base, exits, taps))
 
 
-def _together(run: tuple[Row, int]) -> tuple[int, str]:
+def _raise_everywhere(run: tuple[Row, int]) -> tuple[int, str]:
     return run[1], run[0].trained_as
 
 
@@ -195,7 +195,7 @@ def results(names: Iterable[str], rows: Iterable[Row], log: Path) -> list[dict[s
             continue
         taps = load_taps(name)
         todo = [(r, s) for r in offered for s in SEEDS if (name, r.key, s) not in done and not _is_base(r, name, taps)]
-        for (seed, _), alike in groupby(sorted(todo, key=_together), key=_together):
+        for (seed, _), alike in groupby(sorted(todo, key=_raise_everywhere), key=_raise_everywhere):
             for line in runs_of([r for r, _ in alike], name, taps, seed):
                 _logger.info('%s', line)
                 with open(log, 'a', encoding='utf-8') as f:

@@ -24,8 +24,8 @@ from torch import Tensor
 
 import timm_cascade
 from timm_cascade.data import create_loader
-from timm_cascade.files import replacing, write_text
 from timm_cascade.heads import ExitHead
+from timm_cascade.utils.files import replacing, write_text
 
 _logger = logging.getLogger('ablation')
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from timm_cascade.data import ImageData, create_loader
-from timm_cascade.files import replacing
+from timm_cascade.utils.files import replacing
 
 _logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-from timm_cascade.files import replacing, write_text
+from timm_cascade.utils.files import replacing, write_text
 
 
 def cell(s: dict[str, float], digits: int = 2) -> str:

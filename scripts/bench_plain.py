@@ -16,8 +16,8 @@ from timing import Runs, ideal_seconds, in_turns, occurring, spread, stage_secon
 from torch import Tensor, nn
 
 import timm_cascade  # noqa: F401  registers the cascades
+from timm_cascade.inference.batch import confidence
 from timm_cascade.model import CascadeModel
-from timm_cascade.routing import confidence
 from timm_cascade.thresholds import route
 
 _logger = logging.getLogger('benchmark')

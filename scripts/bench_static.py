@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 import timm_cascade
 from timm_cascade.backbone import backbone_macs
-from timm_cascade.calibration import record
+from timm_cascade.inference.batch import CascadeOutput, confidence
+from timm_cascade.measure.calibrate import record
 from timm_cascade.model import CascadeModel
-from timm_cascade.routing import CascadeOutput, confidence
 from timm_cascade.thresholds import outcome, route
 
 _logger = logging.getLogger('benchmark')

@@ -10,8 +10,8 @@ import yaml
 from huggingface_hub import EvalResult
 
 from timm_cascade import CascadeModel
-from timm_cascade.files import write_text
 from timm_cascade.hub.card import PICTURE, render
+from timm_cascade.utils.files import write_text
 
 
 def device_name() -> str:

@@ -16,9 +16,9 @@ import torch
 from pictures import contact_sheet, plot_tradeoff
 
 import timm_cascade
-from timm_cascade.calibration import record
-from timm_cascade.files import write_text
+from timm_cascade.measure.calibrate import record
 from timm_cascade.thresholds import route
+from timm_cascade.utils.files import write_text
 
 ROOT = Path(__file__).parent.parent
 RELEASE = ROOT / 'hub' / 'releases' / 'cascade_cifar_resnet20.fashion_mnist'

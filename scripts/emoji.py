@@ -42,7 +42,7 @@ import numpy as np
 from PIL import Image
 
 from timm_cascade.data import ImageData, load_data
-from timm_cascade.files import replacing, write_text
+from timm_cascade.utils.files import replacing, write_text
 
 _logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import timm_cascade
 from timm_cascade.backbone import ExitPoint, candidates
-from timm_cascade.routing import Router
+from timm_cascade.inference.router import Router
 
 TOLERANCE = 1e-4  # of the logits' standard deviation
 
@@ -122,7 +122,7 @@ def layout_seen(model: timm_cascade.CascadeModel, images: Tensor) -> str:
     points = candidates(model.backbone)
     router = Router(model.backbone, points)
     taps, _ = router.collect(model.backbone, images[:1], [torch.clone] * len(points))
-    router.detach()
+    router.remove_hooks()
     counts = {'agree': 0, 'differ': 0, 'without grid': 0}
     for tap, point in zip(taps, points, strict=True):
         values = _as_picture(tap, point)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from timm_cascade.data import ImageData, load_data
-from timm_cascade.files import replacing
+from timm_cascade.utils.files import replacing
 
 CLASSES = ['T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
 DEBIAN = Path('/usr/share/datasets/fashion-mnist')  # where Debian's package dataset-fashion-mnist puts it

@@ -25,9 +25,9 @@ from release import DATA
 from tqdm.auto import tqdm
 
 import timm_cascade
-from timm_cascade.calibration import record
-from timm_cascade.files import replacing, write_text
+from timm_cascade.measure.calibrate import record
 from timm_cascade.thresholds import Calibration, outcome
+from timm_cascade.utils.files import replacing, write_text
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from timm_cascade import ReleaseError, hub
-from timm_cascade.hub.releases import MAX_TABLE
-from timm_cascade.hub.sources import Repository
+from timm_cascade.hub.download import Repository
+from timm_cascade.hub.release import MAX_TABLE
 
 ROOT = Path(__file__).parent.parent
 

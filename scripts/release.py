@@ -28,7 +28,7 @@ from pictures import plot_tradeoff
 
 import timm_cascade
 from timm_cascade import hub
-from timm_cascade.files import write_text
+from timm_cascade.utils.files import write_text
 
 _logger = logging.getLogger('release')
 ROOT = Path(__file__).parent.parent

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timm_cascade.machine import clock, device_name
+from timm_cascade.inference.engine import Boundary, StopForward
 from timm_cascade.model import CascadeModel
-from timm_cascade.routing import Crossing, Interrupted
+from timm_cascade.utils.clock import clock, device_name
 
 
 @dataclass
@@ -66,18 +66,18 @@ def stage_seconds(model: CascadeModel, images: Tensor, last: int | None = None) 
     last = len(model.exits) if last is None else last
     device, stamps = images.device, list[float]()
 
-    def at(index: int, crossing: Crossing) -> None:
-        model.heads[index](crossing.tap)
+    def on_exit(index: int, boundary: Boundary) -> None:
+        model.heads[index](boundary.features)
         stamps.append(clock(device))
         if index == last:
-            raise Interrupted
+            raise StopForward
 
-    engine = model.engine(images, anybody_leaves=True)
+    runner = model.runner(images, early_exit=True)
     try:
         stamps.append(clock(device))
-        engine(images, at)
+        runner(images, on_exit)
         stamps.append(clock(device))
-    except Interrupted:
+    except StopForward:
         pass
     return np.diff(stamps)
 

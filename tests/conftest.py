@@ -6,18 +6,17 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # tiny networks: more threads onl
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # the default tests need no network, and must not wait for one
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from helpers import ROOT
 
 import timm_cascade
 from timm_cascade.data import ImageData
 
-sys.path.insert(0, str(Path(__file__).parent.parent / 'scripts'))
+sys.path.insert(0, str(ROOT / 'scripts'))
 FAMILIES = ['test_resnet', 'test_vit', 'test_convnext', 'mobilenetv3_small_050']
 
 
@@ -51,13 +50,3 @@ def images() -> ImageData:
         y, x = 8 * (label // 2), 8 * (label % 2)
         picture[y:y + 8, x:x + 8] += 100
     return ImageData(pictures, labels, ['a', 'b', 'c', 'd'], 'quarters', 'all')
-
-
-def batch_for(model: torch.nn.Module, n: int = 6) -> torch.Tensor:
-    """Random images of the size the model wants; of different contrast, so that confidences differ."""
-    size = timm.data.resolve_model_data_config(model)['input_size']
-    return torch.randn(n, *size) * torch.linspace(0.2, 3, n)[:, None, None, None]
-
-
-def as_png(array: np.ndarray, path: Path) -> None:
-    Image.fromarray(array).save(path)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import batch_for
+from helpers import batch_for
 
 import timm_cascade
 from timm_cascade import NotCalibratedError

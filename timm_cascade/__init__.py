@@ -5,30 +5,40 @@ Importing this package registers `cascade_<name>` with timm for every model timm
 from timm import create_model
 
 from . import registry  # noqa: F401  registers the models
-from .calibration import calibrate
 from .data import ImageData, load_data
-from .evaluation import Report, evaluate
-from .hub import (
+from .errors import (
+    BackboneError,
+    BadImageError,
+    CascadeError,
+    ExitError,
     HubUnavailableError,
+    LaunchError,
+    NotCalibratedError,
+    PointNotFoundError,
     PushConflictError,
     PushDeniedError,
     PushError,
     ReleaseError,
-    load,
-    push_to_hub,
-    save,
+    RoutingError,
+    TableFormatError,
+    TableMismatchError,
+    ThresholdError,
 )
-from .model import CascadeModel, NotCalibratedError
-from .profiling import profile
-from .routing import CascadeOutput
-from .stream import StreamOutput
+from .hub import load, push_to_hub, save
+from .inference.batch import CascadeOutput
+from .inference.stream import StreamOutput
+from .measure.calibrate import calibrate
+from .measure.evaluate import Report, evaluate
+from .measure.profile import profile
+from .model import CascadeModel
 from .thresholds import Calibration, OperatingPoint, Profile, ThresholdTable
-from .training import train_heads
+from .training.train import train_heads
 from .version import __version__
 
 __all__ = [
-    'Calibration', 'CascadeModel', 'CascadeOutput', 'HubUnavailableError', 'ImageData', 'NotCalibratedError',
-    'OperatingPoint', 'Profile', 'PushConflictError', 'PushDeniedError', 'PushError', 'ReleaseError', 'Report',
-    'StreamOutput', 'ThresholdTable', '__version__', 'calibrate', 'create_model', 'evaluate', 'load', 'load_data',
-    'profile', 'push_to_hub', 'save', 'train_heads',
+    'BackboneError', 'BadImageError', 'Calibration', 'CascadeError', 'CascadeModel', 'CascadeOutput', 'ExitError',
+    'HubUnavailableError', 'ImageData', 'LaunchError', 'NotCalibratedError', 'OperatingPoint', 'PointNotFoundError',
+    'Profile', 'PushConflictError', 'PushDeniedError', 'PushError', 'ReleaseError', 'Report', 'RoutingError',
+    'StreamOutput', 'TableFormatError', 'TableMismatchError', 'ThresholdError', 'ThresholdTable', '__version__',
+    'calibrate', 'create_model', 'evaluate', 'load', 'load_data', 'profile', 'push_to_hub', 'save', 'train_heads',
 ]

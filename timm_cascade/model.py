@@ -3,46 +3,65 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .backbone import ExitPoint, backbone_macs, input_size_of, resolve_exits
-from .contract import BackboneContract
-from .dial import Dial, NotCalibratedError
+from .backbone import ExitPoint, backbone_macs, input_size_of, nested_groups, resolve_exits
 from .heads import ExitHead, HeadSpec, create_heads, head_configs, within_share
-from .routing import CascadeOutput, Engine, Router
-from .stream import StreamOutput, stream
+from .inference.batch import CascadeOutput
+from .inference.engine import Runner
+from .inference.router import Router
+from .inference.stream import StreamOutput, stream
+from .thresholds.calibration import Calibration
+from .thresholds.dial import Dial, Setup
+from .thresholds.operating_point import OperatingPoint
+from .thresholds.table import ThresholdTable
+from .thresholds.timing import Profile
+from .utils.clock import device_name
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['CascadeModel', 'NotCalibratedError']
+__all__ = ['CascadeModel']
 
 MIN_LEAVE = 0.01
 
 
-class CascadeModel(BackboneContract, Dial):
-    """A timm model whose samples may leave early.
+class CascadeModel(nn.Module):
+    """A timm model whose samples may exit early.
 
     Called, it keeps timm's contract: images (N, C, H, W) to logits (N, num_classes) in input order. In training
-    mode, and until thresholds are set, it is the backbone and nothing else.
+    mode, and until thresholds are set, it is the backbone and nothing else. What timm asks of a model beyond that
+    (`forward_features`, `feature_info`, `get_classifier`, ...) is answered by the backbone.
+
+    Example:
+        >>> model = timm.create_model('hf-hub:me/cascade_resnet50.flowers', pretrained=True).eval()
+        >>> model.set_max_drop(0.01)
+        >>> logits, exit, confidence = model.predict(images)
 
     Args:
         backbone: A timm classifier.
         exits: How many, their cost fractions, or module names (see `backbone.resolve_exits`); or points known before.
         head: Preset or description of the exit heads (see `heads.head_configs`).
-        thresholds: One confidence an exit; inf or None closes it.
+        thresholds: One confidence per exit; inf or None closes it.
 
     Attributes:
+        backbone: The timm model.
+        heads: Its exit heads, 0..M-1.
+        dial: Calibration, threshold table and profiles: what thresholds are chosen from.
         min_leave: Share of a batch that must have left before it is cut: less saves no more time than the copy takes.
             What each image gets is the same; 0 cuts always. `timm-cascade profile cascade_resnet18` prints the share
             from which a cut pays as `cut_pays_from`: 1.2, 0.3 and 0.05 % at its exits (CPU, batch 64), less than one
             image of the batch; so by default, at 1 %, only larger batches ever go on uncut.
     """
+
+    backbone: Any  # a timm model: an nn.Module with timm's methods, which have no type of their own
 
     def __init__(
             self,
@@ -57,7 +76,7 @@ class CascadeModel(BackboneContract, Dial):
         self._points = tuple(known) or tuple(resolve_exits(backbone, exits))  # type: ignore[arg-type]
         self._head_configs = head_configs(head, len(self._points))
         self.backbone = backbone
-        if head == 'enhanced':  # by default heads stay cheap; a description is taken at its word
+        if head == 'enhanced':  # by default heads stay cheap; a description is used unchanged
             self._head_configs = within_share(self._head_configs, self._points, self.num_classes)
         self.heads = create_heads(self._points, self.num_classes, self._head_configs)
         reference = next(backbone.parameters())
@@ -65,9 +84,7 @@ class CascadeModel(BackboneContract, Dial):
         self.pretrained_cfg = dict(getattr(backbone, 'pretrained_cfg', None) or {})
         self.pretrained_cfg['architecture'] = f'cascade_{self.pretrained_cfg.get("architecture", "model")}'
         self.default_cfg = self.pretrained_cfg
-        self.calibration = None
-        self.table = None
-        self.profiles = []
+        self.dial = Dial()
         self.published: Any = None  # hub.published.Published: the checkpoint the backbone was loaded from, unadapted
         self.base_model: str | None = None  # Hub id of what the backbone was made from, for model cards
         self._factory_args: dict[str, Any] = {}
@@ -107,7 +124,7 @@ class CascadeModel(BackboneContract, Dial):
             max_held: int | None = None,
             accelerator: Accelerator | None = None,
     ) -> Iterator[StreamOutput]:
-        """Answers a long input with full batches in every stage: survivors of several batches go on together.
+        """Exited a long input with full batches in every stage: survivors of several batches go on together.
 
         Gradients are not kept. What was read before the input raised is answered before it is raised.
 
@@ -126,16 +143,19 @@ class CascadeModel(BackboneContract, Dial):
             TypeError: A batch without images.
             RuntimeError: Another process failed.
         """
-        return stream(self, batches, batch_size=batch_size, ordered=ordered, max_held=max_held, accelerator=accelerator)
+        thresholds = self._thresholds if self.any_open else [math.inf] * len(self._points)
+        return stream(
+            batches, runner=self.runner, prepare=self.as_images, heads=list(self.heads), thresholds=thresholds,
+            batch_size=batch_size, ordered=ordered, max_held=max_held, accelerator=accelerator)
 
-    def engine(self, images: Tensor, anybody_leaves: bool | None = None) -> Engine:
-        """How the backbone runs images of this kind; see routing.Engine.
+    def runner(self, images: Tensor, early_exit: bool | None = None) -> Runner:
+        """How the backbone runs images of this kind; see `inference.engine.Runner`.
 
         Args:
-            anybody_leaves: Whether images may leave on the way; by default, whether an exit is open.
+            images: (N, C, H, W), an example.
+            early_exit: Whether samples may exit early; by default, whether an exit is open.
         """
-        return self._router.engine(
-            self.backbone, images, self.any_open if anybody_leaves is None else anybody_leaves)
+        return self._router.runner(self.backbone, images, self.any_open if early_exit is None else early_exit)
 
     def as_images(self, x: Tensor) -> Tensor:
         """The batch on the model's device.
@@ -181,7 +201,7 @@ class CascadeModel(BackboneContract, Dial):
         Returns:
             The model itself.
         """
-        from .compiled import CompileOptions  # torch.export and the compiler are costly imports
+        from .inference.compiled import CompileOptions  # torch.export and the compiler are costly imports
 
         if channels_last is None:
             channels_last = any(p.layout == 'NCHW' for p in self._points)
@@ -193,7 +213,7 @@ class CascadeModel(BackboneContract, Dial):
             for n in batch_sizes or (2,):
                 images = torch.zeros(n, *size, dtype=weight.dtype, device=weight.device)
                 with torch.no_grad():
-                    self.engine(images)(images, lambda index, crossing: None)
+                    self.runner(images)(images, lambda index, boundary: None)
         return self
 
     @property
@@ -202,7 +222,7 @@ class CascadeModel(BackboneContract, Dial):
         return self._router.options is not None
 
     def forward_exits(self, x: Tensor) -> list[Tensor]:
-        """Every exit's logits, M+1 of (N, num_classes); nobody leaves."""
+        """Every exit's logits, M+1 of (N, num_classes); no sample exits early."""
         logits, final = self._router.collect(self.backbone, x, list(self.heads))
         return [*logits, final]
 
@@ -222,6 +242,99 @@ class CascadeModel(BackboneContract, Dial):
 
     # ---- the dial
 
+    def set_max_drop(
+            self,
+            max_drop: float,
+            rule: str = 'certified',
+            level: float = 0.9,
+            reference: str | None = None,
+            cost: str = 'macs',
+    ) -> OperatingPoint:
+        """Sets the thresholds from the accuracy that may be given up.
+
+        Warns of exits that save MACs but no time, where this machine was profiled (`timm_cascade.profile`).
+
+        Args:
+            max_drop: Acceptable loss of top-1 accuracy, absolute, as a fraction: 0.01 is one percentage point.
+            rule: `certified`, `joint` or `per_exit`.
+            level: Confidence level of the guarantee: it holds with at least this probability over the draw of the
+                calibration set.
+            reference: What counts as correct: `labels`, or `backbone` for the full network's own answers. Default:
+                labels, where the calibration had any.
+            cost: What to save: `macs`, or `time` as it was profiled on this machine.
+
+        Returns:
+            The thresholds and what to expect of them.
+
+        Raises:
+            NotCalibratedError: There is neither a calibration nor a table to choose from; or, for `time`, no
+                calibration or no profile of this machine.
+
+        Example:
+            >>> print(model.set_max_drop(0.01))
+        """
+        point = self.dial.choose(max_drop, rule, level, reference, cost, self._setup)
+        self.thresholds = point.thresholds
+        for text in self.dial.exits_without_time(self.thresholds, self._setup):
+            warnings.warn(text, stacklevel=2)
+        return point
+
+    def set_cost(self, fraction: float, reference: str | None = None, cost: str = 'macs') -> OperatingPoint:
+        """Sets the most accurate thresholds that spend at most this share of the backbone's cost on average.
+
+        Args:
+            fraction: Share of the backbone's MACs, or of its time.
+            reference: See `set_max_drop`.
+            cost: `macs` or `time`.
+
+        Raises:
+            NotCalibratedError: As for `set_max_drop`.
+        """
+        point = self.dial.choose_by_cost(fraction, reference, cost, self._setup)
+        self.thresholds = point.thresholds
+        return point
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What `timm_cascade.calibrate` measured, to choose thresholds from."""
+        return self.dial.calibration
+
+    @calibration.setter
+    def calibration(self, value: Calibration | None) -> None:
+        self.dial.calibration = value
+
+    @property
+    def table(self) -> ThresholdTable | None:
+        """Operating points chosen before, for where there is no calibration."""
+        return self.dial.table
+
+    @table.setter
+    def table(self, value: ThresholdTable | None) -> None:
+        self.dial.table = value
+
+    @property
+    def profiles(self) -> list[Profile]:
+        """Times of the model's parts, as `timm_cascade.profile` measured them."""
+        return self.dial.profiles
+
+    @profiles.setter
+    def profiles(self, value: list[Profile]) -> None:
+        self.dial.profiles = value
+
+    def exits_without_time(self) -> list[str]:
+        """Messages about open exits that save MACs but no time on this machine, by calibration and profile."""
+        return self.dial.exits_without_time(self.thresholds, self._setup)
+
+    def forget_calibration(self) -> None:
+        """Closes all exits and drops calibration, table and profiles: they belong to other heads or classes."""
+        self.dial.clear()
+        self.thresholds = None
+
+    @property
+    def _setup(self) -> Setup:
+        weight = next(self.parameters())
+        return Setup(device_name(weight.device), str(weight.dtype).removeprefix('torch.'), self.compiled)
+
     @property
     def exits(self) -> tuple[ExitPoint, ...]:
         """The exit points, 0..M-1."""
@@ -229,7 +342,7 @@ class CascadeModel(BackboneContract, Dial):
 
     @property
     def any_open(self) -> bool:
-        """Whether a sample can leave early now."""
+        """Whether a sample can exit early now."""
         return not self.training and any(not math.isinf(t) for t in self._thresholds)
 
     @property
@@ -273,6 +386,37 @@ class CascadeModel(BackboneContract, Dial):
 
     # ---- timm's contract
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == 'backbone' or name.startswith('__'):  # not there yet: unpickling, or an __init__ that failed
+                raise
+            return getattr(self.backbone, name)
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of what the backbone's classifier reads."""
+        return getattr(self.backbone, 'head_hidden_size', self.backbone.num_features)
+
+    @cached_property  # every batch is checked against it, and timm's way to it takes as long as a small layer
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return input_size_of(self.backbone)[0]
+
+    def no_weight_decay(self) -> set[str]:
+        """The backbone's parameters without weight decay, under their names here."""
+        names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else set()
+        return {f'backbone.{name}' for name in names}
+
+    @property
+    def group_matcher(self) -> Callable[..., Any]:
+        """The backbone's groups, for its parameters under their names here; heads match none, so they come last.
+
+        A property, so that this model has it only where its backbone has: timm asks `hasattr`.
+        """
+        return nested_groups(self.backbone.group_matcher, 'backbone.')
+
     @property
     def label_names(self) -> list[str] | None:
         """Names of the classes, kept where timm's loader puts them."""
@@ -298,7 +442,7 @@ class CascadeModel(BackboneContract, Dial):
         self._factory_args = {k: v for k, v in args.items() if k not in ('exits', 'head', 'thresholds')}
 
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
-        """New classifier and new heads for `num_classes`; the dial goes back to "nobody leaves"."""
+        """New classifier and new heads for `num_classes`; all exits are closed."""
         self.backbone.reset_classifier(num_classes, *args, **kwargs)
         reference = next(self.heads.parameters())
         training = self.heads.training

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import timm_cascade
 from timm_cascade import hub
-from timm_cascade.hub.errors import ReleaseError
+from timm_cascade.errors import ReleaseError
 
 
 @pytest.fixture(scope='module')
@@ -172,7 +172,7 @@ def test_the_corpus_is_made_of_a_sound_release(corpus):
 
 
 def test_a_model_that_grows_without_end_is_stopped(corpus, tmp_path):
-    from timm_cascade.hub.loading import _bounded
+    from timm_cascade.hub.create import _bounded
     with pytest.raises(ReleaseError, match='not built'), _bounded(1000), torch.device('meta'):
         timm.create_model('cifar_resnet20')
     timm.create_model('cifar_resnet20')  # and the bound is off again

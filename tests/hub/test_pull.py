@@ -126,7 +126,7 @@ def test_what_timm_pushes_and_damage_on_the_way(server, client, release):
     server.fault('/owner/flaky/resolve/.*/model.safetensors', 503, times=1)
     server.log.clear()
     result = client('''
-        from timm_cascade.hub.sources import Repository
+        from timm_cascade.hub.download import Repository
         def logits(name):
             model = timm.create_model(f'hf-hub:owner/{name}', pretrained=True).eval()
             with torch.no_grad():

@@ -32,7 +32,7 @@ def test_publish_again_change_branch_tag_and_pull_request(server, client, releas
         push('branch', folder, revision='trial')
         push('request', folder, create_pr=True)
         push('private', folder, name='owner/hidden', private=True)
-        from timm_cascade.cli import main
+        from timm_cascade.cli.main import main
         result['cli'] = main(['push', folder, 'owner/by_cli', '--message', 'hello'])
     ''')
     everything = ['config.json', 'model.safetensors', 'thresholds.json', 'calibration.safetensors', 'README.md']

@@ -10,10 +10,10 @@ from scipy import stats
 from scipy.special import gammaln
 
 from timm_cascade.thresholds import certified, outcome, per_exit
-from timm_cascade.thresholds.certified import _sequence, certify
-from timm_cascade.thresholds.frontier import GRID, follow, nested_path
-from timm_cascade.thresholds.paired import drop_interval, noninferiority_pvalue, score
+from timm_cascade.thresholds.path import GRID, follow, nested_path
 from timm_cascade.thresholds.problem import Problem
+from timm_cascade.thresholds.pvalues import drop_interval, noninferiority_pvalue, score
+from timm_cascade.thresholds.rule_certified import _sequence, certify
 
 
 @pytest.mark.parametrize('margin', [0., .003, .05, .2])

@@ -7,7 +7,7 @@ import pytest
 from populations import realistic
 
 from timm_cascade.thresholds import ThresholdError, at_cost, joint, outcome
-from timm_cascade.thresholds.joint import cost_dial, cross_fitted
+from timm_cascade.thresholds.rule_joint import cost_dial, cross_fitted
 
 
 def brute_force(c, r, stage, head):

@@ -12,24 +12,17 @@ from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .layout import find_layout
+from ..errors import BackboneError, ExitError
+from .layouts import find_layout
 from .probe import PROBE_BATCH, meta_pass
 from .rows import select_rows
 
-__all__ = ['BackboneError', 'ExitError', 'ExitPoint', 'candidates', 'cut', 'input_size_of', 'resolve_exits',
+__all__ = ['ExitPoint', 'candidates', 'cut', 'input_size_of', 'resolve_exits',
            'tap_of']
 
 # an exit that hooks can cut is preferred to one that needs the exported graph, unless it lies this much farther away
 # from the share of the cost that was asked for
 EXPORT_PENALTY = 0.1
-
-
-class BackboneError(ValueError):
-    """A timm model that cannot be a backbone: it does not classify."""
-
-
-class ExitError(ValueError):
-    """Exits that this backbone cannot have; the message lists those that it can."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Labelled images from wherever they are, and how the model sees them."""
-from .checks import check_classes, check_training_classes
-from .images import UNLABELLED, BadImageError, ImageData
+from ..errors import BadImageError
+from .classes import check_classes, check_training_classes
+from .images import UNLABELLED, ImageData
 from .loading import load_data, read_idx
 from .views import View, create_loader, eval_transform, train_transform
 

@@ -11,14 +11,12 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ['UNLABELLED', 'BadImageError', 'Column', 'ImageData']
+from ..errors import BadImageError
+
+__all__ = ['UNLABELLED', 'Column', 'ImageData']
 
 _logger = logging.getLogger(__name__)
 UNLABELLED = -1
-
-
-class BadImageError(ValueError):
-    """An image that cannot be decoded; the message names it."""
 
 
 class ImageData(Dataset):

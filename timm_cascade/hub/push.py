@@ -17,10 +17,10 @@ from huggingface_hub.errors import (
 )
 from torch import nn
 
+from ..errors import HubUnavailableError, PushConflictError, PushDeniedError, PushError, ReleaseError
 from .card import PLACEHOLDER
-from .errors import HubUnavailableError, PushConflictError, PushDeniedError, PushError, ReleaseError
-from .releases import CARD, CONFIG, FILES, Release, save
-from .sources import Folder, git_oid, sha256_of
+from .download import Folder, git_oid, sha256_of
+from .release import CARD, CONFIG, FILES, Release, save
 
 __all__ = ['Pushed', 'compare', 'push_to_hub']
 

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files import replacing
-from .certified import certify
+from ..errors import TableFormatError, ThresholdError
+from ..utils.files import replacing
 from .checks import BoolArray, check_costs, check_level, check_max_drop, check_samples
 from .choice import Choice
-from .errors import TableFormatError, ThresholdError
-from .joint import cost_dial, cross_fitted
 from .operating_point import OperatingPoint
-from .paired import drop_interval
-from .per_exit import per_exit
+from .pvalues import drop_interval
 from .routing import outcome
+from .rule_certified import certify
+from .rule_joint import cost_dial, cross_fitted
+from .rule_per_exit import per_exit
 from .table import ThresholdTable
 
 __all__ = ['Calibration']

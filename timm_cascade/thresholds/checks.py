@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .errors import ThresholdError
+from ..errors import ThresholdError
 
 __all__ = [
     'BoolArray', 'FloatArray', 'IntArray', 'check_costs', 'check_level', 'check_max_drop', 'check_samples',

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .errors import TableFormatError
+from ..errors import TableFormatError
 
 __all__ = ['RULES', 'OperatingPoint']
 

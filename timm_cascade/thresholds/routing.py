@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..errors import ThresholdError
 from .checks import FloatArray, IntArray, check_costs, check_samples, check_thresholds
-from .errors import ThresholdError
 
 __all__ = ['Outcome', 'exit_costs', 'outcome', 'route']
 

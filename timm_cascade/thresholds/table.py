@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import PointNotFoundError, TableFormatError, TableMismatchError
 from .checks import check_level, check_max_drop
-from .errors import PointNotFoundError, TableFormatError, TableMismatchError
 from .operating_point import OperatingPoint
 
 __all__ = ['FORMAT_VERSION', 'ThresholdTable']

@@ -1,0 +1,110 @@
+"""What tests of several rooms share."""
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import timm_cascade
+from timm_cascade.cli.main import main
+from timm_cascade.inference.batch import confidence
+
+ROOT = Path(__file__).parent.parent
+
+
+def batch_for(model: torch.nn.Module, n: int = 6) -> torch.Tensor:
+    """Random images of the size the model wants; of different contrast, so that confidences differ."""
+    size = timm.data.resolve_model_data_config(model)['input_size']
+    return torch.randn(n, *size) * torch.linspace(0.2, 3, n)[:, None, None, None]
+
+
+def as_png(array: np.ndarray, path: Path) -> None:
+    Image.fromarray(array).save(path)
+
+
+def write_idx(path, array):
+    with gzip.open(path, 'wb') as f:
+        f.write(struct.pack(f'>BBBB{array.ndim}I', 0, 0, 8, array.ndim, *array.shape) + array.tobytes())
+
+
+def close(a, b, atol=1e-5):
+    return a.keys() == b.keys() and all(torch.allclose(a[k].float(), b[k].float(), atol=atol) for k in a)
+
+
+def trained(model, *args, **kwargs):
+    """History and weights; the model is left as it was."""
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    history = timm_cascade.train_heads(model, *args, **kwargs)
+    after = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(state)
+    return history, after
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inner = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, x):
+        return x + self.inner(self.norm(x))
+
+
+class Stubborn(nn.Module):
+    """Keeps the batch size in a local, the first block's output for the end, and works on 4 rows a sample between."""
+
+    def __init__(self, width=16, num_classes=5):
+        super().__init__()
+        self.num_classes, self.num_features = num_classes, width
+        self.pretrained_cfg = dict(architecture='stubborn', input_size=(3, 16, 16))
+        self.embed = nn.Conv2d(3, width, 4, 4)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(5))
+        self.rows = Block(width)
+        self.register_buffer('shift', torch.randn(1, 16, width), persistent=False)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x):
+        n = x.shape[0]
+        x = self.embed(x).flatten(2).transpose(1, 2) + self.shift
+        first = None
+        rows = x.reshape(n * 4, 4, -1)
+        for i, block in enumerate(self.blocks):
+            x = block(x.reshape(n, 16, -1))
+            rows = self.rows(rows) + i
+            first = x if first is None else first
+        return self.head((x + first + rows.reshape(n, 16, -1)).mean(1))
+
+    def reset_classifier(self, num_classes):
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes)
+
+
+def whole(results):
+    return [torch.cat(column) for column in zip(*results, strict=True)]
+
+
+def same(results, want, atol=1e-4):
+    index, logits, exits, sure = whole(results)
+    assert sorted(index.tolist()) == list(range(len(want.exit)))
+    assert torch.equal(exits, want.exit[index])
+    assert torch.allclose(logits, want.logits[index], atol=atol)
+    assert torch.allclose(sure, want.confidence[index], atol=atol)
+
+
+def split_thresholds(model, x):
+    """Thresholds that send some images out at each exit."""
+    with torch.no_grad():
+        return [float(confidence(e).median()) for e in model.forward_exits(x)[:-1]]
+
+
+def run(capsys, *argv):
+    status = main([*map(str, argv), '--json'])
+    out = capsys.readouterr()
+    return status, (json.loads(out.out) if out.out else None), out.err

@@ -1,0 +1,181 @@
+import json
+import shutil
+import warnings
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+import timm_cascade
+from timm_cascade import hub
+
+
+@pytest.fixture
+def release(small, images, tmp_path):
+    timm_cascade.train_heads(small, images, epochs=4, batch_size=32, lr=1e-2)
+    timm_cascade.calibrate(small, images)
+    small.set_max_drop(0.1, rule='joint')
+    small.label_names = images.class_names
+    return small, timm_cascade.save(small, tmp_path / 'release')
+
+
+def x():
+    return torch.randn(5, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_timm_loads_it_in_one_line_dial_included(release):
+    model, folder = release
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(loaded.forward_exits(x()), model.forward_exits(x()), strict=True))
+        assert torch.equal(loaded(x()), model(x()))
+    assert torch.equal(loaded.thresholds, model.thresholds) and loaded.any_open
+    assert loaded.label_names == ['a', 'b', 'c', 'd']
+    assert loaded.set_max_drop(0.02, rule='joint') == model.set_max_drop(0.02, rule='joint')
+    configs = [{k: tuple(v) if isinstance(v, list) else v for k, v in timm.data.resolve_model_data_config(m).items()}
+               for m in (loaded, model)]
+    assert configs[0] == configs[1]
+    assert 'state_dict' not in loaded.backbone.pretrained_cfg
+
+
+def test_saving_a_loaded_release_changes_nothing(release, tmp_path):
+    _, folder = release
+    again = timm_cascade.save(hub.load(folder), tmp_path / 'again')
+    for file in folder.iterdir():
+        assert (again / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_without_the_calibration_the_table_serves(release):
+    model, folder = release
+    (folder / hub.CALIBRATION).unlink()
+    loaded = hub.load(folder)
+    assert loaded.calibration is None
+    point = loaded.set_max_drop(0.01, rule='joint')
+    assert point == model.set_max_drop(0.01, rule='joint')
+
+
+def test_unpretrained_is_fresh(release):
+    _, folder = release
+    model = timm.create_model(f'local-dir:{folder}', pretrained=False)
+    assert not model.any_open and [p.module for p in model.exits] == ['layer1', 'layer2']
+
+
+def test_other_classes_or_channels_adapt_and_say_so(release):
+    _, folder = release
+    with pytest.warns(UserWarning, match='heads and thresholds do not apply'):
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=9).eval()
+    assert model(x()).shape == (5, 9) and not model.any_open and model.calibration is None
+    assert torch.equal(model.backbone.layer1[0].conv1.weight, release[0].backbone.layer1[0].conv1.weight)
+
+
+def test_other_channels_keep_the_heads_and_drop_the_table(release):
+    model, folder = release
+    with pytest.warns(UserWarning, match='calibration and thresholds do not apply') as said:
+        other = timm.create_model(f'local-dir:{folder}', pretrained=True, in_chans=3).eval()
+    assert len(said) == 1 and other.in_chans == 3 and not other.any_open
+    assert other.table is None and other.calibration is None
+    assert all(torch.equal(a, b) for a, b in zip(
+        other.heads.state_dict().values(), model.heads.state_dict().values(), strict=True))
+
+
+def test_another_image_size_is_resampled_and_drops_the_table(tmp_path):
+    model = timm.create_model('cascade_test_vit', num_classes=3, exits=1).eval()
+    model.thresholds = [0.5]
+    folder = timm_cascade.save(model, tmp_path / 'vit')
+    assert torch.equal(timm_cascade.load(folder).thresholds, model.thresholds)
+    with pytest.warns(UserWarning, match=r'images of \(3, 96, 96\)') as said:
+        other = timm.create_model(f'local-dir:{folder}', pretrained=True, img_size=96).eval()
+    assert len(said) == 1 and not other.any_open and other(torch.randn(2, 3, 96, 96)).shape == (2, 3)
+
+
+def test_a_table_of_other_heads_is_not_saved(release, tmp_path):
+    model, _ = release
+    with torch.no_grad():
+        model.heads[0].fc.bias += 1
+    with pytest.raises(ValueError, match='heads_hash'):
+        timm_cascade.save(model, tmp_path / 'new')
+    assert not (tmp_path / 'new').exists()
+
+
+def test_the_card_says_what_there_is(release):
+    model, folder = release
+    card = (folder / hub.CARD).read_text()
+    assert '| joint | 5 %' in card and 'model-index' in card and '{{' not in card and 'None' not in card
+    (folder / hub.CARD).write_text('mine')
+    timm_cascade.save(model, folder)
+    assert (folder / hub.CARD).read_text() == 'mine'
+    timm_cascade.save(model, folder, card='other')
+    assert (folder / hub.CARD).read_text() == 'other'
+
+
+def test_in_half_precision_it_loads_too(release):
+    model = timm.create_model(f'local-dir:{release[1]}', pretrained=True, dtype=torch.bfloat16).eval()
+    assert next(model.parameters()).dtype == torch.bfloat16 and model.any_open and model.table is not None
+
+
+def test_what_timm_s_own_saving_writes_loads_too(release, tmp_path):
+    model, _ = release
+    timm.models.save_for_hf(model, str(tmp_path / 'foreign'), safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path / "foreign"}', pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(x()), model(x()))
+    assert torch.equal(loaded.thresholds, model.thresholds)
+
+
+def change(path, edit):
+    config = json.loads(path.read_text())
+    edit(config)
+    path.write_text(json.dumps(config))
+
+
+def drop_heads(folder):
+    tensors = load_file(folder / hub.WEIGHTS)
+    save_file({k: v for k, v in tensors.items() if k.startswith('backbone')}, folder / hub.WEIGHTS)
+
+
+def other_heads(folder):
+    tensors = load_file(folder / hub.WEIGHTS)
+    tensors['heads.0.fc.bias'] += 1
+    save_file(tensors, folder / hub.WEIGHTS)
+
+
+@pytest.mark.parametrize('damage, message', [
+    (lambda f: (f / hub.WEIGHTS).unlink(), r'no model\.safetensors'),
+    (lambda f: (f / hub.WEIGHTS).write_bytes((f / hub.WEIGHTS).read_bytes()[:5000]), 'truncated'),
+    (lambda f: (f / hub.WEIGHTS).write_bytes(b''), 'truncated'),
+    (drop_heads, 'no heads'),
+    (other_heads, 'heads'),
+    (lambda f: change(f / hub.CONFIG, lambda c: c['model_args'].update(head='linear')), 'grid, hidden and norm'),
+    (lambda f: change(f / hub.CONFIG, lambda c: c['model_args'].update(thresholds=[0.5])), '1 thresholds for 2'),
+    (lambda f: change(f / hub.CONFIG, lambda c: c['model_args'].update(exits=['layer9', 'layer1'])), 'layer9'),
+    (lambda f: change(f / hub.CONFIG, lambda c: c.update(architecture='resnet18')), 'no cascade'),
+    (lambda f: (f / hub.CONFIG).write_text('{'), 'not a JSON'),
+    (lambda f: (f / hub.CONFIG).unlink(), 'no release'),
+    (lambda f: shutil.rmtree(f), 'neither a folder'),
+    (lambda f: (f / hub.TABLE).write_text('{"format_version": 99}'), 'version'),
+    (lambda f: (f / hub.CALIBRATION).write_bytes(b'zzz'), 'calibration'),
+])
+def test_damaged_releases_are_refused_by_name(release, damage, message):
+    _, folder = release
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        hub.load(folder)
+
+
+def test_a_full_disk_leaves_the_old_release(release, monkeypatch):
+    model, folder = release
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def full(tensors, path, metadata=None):
+        path.write_bytes(b'half')
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr("timm_cascade.hub.release.save_file", full)
+    with torch.no_grad():
+        model.backbone.fc.bias += 1
+    with pytest.raises(OSError, match='No space'):
+        timm_cascade.save(model, folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

@@ -1,0 +1,296 @@
+"""Compiled stages. torch.compile's cheap backends show everything but the compiler's own work, which is slow."""
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import timm
+import torch
+from helpers import Stubborn, batch_for, same
+from torch import nn
+
+from timm_cascade import CascadeModel
+from timm_cascade.inference.batch import confidence
+from timm_cascade.inference.compiled import CompileOptions, bucket
+
+
+class Plain(nn.Module):
+    """Convolutions and norms that do something, so that folding them is seen."""
+
+    def __init__(self, width=8, num_classes=7):
+        super().__init__()
+        self.num_classes, self.num_features = num_classes, width
+        self.pretrained_cfg = dict(architecture='plain', input_size=(3, 16, 16))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Sequential(nn.Conv2d(w, width, 3, padding=1), nn.BatchNorm2d(width)), nn.ReLU())
+            for w in (3, width, width))
+        self.fc = nn.Linear(width, num_classes)
+        for m in self.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.normal_(std=0.1)
+                m.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.fc(x.mean((2, 3)))
+
+    def get_classifier(self):
+        return self.fc
+
+    def reset_classifier(self, num_classes):
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.num_features, num_classes)
+
+
+def spread(model, x):
+    """Thresholds between two confidences; half of those who come to an exit leave there."""
+    here = torch.ones(len(x), dtype=torch.bool)
+    thresholds = []
+    for logits in model.forward_exits(x)[:-1]:
+        sure = confidence(logits)
+        thresholds.append(float(sure[here].median()) * 1.0001)
+        here &= sure < thresholds[-1]
+    model.thresholds = thresholds
+
+
+@pytest.fixture
+def cascade():
+    torch.manual_seed(1)
+    model = CascadeModel(Plain().eval(), ['blocks.0', 'blocks.1']).eval()
+    x = (torch.randn(12, 3, 16, 16) * torch.linspace(0.2, 3, 12)[:, None, None, None])[torch.randperm(12)]
+    with torch.no_grad():
+        spread(model, x)
+    return model, x
+
+
+def agree(out, want, atol=1e-4):
+    assert torch.equal(out.exit, want.exit)
+    assert torch.allclose(out.logits, want.logits, atol=atol) and torch.allclose(
+        out.confidence, want.confidence, atol=atol)
+
+
+def stages_of(model):
+    (staged,) = model._router._exported.values()
+    return [stage.module for stage in staged.stages]
+
+
+@torch.no_grad()
+def test_compiled_stages_answer_as_hooks_do(cascade):
+    model, x = cascade
+    want, plain = model.predict(x), model.backbone(x)
+    assert len(want.exit.unique()) == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert model.compile(backend='eager') is model and model.compiled
+        agree(model.predict(x), want)
+        for n in (1, 2, 7):
+            agree(model.predict(x[:n]), type(want)(*(t[:n] for t in want)))
+        same(list(model.stream(x.split(5))), want)
+        model.thresholds = [0., None]
+        assert model.predict(x).exit.tolist() == [0] * 12
+        model.thresholds = None
+        assert torch.allclose(model(x), plain, atol=1e-4)  # exits off, and still compiled
+    assert not any(stage.failed for stage in stages_of(model))
+    model.compile(False)
+    assert not model.compiled and torch.equal(model(x), plain)
+
+
+@torch.no_grad()
+def test_what_hooks_cannot_cut_is_compiled_too():
+    model = CascadeModel(Stubborn().eval(), 3).eval()
+    x = torch.randn(6, 3, 16, 16) * torch.linspace(0.3, 3, 6)[:, None, None, None]
+    spread(model, x)
+    want = model.predict(x)
+    model.compile(backend='eager')
+    agree(model.predict(x), want)
+    same(list(model.stream(x.split(4))), want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision(cascade, dtype):
+    model, x = cascade
+    model, x = model.to(dtype), x.to(dtype)
+    model.thresholds = [None, 1.5]
+    want = model.predict(x)
+    model.compile(backend='eager')
+    got = model.predict(x)
+    assert got.logits.dtype == dtype
+    assert torch.allclose(got.logits.float(), want.logits.float(), atol=0.03 * float(want.logits.float().std()) + 0.02)
+
+
+@torch.no_grad()
+def test_padding_to_a_few_batch_sizes_changes_nothing(cascade):
+    model, x = cascade
+    want = model.predict(x)
+    model.compile(backend='eager')
+    model._router.forget()
+    model._router.options = CompileOptions('eager', buckets=True)
+    for n in (12, 11, 5, 1):
+        got = model.predict(x[:n])
+        agree(got, type(want)(*(t[:n] for t in want)))
+        assert got.logits.shape == (n, 7)
+    same(list(model.stream(x.split(5))), want)
+    assert set(stages_of(model)[0].forms) <= {1, 2, 6, 12}
+    assert [bucket(n) for n in (1, 2, 3, 5, 7, 12, 13, 64, 65, 97)] == [1, 2, 3, 6, 8, 12, 16, 64, 96, 128]
+
+
+@torch.no_grad()
+def test_new_weights_are_compiled_anew(cascade):
+    model, x = cascade
+    model.thresholds = None
+    model.compile(backend='eager')
+    before = model(x)
+
+    def changed(change):
+        change()
+        assert not torch.allclose(model.backbone(x), before, atol=1e-3)
+        assert torch.allclose(model(x), model.backbone(x), atol=1e-4)
+
+    changed(lambda: model.backbone.get_classifier().weight.mul_(2))
+    other = Plain().eval()
+    changed(lambda: model.load_state_dict(other.state_dict()))
+    other.get_classifier().bias.fill_(3)
+    changed(lambda: model.backbone.load_state_dict(other.state_dict(), assign=True))
+    model.reset_classifier(4)
+    assert model(x).shape == (12, 4) and torch.allclose(model(x), model.backbone(x), atol=1e-4)
+
+
+def test_gradients_and_training_run_as_before(cascade):
+    model, x = cascade
+    model.compile(backend='eager')
+    model(x).sum().backward()
+    assert (model.backbone.blocks[0][0][0].weight.grad != 0).any()
+    with torch.no_grad():
+        model.train()
+        assert model(x).shape == (12, 7)
+
+
+def test_inference_mode(cascade):
+    model, x = cascade
+    with torch.inference_mode():
+        want = model.predict(x)
+        model.compile(backend='eager')
+        agree(model.predict(x), want)
+        same(list(model.stream(x.split(5))), want)
+    with torch.no_grad():
+        agree(model.predict(x), want)
+    assert not any(stage.failed for stage in stages_of(model))
+
+
+@torch.no_grad()
+def test_copies_compile_their_own(cascade):
+    model, x = cascade
+    want = model.predict(x)
+    model.compile(backend='eager')
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.compiled and not other._router._exported
+        agree(other.predict(x), want)
+
+
+@torch.no_grad()
+def test_threads_share_the_stages(cascade):
+    model, x = cascade
+    want = model.predict(x)
+    model.compile(backend='eager')
+    results = []
+
+    def work():
+        with torch.no_grad():
+            results.extend(model.predict(x) for _ in range(3))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(results) == 6
+    for out in results:
+        agree(out, want)
+
+
+def broken(gm, example_inputs):
+    raise OSError('no compiler here')
+
+
+@torch.no_grad()
+def test_without_a_compiler_it_runs_eagerly_and_says_why(cascade):
+    model, x = cascade
+    want = model.predict(x)
+    with pytest.warns(UserWarning, match='runs eagerly.*no compiler here'):
+        model.compile(backend=broken)
+    assert not model.compiled
+    agree(model.predict(x), want)
+
+
+@torch.no_grad()
+def test_a_compiler_that_fails_later_is_done_without(cascade):
+    model, x = cascade
+    want = model.predict(x)
+    model.compile(backend='eager')
+    stage = stages_of(model)[1]
+
+    def fail(*inputs):
+        raise RuntimeError('out of registers')
+
+    stage.forms[0] = fail
+    with pytest.warns(UserWarning, match='runs eagerly: RuntimeError: out of registers'):
+        agree(model.predict(x), want)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        agree(model.predict(x), want)
+
+
+@torch.no_grad()
+def test_what_cannot_be_exported_runs_eagerly_and_says_why(cascade):
+    model, x = cascade
+    model.backbone.fc.forward = lambda x, inner=model.backbone.fc.forward: inner(x) * float(x.mean() > -1e9)
+    want = model.predict(x)
+    with pytest.warns(UserWarning, match=r'runs eagerly.*exported and compiled.*failed'):
+        model.compile(backend='eager')
+    agree(model.predict(x), want)
+
+
+def test_importing_the_package_imports_no_compiler():
+    code = ('import sys, timm; before = set(sys.modules); import timm_cascade; '
+            'print(*{"torch._dynamo", "torch._inductor", "torch.export", "accelerate", "datasets", "scipy"}'
+            '.intersection(set(sys.modules) - before))')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)})
+    assert done.returncode == 0 and done.stdout.split() == [], done.stderr + done.stdout
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'test_convnext', 'mobilenetv3_small_050'])
+def test_timm_s_families(name):
+    model = timm.create_model(f'cascade_{name}', num_classes=7).eval()
+    x = batch_for(model, 8)
+    spread(model, x)
+    want = model.predict(x)
+    model.compile(backend='eager')
+    assert model.compiled
+    agree(model.predict(x), want)
+    same(list(model.stream(x.split(3))), want)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize('fold', [True, False])
+def test_inductor(cascade, fold):
+    model, x = cascade
+    want = model.predict(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        model.compile(fold=fold)
+        agree(model.predict(x), want)
+        agree(model.predict(x[:1]), type(want)(*(t[:1] for t in want)))
+    assert model.compiled
+    model.backbone.get_classifier().weight.mul_(2)
+    model.thresholds = None
+    assert torch.allclose(model(x), model.backbone(x), atol=1e-4)

@@ -1,0 +1,106 @@
+"""Backbones that hooks cannot cut: the exported graph, split at the exits."""
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from equality import check
+from helpers import Stubborn
+
+from timm_cascade import CascadeModel
+from timm_cascade.backbone import ExitError, resolve_exits
+from timm_cascade.errors import RoutingError
+from timm_cascade.inference.batch import confidence
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture
+def model():
+    return CascadeModel(Stubborn().eval(), 3).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(4, 3, 16, 16) * torch.linspace(0.3, 3, 4)[:, None, None, None]
+
+
+def test_survivors_get_the_logits_they_get_in_the_whole_batch(model, images):
+    assert [p.cut for p in model.exits] == ['export'] * 3
+    assert check(model, images) < TOLERANCE
+    assert len(model._router._exported) == 1  # one export served every number of survivors
+
+
+def test_the_inside_of_a_block_is_not_offered(model):
+    with pytest.raises(ExitError, match=r'choose from.*blocks\.0 \(.*blocks\.3') as e:
+        resolve_exits(model.backbone, ['blocks.1.inner.0'])
+    assert 'inner' not in str(e.value).split('choose from')[1]
+
+
+@torch.no_grad()
+def test_weights_are_the_backbone_s_own(model, images):
+    model.thresholds = [1.5] * 3  # stages run, nobody leaves
+    assert torch.allclose(model(images), model.backbone(images), atol=1e-5)
+    exported = next(iter(model._router._exported.values()))
+    before = model(images)
+    model.load_state_dict(CascadeModel(Stubborn(), 3).state_dict())
+    assert not torch.allclose(model(images), before)
+    assert torch.allclose(model(images), model.backbone(images), atol=1e-5)
+    assert next(iter(model._router._exported.values())) is exported
+    assert not any('exported' in key for key in model.state_dict())
+
+
+@torch.no_grad()
+def test_another_size_dtype_or_classifier_is_exported_anew(model, images):
+    model.thresholds = [1.5] * 3
+    model(images)
+    model.bfloat16()
+    assert torch.allclose(model(images.bfloat16()), model.backbone(images.bfloat16()), atol=1e-1)
+    model.float()
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.allclose(model(images).float(), model.backbone(images).float(), atol=1e-1)
+    assert len(model._router._exported) == 3
+    model.reset_classifier(9)
+    model.thresholds = [1.5] * 3
+    assert model(images).shape == (4, 9)
+    assert torch.allclose(model(images), model.backbone(images), atol=1e-5)
+
+
+@torch.no_grad()
+def test_copies_and_pickles_work_on_their_own(model, images):
+    model.thresholds = [0.21, 0.22, 0.23]
+    want = model(images)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not other._router._exported
+        assert torch.allclose(other(images), want, atol=1e-5)
+
+
+@torch.no_grad()
+def test_channels_last_and_single_images(model, images):
+    model.thresholds = [1.5] * 3
+    want = model.backbone(images)
+    assert torch.allclose(model.to(memory_format=torch.channels_last)(
+        images.to(memory_format=torch.channels_last)), want, atol=1e-5)
+    assert torch.allclose(model(images[:1]), want[:1], atol=1e-5)
+
+
+@torch.no_grad()
+def test_closed_exits_and_training_need_no_export(model, images):
+    assert torch.equal(model.predict(images).logits, model.backbone(images))
+    model.forward_exits(images)
+    assert not model._router._exported
+
+
+def test_gradients_reach_the_backbone(model, images):
+    every = model.forward_exits(images)
+    model.thresholds = [float(confidence(every[0].detach()).median()), math.inf, math.inf]
+    model(images).sum().backward()
+    assert (model.backbone.embed.weight.grad != 0).any()
+
+
+def test_what_cannot_be_exported_says_so(model, images):
+    model.thresholds = [0.5] * 3
+    model.backbone.blocks[2].forward = lambda x: x * float(x.mean())  # depends on values: no graph
+    with torch.no_grad(), pytest.raises(RoutingError, match=r'Stubborn has to be exported.*and that failed'):
+        model(images)

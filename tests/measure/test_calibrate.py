@@ -1,0 +1,125 @@
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import timm_cascade
+from timm_cascade.inference.batch import confidence
+from timm_cascade.measure.calibrate import record
+
+
+@pytest.fixture
+def trained(small, images):
+    timm_cascade.train_heads(small, images, epochs=8, batch_size=32, lr=1e-2)
+    return small
+
+
+def test_calibration_is_what_the_exits_say(trained, images):
+    calibration = timm_cascade.calibrate(trained, images, batch_size=40)
+    transform = timm_cascade.data.eval_transform(trained)
+    x = torch.stack([transform(images[i][0]) for i in range(len(images))])
+    with torch.no_grad():
+        logits = trained.forward_exits(x)
+    assert calibration.confidence.shape == (96, 3)
+    for m, out in enumerate(logits):
+        assert np.allclose(calibration.confidence[:, m], confidence(out).numpy(), atol=1e-5)
+        assert (calibration.correct[:, m] == (out.argmax(1).numpy() == images.labels)).mean() > 0.98
+    assert calibration.agreement[:, -1].all()
+    assert calibration.heads_hash == trained.heads_hash()
+    assert calibration.exits == ('layer1', 'layer2')
+    assert calibration.provenance['data'] == 'quarters' and calibration.provenance['input_size'] == [1, 16, 16]
+    assert trained.calibration is calibration and trained.table is not None
+
+
+@pytest.mark.parametrize('rule', ['per_exit', 'joint'])
+def test_the_dial_delivers_its_point_on_the_calibration_images(trained, images, rule):
+    calibration = timm_cascade.calibrate(trained, images)
+    point = trained.set_max_drop(0.1, rule=rule)
+    assert tuple(np.float32(point.thresholds)) == tuple(trained.thresholds.numpy())
+    report = timm_cascade.evaluate(trained, images, batch_size=32)
+    left = timm_cascade.thresholds.route(calibration.confidence, point.thresholds)
+    shares = [(left == m).mean() for m in range(3)]
+    assert np.allclose(report.exit_shares, shares, atol=0.021)  # a confidence on the threshold may round either way
+    assert report.full_accuracy == pytest.approx(calibration.correct[:, -1].mean())
+
+
+def test_too_few_images_for_a_certificate_means_that_nobody_leaves(trained, images):
+    timm_cascade.calibrate(trained, TensorDataset(torch.randn(12, 1, 16, 16), torch.zeros(12, dtype=torch.long)))
+    with pytest.warns(UserWarning, match='would'):
+        point = trained.set_max_drop(0.001)
+    assert not trained.any_open and point.cost_share == 1
+
+
+def test_set_cost_keeps_to_the_budget(trained, images):
+    timm_cascade.calibrate(trained, images)
+    point = trained.set_cost(0.6)
+    assert point.cost_share <= 0.6
+    with pytest.raises(ValueError):
+        trained.set_cost(0.001)
+    assert tuple(trained.thresholds.numpy()) == tuple(np.float32(point.thresholds))
+
+
+def test_labels_of_other_classes(trained):
+    with pytest.raises(ValueError, match='other classes'):
+        timm_cascade.calibrate(trained, TensorDataset(torch.randn(4, 1, 16, 16), torch.tensor([0, 1, 2, 9])))
+    assert trained.calibration is None
+
+
+def test_evaluate_counts_what_happened(trained, images):
+    trained.thresholds = [0.9, 0.8]
+    report = timm_cascade.evaluate(trained, images, batch_size=32)
+    transform = timm_cascade.data.eval_transform(trained)
+    with torch.no_grad():
+        out = trained.predict(torch.stack([transform(images[i][0]) for i in range(len(images))]))
+    answered = out.exit.numpy()
+    right = out.logits.argmax(1).numpy() == images.labels
+    assert report.n == 96 and sum(report.exit_shares) == pytest.approx(1)
+    assert report.accuracy == pytest.approx(right.mean(), abs=0.02)
+    cost = np.cumsum(trained.stage_macs())
+    assert report.macs == pytest.approx(sum(c * s for c, s in zip(cost, report.exit_shares, strict=True)))
+    assert report.exit_shares[0] == pytest.approx((answered == 0).mean(), abs=0.02)
+    assert report.change_interval[0] <= report.change <= report.change_interval[1]
+    assert report.time_share > 0
+    assert None in timm_cascade.Report(**{**report.__dict__, 'thresholds': (0.5, float('inf'))}).to_dict()['thresholds']
+
+
+def test_closed_exits_cost_no_head(trained, images):
+    trained.thresholds = [None, 0.]
+    report = timm_cascade.evaluate(trained, images)
+    assert report.macs == trained.exits[1].macs + trained.head_macs()[1]
+    trained.thresholds = None
+    assert timm_cascade.evaluate(trained, images).macs_share == 1
+
+
+def test_every_exit_and_the_oracle(trained, images):
+    report = timm_cascade.evaluate(trained, images, every_exit=True)
+    seen = record(trained, images)
+    correct, confidences = seen['correct'], seen['confidence']
+    every = report.every_exit
+    assert every.accuracy == pytest.approx(correct.mean(0).tolist())
+    cost = np.cumsum(trained.stage_macs())
+    spent = [cost[np.flatnonzero(row)[0]] if row.any() else cost[0] for row in correct]
+    assert every.oracle_accuracy == pytest.approx(correct.any(1).mean())
+    assert every.oracle_macs_share == pytest.approx(np.mean(spent) / trained.exits[-1].total)
+    for m in range(3):
+        sure, right = confidences[:, m], correct[:, m]
+        if right.all() or not right.any():
+            assert np.isnan(every.auroc[m])
+            continue
+        wins = [(a > b) + 0.5 * (a == b) for a in sure[right] for b in sure[~right]]
+        assert every.auroc[m] == pytest.approx(np.mean(wins))
+    assert report.survivors[0] == 1 and report.to_dict()['every_exit']['oracle_accuracy'] == every.oracle_accuracy
+
+
+def test_without_labels_agreement_is_what_counts(trained, images):
+    unlabelled = timm_cascade.ImageData(images.images, None, source='quarters')
+    calibration = timm_cascade.calibrate(trained, unlabelled)
+    assert calibration.agreement[:, -1].all() and not calibration.provenance['labelled']
+    point = trained.set_max_drop(0.1, rule='joint')
+    assert point.reference == 'backbone' and point.full_accuracy == 1
+    assert {p.reference for p in trained.table.points} == {'backbone'}
+    with pytest.raises(ValueError, match='without labels'):
+        trained.set_max_drop(0.1, reference='labels')
+    labelled = timm_cascade.calibrate(trained, images)
+    assert np.array_equal(labelled.agreement, calibration.agreement)
+    assert trained.set_max_drop(0.1, rule='joint', reference='backbone') == point

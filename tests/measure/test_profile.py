@@ -1,0 +1,179 @@
+"""Seconds as costs."""
+import json
+import time
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import Stubborn, run
+
+import timm_cascade
+from timm_cascade import hub
+from timm_cascade.thresholds import (
+    Profile,
+    TableFormatError,
+    in_time,
+    outcome,
+    profiles_from_json,
+    profiles_to_json,
+    savings,
+)
+
+
+@pytest.fixture
+def trained(small, images):
+    timm_cascade.train_heads(small, images, epochs=8, batch_size=32, lr=1e-2)
+    timm_cascade.calibrate(small, images)
+    return small
+
+
+def made(model, stages, heads, **kwargs):
+    """A profile of this machine with these seconds."""
+    measured = timm_cascade.profile(model, batch_size=2, repeats=1)
+    model.profiles = [replace(measured, stage_seconds=stages, head_seconds=heads, cut_seconds=(0., 0.),
+                              backbone_seconds=sum(stages), **kwargs)]
+    return model.profiles[0]
+
+
+def sleeping(seconds):
+    return lambda *args: time.sleep(seconds)
+
+
+def test_what_takes_longer_is_seen_to(small):
+    handles = [
+        small.backbone.layer1.register_forward_pre_hook(sleeping(0.02)),
+        small.backbone.layer3.register_forward_pre_hook(sleeping(0.06)),
+        small.heads[1].register_forward_pre_hook(sleeping(0.04))]
+    small.train()
+    p = timm_cascade.profile(small, batch_size=2, repeats=3)
+    for h in handles:
+        h.remove()
+    assert small.training and small.profiles == [p]
+    stages, heads = 2 * np.array(p.stage_seconds), 2 * np.array(p.head_seconds)  # of a batch
+    assert 0.02 <= stages[0] and 0.06 <= stages[2] and 0.04 <= heads[1]
+    assert stages[2] > stages[1] and heads[1] > heads[0] and min(p.cut_seconds) > 0
+    assert 0.08 <= 2 * p.backbone_seconds
+    assert np.allclose(p.stage_cost, np.add(p.stage_seconds, [*p.head_cost, 0]))
+    assert p.exits == ('layer1', 'layer2') and p.batch_size == 2 and p.dtype == 'float32' and not p.compiled
+    timm_cascade.profile(small, batch_size=2, repeats=1)
+    timm_cascade.profile(small, batch_size=3, repeats=1)
+    assert [q.batch_size for q in small.profiles] == [2, 3] and small.profiles[0] != p
+
+
+def test_shares_from_which_an_exit_pays(small):
+    p = made(small, (4., 3., 1.), (1., 2.))
+    assert p.rest.tolist() == [4., 1.]
+    assert p.break_even.tolist() == [0.25, 2.]  # a head of 1 before a rest of 4; one of 2 before a rest of 1
+    p = replace(p, cut_seconds=(1., 1.))
+    assert np.allclose(p.cut_share, [1 / 5, 1 / 2]) and np.allclose(p.break_even, [2 / 5, 3 / 2])
+
+
+def test_the_dial_saves_time(trained):
+    made(trained, (1e-3, 1e-3, 8e-3), (1e-5, 1e-5))
+    in_macs = trained.set_max_drop(0.05, rule='joint')
+    point = trained.set_max_drop(0.05, rule='joint', cost='time')
+    assert point.cost < 1e-2 and 0 < point.cost_share <= 1 < in_macs.cost
+    assert trained.thresholds.tolist() == pytest.approx(list(np.float32(point.thresholds)))
+    # a head that takes longer than everything behind it: saving time keeps this exit closed
+    made(trained, (1e-3, 1e-3, 1e-3), (9e-3, 1e-5))
+    assert np.isinf(trained.set_max_drop(0.05, rule='joint', cost='time').thresholds[0])
+    calibration = in_time(trained.calibration, trained.profiles[0])
+    best = outcome(calibration.confidence, calibration.correct, calibration.stage_cost, trained.thresholds.numpy(),
+                   calibration.head_cost)
+    macs = outcome(calibration.confidence, calibration.correct, calibration.stage_cost, in_macs.thresholds,
+                   calibration.head_cost)
+    assert best.cost <= macs.cost
+    point = trained.set_cost(0.9, cost='time')
+    assert point.cost_share <= 0.9 + 1e-9
+
+
+def test_exits_that_save_macs_but_no_time_are_named(trained):
+    made(trained, (1e-3, 1e-3, 1e-3), (9e-3, 1e-6))
+    trained.thresholds = [0.3, None]
+    (saving,) = savings(trained.calibration, trained.profiles[0], trained.thresholds)
+    assert saving.exit == 'layer1' and saving.macs > 0 > saving.seconds
+    (text,) = trained.exits_without_time()
+    assert text.startswith('exit layer1 saves') and 'costs' in text
+    made(trained, (1e-3, 1e-3, 1e-3), (1e-6, 1e-6))
+    assert trained.exits_without_time() == []
+    made(trained, (1e-3, 1e-3, 1e-3), (9e-3, 9e-3))
+    with pytest.warns(UserWarning, match='saves .* MACs per image and costs'):
+        trained.set_max_drop(0.05, rule='joint')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        trained.set_max_drop(0.05, rule='joint', cost='time')
+    assert not trained.any_open
+
+
+def test_time_needs_a_calibration_and_a_profile_of_this_machine(trained):
+    with pytest.raises(timm_cascade.NotCalibratedError, match=r'no profile of this machine.*profile\(model\)'):
+        trained.set_max_drop(0.05, cost='time')
+    p = made(trained, (1e-3, 1e-3, 8e-3), (1e-5, 1e-5))
+    for other in (dict(device='another'), dict(dtype='bfloat16'), dict(compiled=True)):
+        trained.profiles = [replace(p, **other)]
+        with pytest.raises(timm_cascade.NotCalibratedError, match='no profile'):
+            trained.set_max_drop(0.05, cost='time')
+    trained.profiles, trained.calibration = [p], None
+    with pytest.raises(timm_cascade.NotCalibratedError, match=r'no calibration; its table.*calibrate\(model'):
+        trained.set_max_drop(0.05, cost='time')
+    with pytest.raises(ValueError, match="cost is 'watts'"):
+        trained.set_max_drop(0.05, cost='watts')
+    with pytest.raises(ValueError, match='batch_size=0'):
+        timm_cascade.profile(trained, batch_size=0)
+
+
+def test_profiles_travel_with_the_release(capsys, trained, tmp_path):
+    hub.save(trained, tmp_path)
+    assert not (tmp_path / hub.PROFILES).exists()
+    status, result, _ = run(capsys, 'profile', tmp_path, '--batch-size', 4, '--repeats', 2)
+    assert status == 0 and [e['module'] for e in result['exits']] == ['layer1', 'layer2']
+    assert result['saved'] == str(tmp_path) and result['backbone_ms'] > 0
+    status, result, _ = run(capsys, 'profile', tmp_path, '--batch-size', 2, '--repeats', 2)
+    model = timm_cascade.load(tmp_path)
+    assert [p.batch_size for p in model.profiles] == [4, 2]
+    model.set_max_drop(0.05, rule='joint', cost='time')
+    hub.save(model, tmp_path / 'again')
+    assert (tmp_path / 'again' / hub.PROFILES).read_text() == (tmp_path / hub.PROFILES).read_text()
+    model.reset_classifier(3)
+    assert model.profiles == []
+
+
+def bad(change):
+    p = dict(device='d', dtype='float32', batch_size=2, compiled=False, exits=['a'], stage_seconds=[1., 1.],
+             head_seconds=[0.1], cut_seconds=[0.], backbone_seconds=2., repeats=1, versions={})
+    p.update(change)
+    return json.dumps(dict(format_version=1, profiles=[p]))
+
+
+@pytest.mark.parametrize('text, message', [
+    ('[' * 100_000, 'no profiles'), ('{}', 'no list'), ('{"format_version": 2, "profiles": []}', 'format version 2'),
+    (bad(dict(stage_seconds=[1.])), 'stage_seconds'), (bad(dict(stage_seconds=[0., 0.])), 'no time'),
+    (bad(dict(head_seconds=[-1.])), 'head_seconds'), (bad(dict(head_seconds=[True])), 'head_seconds'),
+    (bad(dict(backbone_seconds=float('nan'))), 'backbone_seconds'), (bad(dict(exits=[])), 'exits'),
+    (bad(dict(batch_size=0)), 'batch_size'), (bad(dict(batch_size=2.5)), 'batch_size'), (bad(dict(new=1)), 'object'),
+    (bad(dict(versions={'a': 1})), 'versions'), (bad(dict(device=3)), 'device')])
+def test_damaged_profiles_are_refused(small, tmp_path, text, message):
+    with pytest.raises(TableFormatError, match=message):
+        profiles_from_json(text)
+    hub.save(small, tmp_path)
+    (tmp_path / hub.PROFILES).write_text(text)
+    with pytest.raises(timm_cascade.ReleaseError, match=hub.PROFILES):
+        timm_cascade.load(tmp_path)
+
+
+def test_a_profile_of_other_exits_is_refused(small, tmp_path):
+    hub.save(small, tmp_path)
+    (tmp_path / hub.PROFILES).write_text(bad({}))
+    with pytest.raises(timm_cascade.ReleaseError, match='other exits'):
+        timm_cascade.load(tmp_path)
+    (good,) = profiles_from_json(bad({}))
+    assert isinstance(good, Profile) and profiles_from_json(profiles_to_json([good])) == [good]
+
+
+def test_profiling_export_cut_backbones():
+
+    model = timm_cascade.CascadeModel(Stubborn().eval(), 3).eval()
+    p = timm_cascade.profile(model, images=torch.randn(4, 3, 16, 16), repeats=1)
+    assert len(p.stage_seconds) == 4 and min(p.stage_seconds) > 0 and len(model._router._exported) == 1

@@ -1,0 +1,202 @@
+"""Killed at any time, a training continues; and on two processes it is the same."""
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import close, trained, write_idx
+from tqdm.auto import tqdm
+
+import timm_cascade
+from timm_cascade.data import ImageData
+from timm_cascade.training.features import StoredTaps
+
+
+class Slow(ImageData):
+    """Takes its time, so that there is time to be killed in."""
+
+    def __getitem__(self, index):
+        time.sleep(0.01)
+        return super().__getitem__(index)
+
+    def with_transform(self, transform):
+        return Slow(self.images, self.labels, self.class_names, self.source, self.split, transform)
+
+
+def work(model, data, where, epochs):
+    timm_cascade.train_heads(
+        model, data, data, epochs=epochs, batch_size=16, cache=where / 'taps', state=where / 'state', save_every=0,
+        log=where / 'log.jsonl', classifier=True, views=2)
+
+
+def in_a_fork(*args):
+    # tqdm's lock is one semaphore for all forks; a process killed while it holds that would stop all others for good
+    tqdm.set_lock(threading.RLock())
+    work(*args)
+
+
+def killed_when(condition, *args):
+    """Runs `work` in a process of its own, and kills it as soon as the condition holds; whether it did in time."""
+    process = multiprocessing.get_context('fork').Process(target=in_a_fork, args=args)
+    process.start()
+    while process.is_alive() and not condition():
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def chunks_done(where):
+    parts = list((where / 'taps').glob('*.part'))
+    try:
+        return sum(int((StoredTaps(p).sums != 0).sum()) for p in parts)
+    except (OSError, ValueError):
+        return 0
+
+
+def epoch_of(where):
+    try:
+        saved = torch.load(where / 'state', weights_only=True)
+        return saved['epoch'] + saved['step'] / 100
+    except FileNotFoundError:
+        return 0
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
+def test_killed_again_and_again_it_ends_the_same(small, images, tmp_path):
+    epochs = 40
+    history, whole = trained(small, images, images, epochs=epochs, batch_size=16, classifier=True, views=2)
+    slow = Slow(images.images, images.labels, images.class_names)
+    for moment in (lambda: chunks_done(tmp_path) >= 2, lambda: chunks_done(tmp_path) >= 4):
+        assert killed_when(moment, small, slow, tmp_path, epochs)
+    assert chunks_done(tmp_path) >= 4  # those are not computed again
+    for moment in (3.02, 17.04, 30):
+        assert killed_when(lambda moment=moment: epoch_of(tmp_path) >= moment, small, slow, tmp_path, epochs)
+        assert moment <= epoch_of(tmp_path) < epochs
+    work(small, slow, tmp_path, epochs)
+    assert all(torch.equal(v, whole[k]) for k, v in small.state_dict().items())
+    lines = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
+    for line in (*lines, *history):
+        line.pop('seconds')
+    assert lines == history
+
+
+def test_what_is_finished_is_only_loaded(small, images, tmp_path):
+    _, first = trained(small, images, epochs=2, state=tmp_path / 'state')
+    began = (tmp_path / 'state').stat().st_mtime_ns
+    _, again = trained(small, images, epochs=2, state=tmp_path / 'state')
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert (tmp_path / 'state').stat().st_mtime_ns >= began
+
+
+def test_the_state_of_another_training_is_not_continued(small, images, tmp_path, caplog):
+    trained(small, images, epochs=2, state=tmp_path / 'state')
+    _, expected = trained(small, images, epochs=2, lr=1e-3)
+    _, found = trained(small, images, epochs=2, lr=1e-3, state=tmp_path / 'state')
+    assert 'starting anew' in caplog.text
+    assert all(torch.equal(found[k], expected[k]) for k in found)
+
+
+TWO = '''
+    import os, signal, sys
+    from pathlib import Path
+    import numpy as np, timm, torch, timm_cascade
+    from timm_cascade.data import ImageData
+    from timm_cascade.training.trainer import Trainer
+    from timm_cascade.utils.distributed import create_accelerator
+    folder, resumes = Path(sys.argv[1]), sys.argv[2] == 'resume'
+    torch.set_num_threads(1)
+    accelerator = create_accelerator()
+    assert accelerator.num_processes == 2, accelerator.num_processes
+    rng = np.random.default_rng(0)
+    data = ImageData(rng.integers(0, 255, (45, 16, 16), dtype=np.uint8), np.arange(45) % 4, list('abcd'))
+
+    def train(name, **kwargs):
+        torch.manual_seed(0)
+        model = timm.create_model('cascade_cifar_resnet20', in_chans=1, num_classes=4, exits=['layer1', 'layer2'],
+                                  pretrained_cfg_overlay=dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,)))
+        timm_cascade.train_heads(model, data, data, epochs=3, batch_size=16, accelerator=accelerator, classifier=True,
+                                 cache=folder / name, **kwargs)
+        calibration = timm_cascade.calibrate(model, data, batch_size=16, accelerator=accelerator)
+        if accelerator.is_main_process:
+            state = {**model.state_dict(), 'confidence': torch.tensor(calibration.confidence)}
+            torch.save(state, folder / f'{name}.pt')
+
+    if not resumes:
+        train('whole')
+        save, saves = Trainer._save, []
+        def dies(self, state, key):
+            save(self, state, key)
+            saves.append(key)
+            if len(saves) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+        Trainer._save = dies
+    train('killed', state=folder / 'state', save_every=0)
+'''
+
+
+def test_two_processes_killed_and_continued_are_as_one(tmp_path):
+    """torchrun, gloo, a data set that two does not divide: as one process to 1e-5, as without the kill to the bit."""
+    script = tmp_path / 'work.py'
+    script.write_text(textwrap.dedent(TWO))
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(script)]
+    first = subprocess.run([*launch, str(tmp_path), 'start'], capture_output=True, text=True)
+    assert 'SIGKILL' in first.stderr and (tmp_path / 'whole.pt').exists() and not (tmp_path / 'killed.pt').exists()
+    assert (saved := torch.load(tmp_path / 'state', weights_only=True))['epoch'] == 1 and saved['step'] == 2
+    subprocess.run([*launch, str(tmp_path), 'resume'], check=True, capture_output=True)
+    whole, killed = (torch.load(tmp_path / f'{n}.pt', weights_only=True) for n in ('whole', 'killed'))
+    assert all(torch.equal(whole[k], killed[k]) for k in whole)
+
+    rng = np.random.default_rng(0)
+    data = ImageData(rng.integers(0, 255, (45, 16, 16), dtype=np.uint8), np.arange(45) % 4, list('abcd'))
+    torch.manual_seed(0)
+    small = timm.create_model('cascade_cifar_resnet20', in_chans=1, num_classes=4, exits=['layer1', 'layer2'],
+                              pretrained_cfg_overlay=dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,)))
+    timm_cascade.train_heads(small, data, data, epochs=3, batch_size=16, classifier=True)
+    calibration = timm_cascade.calibrate(small, data, batch_size=16)
+    assert close({**small.state_dict(), 'confidence': torch.tensor(calibration.confidence)}, whole)
+
+
+@pytest.fixture(scope='module')
+def command(tmp_path_factory):
+    """The command line that trains into a folder, which one of them has done undisturbed."""
+    folder = tmp_path_factory.mktemp('command')
+    generator = np.random.default_rng(0)
+    write_idx(folder / 'train-images-idx3-ubyte.gz', generator.integers(0, 255, (3000, 16, 16), dtype=np.uint8))
+    write_idx(folder / 'train-labels-idx1-ubyte.gz', generator.integers(0, 4, 3000, dtype=np.uint8))
+
+    def arguments(out):
+        return [sys.executable, '-m', 'timm_cascade', 'train', '--model', 'cascade_cifar_resnet20', '--data',
+                str(folder), '--out', str(out), '--epochs', '100', '--model-kwargs', 'in_chans=1', '--save-every',
+                '0.1', '--views', '2', '--json']
+
+    subprocess.run(arguments(folder / 'whole'), check=True, capture_output=True)
+    return arguments, folder / 'whole'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sign', ['taps/*.part/tap0.npy', 'taps/????????????????????????', 'unfinished.pt',
+                                  'model.safetensors'])
+def test_the_command_is_killed_and_given_again(command, tmp_path, sign):
+    """In the first pass, the second, the epochs, while saving: afterwards the release has the bytes of the other."""
+    arguments, whole = command
+    process = subprocess.Popen(arguments(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob(sign)):
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(arguments(tmp_path), check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout)['epoch'] == 100
+    for name in ('model.safetensors', 'config.json'):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith('.')) == [
+        'README.md', 'config.json', 'model.safetensors', 'taps', 'training.jsonl']

@@ -1,0 +1,187 @@
+"""Which published checkpoint a backbone is, exactly; and getting that checkpoint again."""
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+
+from ..backbone import input_size_of
+from ..errors import ReleaseError
+from .download import COMMIT, Repository
+
+__all__ = ['Published', 'fetch_published', 'identify', 'weights_digest']
+
+MAX_BYTES = 100 << 30  # of a backbone's weights
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint that timm can fetch.
+
+    Attributes:
+        name: timm's name, with its tag where it has one.
+        hub_id: Repository on the Hub; None for timm's few checkpoints that are elsewhere.
+        revision: Its commit.
+        filename: Of the weights there.
+        digest: Of the weights as timm loads them (`weights_digest`).
+        dtype: That they had when the digest was taken.
+    """
+    name: str
+    hub_id: str | None
+    revision: str | None
+    filename: str | None
+    digest: str
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any, base: str) -> Published:
+        """What `to_dict` gave, as a stranger's file has it.
+
+        Args:
+            base: timm's name of the backbone, without a tag.
+
+        Raises:
+            ReleaseError: Not such a description, or of another backbone.
+        """
+        keys = set(cls.__dataclass_fields__)
+        if not isinstance(values, dict) or set(values) != keys:
+            raise ReleaseError(f'the backbone is {str(values)[:200]}; expected an object with {sorted(keys)}.')
+        for key, value in values.items():
+            nullable = key in ('hub_id', 'revision', 'filename')
+            if not (isinstance(value, str) and len(value) < 200) and not (value is None and nullable):
+                raise ReleaseError(f'the backbone\'s {key} is {str(value)[:200]!r}; expected a short text.')
+        result = cls(**values)
+        if result.name.split('.')[0] != base:
+            raise ReleaseError(f'the backbone is {result.name!r}; expected {base} with or without a tag.')
+        if result.hub_id is None:
+            if not result.registered.get('url'):
+                raise ReleaseError(f'the backbone {result.name!r} has no published weights that this version of timm '
+                                   f'knows, and no Hub repository is named. Upgrade timm.')
+            return result
+        try:
+            validate_repo_id(result.hub_id)
+        except HFValidationError as e:
+            raise ReleaseError(f'the backbone\'s hub_id is {result.hub_id!r}: {e}') from e
+        if result.revision is None or not COMMIT.fullmatch(result.revision):
+            raise ReleaseError(f'the backbone\'s revision is {result.revision!r}; expected a commit, 40 hex digits.')
+        if not re.fullmatch(r'\w[\w.-]*\.safetensors', result.filename or ''):
+            raise ReleaseError(f'the backbone\'s file is {result.filename!r}; only a .safetensors file is loaded.')
+        return result
+
+    @property
+    def registered(self) -> dict[str, Any]:
+        """timm's own pretrained_cfg under this name, if it has one."""
+        cfg = get_pretrained_cfg(self.name, allow_unregistered=True)
+        return cfg.to_dict() if cfg else {}
+
+    def is_plain(self, args: Mapping[str, Any], num_classes: int, input_size: tuple[int, ...]) -> bool:
+        """Whether arguments for the backbone ask for nothing but the model as timm registered it."""
+        cfg = self.registered
+        return bool(cfg) and set(args) <= {'num_classes', 'in_chans', 'img_size', 'global_pool'} and (
+            num_classes == cfg['num_classes'] and input_size == tuple(cfg['input_size']))
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Overlay for timm's pretrained_cfg that makes it load this checkpoint."""
+        nothing: dict[str, Any] = dict(url=None, file=None, state_dict=None, source=None, custom_load=False,
+                                       hf_hub_id=None, hf_hub_filename=None)
+        if self.hub_id is None:
+            return {**nothing, 'url': self.registered['url']}
+        own_name = None if self.filename == 'model.safetensors' else self.filename
+        return {**nothing, 'hf_hub_id': f'{self.hub_id}@{self.revision}', 'hf_hub_filename': own_name}
+
+    def check(self, backbone: nn.Module, what: str) -> None:
+        """Makes sure that `backbone` has these weights.
+
+        Raises:
+            ReleaseError: Others.
+        """
+        found = weights_digest(backbone.state_dict())
+        if found != self.digest:
+            raise ReleaseError(
+                f'{what} was made for a backbone {self.name} with the weights {self.digest}; '
+                f'{self.hub_id or "timm"} gave {found}. Its heads and thresholds would not do what they promise. '
+                f'Delete the backbone\'s file from the cache if it may be damaged, or ask for a release that holds '
+                f'its backbone (layout="full").')
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """Identifies weights: any one value changed changes it. Fast: the XOR of each tensor's bytes, and 64 of them.
+
+    Not made against an adversary, who could publish other weights in the first place.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        octets = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        words = octets.view(np.uint64) if len(octets) % 8 == 0 else octets
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)} {np.bitwise_xor.reduce(words)} '.encode())
+        digest.update(words[::max(1, len(words) // 64)].tobytes())
+    return digest.hexdigest()[:16]
+
+
+def identify(backbone: nn.Module, cache_dir: str | Path | None = None) -> Published | None:
+    """The published checkpoint that a backbone just loaded, with nothing adapted; None if there is none like it."""
+    cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
+    name = '.'.join(str(part) for part in (cfg['architecture'], cfg.get('tag')) if part)
+    adapted = (backbone.num_classes != cfg['num_classes'] or
+               input_size_of(backbone) != tuple(cfg['input_size']))
+    if adapted or cfg.get('state_dict') or cfg.get('file') or cfg.get('label_offset'):
+        return None
+    hub_id = revision = filename = None
+    if cfg.get('hf_hub_id'):
+        hub_id, _, asked = str(cfg['hf_hub_id']).partition('@')
+        filename = cfg.get('hf_hub_filename') or 'model.safetensors'
+        cached = try_to_load_from_cache(hub_id, filename, cache_dir=cache_dir, revision=asked or None)
+        if not isinstance(cached, str) or not filename.endswith('.safetensors'):
+            return None  # a pickle; whoever loads the release must not need one
+        revision = Path(cached).parent.name
+    else:
+        known = get_pretrained_cfg(name, allow_unregistered=True)
+        if not cfg.get('url') or known is None or known.url != cfg['url'] or known.custom_load:
+            return None
+    state = backbone.state_dict()
+    dtype = str(next(t.dtype for t in state.values() if t.is_floating_point())).removeprefix('torch.')
+    return Published(name, hub_id, revision, filename, weights_digest(state), dtype)
+
+
+def fetch_published(published: Published, cache_dir: str | Path | None = None) -> int | None:
+    """Makes sure that the weights are a sound safetensors file in the cache, where timm then finds them.
+
+    Returns:
+        Size of the file in bytes; None for a checkpoint that is not on the Hub.
+
+    Raises:
+        ReleaseError: There is no such file, or it is damaged.
+    """
+    if published.hub_id is None:
+        return None
+    assert published.filename is not None and published.revision is not None
+    cached = try_to_load_from_cache(
+        published.hub_id, published.filename, cache_dir=cache_dir, revision=published.revision)
+    if isinstance(cached, str):  # checked when it was downloaded; its digest is compared once it is loaded
+        return Path(cached).stat().st_size
+    repository = Repository(f'{published.hub_id}@{published.revision}', cache_dir)
+    path = repository.path(published.filename, MAX_BYTES)
+    if path is None:
+        raise ReleaseError(f'{repository}, the backbone of this release, has no {published.filename}.')
+    try:
+        with safe_open(path, framework='pt'):
+            pass
+    except Exception as e:  # a stranger's file: whatever is wrong with it
+        raise ReleaseError(f'{path} ({repository}) is no safetensors file ({e}).') from e
+    return path.stat().st_size

@@ -1,0 +1,1 @@
+"""How a batch runs through the backbone while its confident samples exit early."""

@@ -1,0 +1,150 @@
+"""Decides which samples exit early, once per exit, and collects what they get in input order."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import RoutingError
+
+__all__ = ['ActiveBatch', 'CascadeOutput', 'Exited', 'confidence']
+
+
+EMPTY = torch.empty(0, dtype=torch.int64)
+
+
+class CascadeOutput(NamedTuple):
+    """What a cascade answers for a batch, in input order.
+
+    Attributes:
+        logits: (N, C)
+        exit: (N,) int64, the exit that answered, M for the backbone's own classifier.
+        confidence: (N,) float32, max softmax of `logits`.
+    """
+    logits: Tensor
+    exit: Tensor
+    confidence: Tensor
+
+
+class Exited(NamedTuple):
+    """Samples answered by one exit: ids (K,), logits (K, C), confidence (K,), and the exit's number."""
+    ids: Tensor
+    logits: Tensor
+    confidence: Tensor
+    exit: int
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """Max softmax (N,) of logits (N, C), in float32 whatever the logits' dtype."""
+    return logits.float().softmax(-1).amax(-1)
+
+
+class ActiveBatch:
+    """The samples of a batch that are still in the backbone. The one place that decides which of them exit.
+
+    Shrinking a batch copies all that goes on, so it must save more than that. With `min_leave` > 0 a batch goes on
+    whole until at least this share of its rows has been answered; answered rows still in flight are ignored from then
+    on. What each sample gets is the same either way.
+
+    Args:
+        ids: (N,) int64, identifies the samples in what is returned.
+        heads: One per exit.
+        thresholds: M numbers. A confidence that is NaN never passes.
+        min_leave: Share of the rows, in 0..1.
+    """
+
+    def __init__(
+            self,
+            ids: Tensor,
+            heads: Sequence[Callable[[Tensor], Tensor]],
+            thresholds: Sequence[float],
+            min_leave: float = 0.,
+    ) -> None:
+        self.ids = ids  # of the rows in flight
+        self.heads = heads
+        self.thresholds = thresholds
+        self.min_leave = min_leave
+        self.exited: list[Exited] = []
+        self._done: Tensor | None = None  # (rows,) bool: answered, but still in flight
+        self._open = ids.numel()  # rows that are not answered
+
+    def exit_confident(self, index: int, features: Tensor) -> Tensor | None:
+        """Answers the samples whose confidence at exit `index` reaches its threshold.
+
+        Args:
+            index: The exit.
+            features: What its head reads, one row per sample in flight.
+
+        Returns:
+            Indices of the rows that remain, if the batch is to shrink (empty if none remains); None if all go on.
+
+        Raises:
+            RoutingError: Another number of rows than there are samples in flight.
+        """
+        if math.isinf(self.thresholds[index]):
+            return None
+        rows = self.ids.numel()  # and not len(), which takes a Tensor through Python: single images feel that too
+        if features.shape[0] != rows:
+            raise RoutingError(f'{rows} samples reached exit {index}, but its features have {len(features)} rows.')
+        logits = self.heads[index](features)
+        found = confidence(logits)
+        if rows == 1:  # a single image has no rows to sort out, and feels every operation
+            if not found.item() >= self.thresholds[index]:
+                return None
+            self.exited.append(Exited(self.ids, logits, found, index))
+            self._open = 0
+            return EMPTY
+        passes = found >= self.thresholds[index]
+        if self._done is not None:
+            passes &= ~self._done
+        exiting = passes.nonzero().squeeze(1)  # the one synchronisation of this exit
+        if not len(exiting):
+            return None
+        self._open -= len(exiting)
+        whole = len(exiting) == rows
+        self.exited.append(Exited(self.ids, logits, found, index) if whole else
+                           Exited(self.ids[exiting], logits[exiting], found[exiting], index))
+        done = passes if self._done is None else passes | self._done
+        if self._open and rows - self._open < self.min_leave * rows:
+            self._done = done
+            return None
+        keep = self._remaining(done)
+        self.ids, self._done = self.ids[keep], None
+        return keep
+
+    def replace(self, ids: Tensor) -> None:
+        """Replaces the samples in flight (used by `stream`)."""
+        self.ids, self._done, self._open = ids, None, ids.numel()
+
+    def finish(self, logits: Tensor) -> None:
+        """Assigns the backbone's logits to the remaining samples.
+
+        Raises:
+            RoutingError: Logits of another number of samples.
+        """
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != self.ids.numel():
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise RoutingError(f'{len(self.ids)} samples reached the end, but the backbone returned {found}.')
+        if self._done is not None:
+            keep = self._remaining(self._done)
+            self.ids, self._done, logits = self.ids[keep], None, logits[keep]
+        self.exited.append(Exited(self.ids, logits, confidence(logits), len(self.thresholds)))
+
+    def output(self) -> CascadeOutput:
+        """What all samples got, in the order of `ids`, which must be 0..N-1."""
+        if len(self.exited) == 1:  # samples keep their order on the way
+            ((ids, logits, found, index),) = self.exited
+            return CascadeOutput(logits, torch.full_like(ids, index), found)
+        ids = torch.cat([e.ids for e in self.exited])
+        order = torch.empty_like(ids)
+        order[ids] = torch.arange(len(ids), device=ids.device)
+        exits = torch.cat([torch.full_like(e.ids, e.exit) for e in self.exited])
+        return CascadeOutput(torch.cat([e.logits for e in self.exited])[order], exits[order],
+                             torch.cat([e.confidence for e in self.exited])[order])
+
+    def _remaining(self, done: Tensor) -> Tensor:
+        # how many there are is known, so sorting finds them without asking the device again
+        return done.to(torch.uint8).argsort(stable=True)[:self._open]

@@ -1,0 +1,52 @@
+"""The contract between the ways to run a backbone and what happens at its exits.
+
+A `Runner` (forward hooks, the exported graph, or compiled stages) calls `OnExit` at every exit. Whoever decides which
+samples exit (a routed batch, a stream, a profile) implements `OnExit` and knows no runner; a runner knows no decision.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from ..backbone import select_rows
+
+__all__ = ['Boundary', 'OnExit', 'Runner', 'StopForward']
+
+
+class StopForward(Exception):
+    """Raised at an exit when no sample remains: ends the forward, as an empty batch would crash many models."""
+
+
+class Boundary(NamedTuple):
+    """All that passes from an exit to the rest of the backbone, for the samples in flight.
+
+    Attributes:
+        features: The tensor that the exit's head reads.
+        tensors: Every tensor that passes, often the features alone.
+        rows: Rows of each tensor that belong to one sample; 0 where all samples share it.
+    """
+    features: Tensor
+    tensors: list[Tensor]
+    rows: Sequence[int]
+
+    def select(self, keep: Tensor) -> list[Tensor]:
+        """The tensors of samples `keep` (indices) alone."""
+        return [select_rows(t, keep, r) for t, r in zip(self.tensors, self.rows, strict=True)]
+
+
+OnExit = Callable[[int, Boundary], 'list[Tensor] | None']
+"""Called as on_exit(exit, boundary) at every exit, in order. The tensors it returns replace those at the boundary; None
+leaves them as they are; what it raises ends the forward."""
+
+
+class Runner(Protocol):
+    """Runs the backbone: images (N, C, H, W) to the logits of the samples that reach the end.
+
+    With `start` = k > 0 the forward begins behind exit k-1 with `tensors`, as they passed that boundary before;
+    `images` is then any single image of the same kind.
+    """
+
+    def __call__(
+            self, images: Tensor, on_exit: OnExit, start: int = 0, tensors: list[Tensor] | None = None) -> Tensor: ...

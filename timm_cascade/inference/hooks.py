@@ -1,0 +1,88 @@
+"""The first way to run a backbone: forward hooks at its exits, which may shrink the batch in flight.
+
+The hooks stay on the backbone and do nothing unless `HookRunner.run` is active in the same thread, so the backbone used
+on its own is the plain timm model, and several threads may use one model.
+"""
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
+
+from ..backbone import ExitPoint
+from .engine import Boundary, OnExit
+
+__all__ = ['HookRunner']
+
+_thread = threading.local()
+
+
+class _ActiveRun(NamedTuple):
+    """One forward of the backbone during which the hooks are active."""
+    runner: HookRunner
+    on_exit: OnExit
+    start: int
+    tensors: list[Tensor] | None
+
+
+class _ExitHook:
+    def __init__(self, runner: HookRunner, index: int) -> None:
+        self.runner = runner
+        self.index = index
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        run: _ActiveRun | None = getattr(_thread, 'run', None)
+        if run is None or run.runner is not self.runner or self.index < run.start - 1:
+            return None
+        # flattening a single tensor is a cost that single images feel
+        leaves, spec = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
+        places = [0] if spec is None else [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        if self.index == run.start - 1:
+            tensors = run.tensors
+        else:
+            point, found = self.runner.points[self.index], [leaves[i] for i in places]
+            tensors = run.on_exit(self.index, Boundary(found[point.item], found, point.rows))
+        if tensors is None:
+            return None
+        for i, tensor in zip(places, tensors, strict=True):
+            leaves[i] = tensor
+        return leaves[0] if spec is None else tree_unflatten(leaves, spec)
+
+
+class HookRunner:
+    """Forward hooks on the modules where a backbone's exits are. The one place that registers hooks for inference.
+
+    Args:
+        backbone: The network.
+        points: Its exits, in the order in which the network runs them.
+    """
+
+    def __init__(self, backbone: nn.Module, points: Sequence[ExitPoint]) -> None:
+        self.points = tuple(points)
+        self._handles: list[RemovableHandle] = [
+            backbone.get_submodule(p.module).register_forward_hook(_ExitHook(self, i)) for i, p in enumerate(points)]
+
+    def remove(self) -> None:
+        """Removes the hooks from the backbone."""
+        for handle in self._handles:
+            handle.remove()
+
+    def run(
+            self,
+            backbone: Callable[[Tensor], Tensor],
+            images: Tensor,
+            on_exit: OnExit,
+            start: int = 0,
+            tensors: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Runs `backbone` (the network, or a function that calls it); see `engine.Runner`."""
+        outer = getattr(_thread, 'run', None)
+        _thread.run = _ActiveRun(self, on_exit, start, tensors)
+        try:
+            return backbone(images)
+        finally:
+            _thread.run = outer

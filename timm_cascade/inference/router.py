@@ -1,0 +1,187 @@
+"""Chooses how the backbone runs, and routes a batch through its exits.
+
+By default forward hooks shrink the batch. Where hooks cannot (`ExitPoint.cut` says so), and once the model is compiled,
+the backbone runs as the stages that its exported graph is split into.
+"""
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone import ExitPoint
+from ..errors import RoutingError
+from .batch import ActiveBatch, CascadeOutput
+from .engine import Boundary, Runner, StopForward
+from .hooks import HookRunner
+
+if TYPE_CHECKING:
+    from .compiled import CompileOptions
+    from .graph import StagedBackbone
+
+__all__ = ['Router']
+
+MAX_EXPORTS = 4  # kinds of images (size, dtype, device) whose exported backbone is kept
+_export_lock = threading.Lock()
+
+
+class Router:
+    """The ways to run one backbone.
+
+    Args:
+        backbone: The network.
+        points: Its exits, in the order in which the network runs them.
+
+    Attributes:
+        cuts: Whether hooks can shrink the batch at every exit.
+        options: How the exported stages are compiled; None for not at all.
+    """
+
+    def __init__(self, backbone: nn.Module, points: Sequence[ExitPoint]) -> None:
+        self.points = tuple(points)
+        self.cuts = not any(p.cut == 'export' for p in points)
+        self.options: CompileOptions | None = None
+        self._hooks = HookRunner(backbone, points)
+        self._exported: dict[tuple, StagedBackbone] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_exported': {}}  # a copy exports its own backbone when it has to
+
+    def remove_hooks(self) -> None:
+        """Removes the hooks from the backbone."""
+        self._hooks.remove()
+
+    def forget(self) -> None:
+        """Drops the exported stages: the backbone's structure, or what was compiled into them, has changed."""
+        self._exported.clear()
+
+    def runner(self, backbone: nn.Module, images: Tensor, early_exit: bool = True) -> Runner:
+        """How to run images of this kind.
+
+        Args:
+            backbone: The network that carries the hooks.
+            images: (N, C, H, W), an example.
+            early_exit: Whether samples may exit early; if not, hooks serve every backbone.
+        """
+        compiled = self.options is not None and not backbone.training and not _needs_grad(backbone, images)
+        if compiled or (early_exit and not self.cuts):
+            try:
+                return partial(self._staged(backbone, images, compiled).run, backbone)
+            except RoutingError as e:
+                if not compiled:
+                    raise
+                self.fall_back_to_eager(str(e))
+                return self.runner(backbone, images, early_exit)
+        return partial(self._hooks.run, backbone)
+
+    def fall_back_to_eager(self, reason: str) -> None:
+        """Goes back to what runs without a compiler, and warns with the reason."""
+        self.options = None
+        self.forget()
+        warnings.warn(f'the cascade runs eagerly, without compiled stages: {reason}', stacklevel=4)
+
+    def collect(
+            self,
+            backbone: Callable[[Tensor], Tensor],
+            images: Tensor,
+            readers: Sequence[Callable[[Tensor], Tensor]],
+    ) -> tuple[list[Tensor], Tensor]:
+        """What each reader makes of its exit's features, and what `backbone` returns; no sample exits early."""
+        read: list[Tensor | None] = [None] * len(self.points)
+
+        def on_exit(index: int, boundary: Boundary) -> None:
+            read[index] = readers[index](boundary.features)
+
+        logits = self._hooks.run(backbone, images, on_exit)
+        missed = [i for i, r in enumerate(read) if r is None]
+        if missed:
+            raise RoutingError(f'the backbone did not run its exits {missed}; was it changed after it was wrapped?')
+        return [r for r in read if r is not None], logits
+
+    def route(
+            self,
+            backbone: nn.Module,
+            images: Tensor,
+            heads: Sequence[Callable[[Tensor], Tensor]],
+            thresholds: Sequence[float],
+            min_leave: float = 0.,
+    ) -> CascadeOutput:
+        """Runs the cascade: a sample exits at the first exit whose confidence is at least its threshold.
+
+        Args:
+            backbone: The network that carries the hooks.
+            images: (N, ...), N >= 1.
+            heads: One per exit; not run where the threshold is infinite.
+            thresholds: M numbers. A confidence that is NaN never passes.
+            min_leave: See ActiveBatch.
+        """
+        batch = ActiveBatch(torch.arange(images.shape[0], device=images.device), heads, thresholds, min_leave)
+
+        def on_exit(index: int, boundary: Boundary) -> list[Tensor] | None:
+            remaining = batch.exit_confident(index, boundary.features)
+            if remaining is None:
+                return None
+            if not remaining.numel():
+                raise StopForward
+            return boundary.select(remaining)
+
+        runner = self.runner(backbone, images, not all(math.isinf(t) for t in thresholds))
+        try:
+            batch.finish(runner(images, on_exit))
+        except StopForward:  # every sample has exited
+            pass
+        return batch.output()
+
+    def _staged(self, backbone: nn.Module, images: Tensor, compiled: bool) -> StagedBackbone:
+        kind = images.device.type
+        weight = next(backbone.parameters())
+        forced = compiled and self.options is not None and self.options.channels_last
+        layout = torch.channels_last if forced else _memory_format(images)
+        key = (images.shape[1:], images.dtype, images.device, layout, weight.dtype, compiled,
+               torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind))
+        with _export_lock:
+            staged = self._exported.pop(key, None)
+            if staged is None or staged.stale(backbone):
+                staged = self._export(backbone, images.contiguous(memory_format=layout), compiled)
+            self._exported[key] = staged
+            while len(self._exported) > MAX_EXPORTS:
+                self._exported.pop(next(iter(self._exported)))
+        return staged
+
+    def _export(self, backbone: nn.Module, images: Tensor, compiled: bool) -> StagedBackbone:
+        from .graph import StagedBackbone, mark  # torch.export is a costly import, and few backbones need it
+
+        def on_exit(index: int, boundary: Boundary) -> list[Tensor]:
+            return [mark(t, index) if t is boundary.features else t for t in boundary.tensors]
+
+        def run(x: Tensor) -> Tensor:
+            return self._hooks.run(backbone, x, on_exit)
+
+        what = 'exported to cut its batch at' if not compiled else 'exported and compiled between'
+        try:
+            with torch.inference_mode(False):
+                if not compiled:
+                    return StagedBackbone(backbone, run, images, len(self.points))
+                from .compiled import CompiledBackbone
+
+                assert self.options is not None
+                return CompiledBackbone(backbone, run, images, len(self.points), self.options)
+        except Exception as e:  # torch.export raises whatever the network's code makes it raise
+            raise RoutingError(
+                f'{type(backbone).__name__} has to be {what} {[p.module for p in self.points]}, and that failed: '
+                f'{type(e).__name__}: {" ".join(str(e).split())[:300]}') from e
+
+
+def _memory_format(images: Tensor) -> torch.memory_format:
+    channels_last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _needs_grad(backbone: nn.Module, images: Tensor) -> bool:
+    return torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in backbone.parameters()))

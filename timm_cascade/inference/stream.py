@@ -1,0 +1,333 @@
+"""Bulk inference with full batches in every stage: survivors of several batches go on together.
+
+At every exit survivors wait until there are enough of them for a full batch; the run of whoever came last then carries
+on with all of them. What is left at the end of the input is carried through by a run of one image.
+"""
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader
+
+from ..backbone import merge_rows
+from .batch import ActiveBatch, Exited
+from .engine import Boundary, Runner, StopForward
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+__all__ = ['StreamOutput', 'stream']
+
+
+class StreamOutput(NamedTuple):
+    """Exited of some of the samples.
+
+    Attributes:
+        index: (K,) int64, which samples: 0 is the first of the whole input.
+        logits: (K, C)
+        exit: (K,) int64, the exit that answered, M for the backbone's own classifier.
+        confidence: (K,) float32, max softmax of `logits`.
+    """
+    index: Tensor  # type: ignore[assignment]  # and not tuple's method
+    logits: Tensor
+    exit: Tensor
+    confidence: Tensor
+
+
+class _Waiting:
+    """Samples in front of a stage."""
+
+    def __init__(self) -> None:
+        self.chunks: deque[tuple[Tensor, list[Tensor]]] = deque()
+        self.rows: Sequence[int] = (1,)
+        self.count = 0
+
+    def add(self, ids: Tensor, tensors: list[Tensor], rows: Sequence[int]) -> None:
+        self.chunks.append((ids, tensors))
+        self.rows = rows
+        self.count += len(ids)
+
+    def take(self, most: int) -> tuple[Tensor, list[Tensor]]:
+        """The samples that waited longest, `most` of them or all."""
+        taken: list[tuple[Tensor, list[Tensor]]] = []
+        missing = min(most, self.count)
+        self.count -= missing
+        while missing:
+            ids, tensors = self.chunks.popleft()
+            if len(ids) > missing:
+                # copied: a view would hold the memory of the whole chunk
+                rest = [t[missing * r:].clone() if r else t for t, r in zip(tensors, self.rows, strict=True)]
+                self.chunks.appendleft((ids[missing:], rest))
+                ids = ids[:missing]
+                tensors = [t[:missing * r] if r else t for t, r in zip(tensors, self.rows, strict=True)]
+            taken.append((ids, tensors))
+            missing -= len(ids)
+        columns = zip(*(tensors for _, tensors in taken), strict=True)
+        return torch.cat([ids for ids, _ in taken]), [
+            merge_rows(c, r) for c, r in zip(columns, self.rows, strict=True)]
+
+
+class _Stages:
+    """What waits in front of each stage, and the runs that bring it forward."""
+
+    def __init__(self, cascade: _Cascade, batch_size: int) -> None:
+        self.cascade = cascade
+        self.batch_size = batch_size
+        self.heads, self.thresholds = cascade.heads, cascade.thresholds
+        self.waiting = [_Waiting() for _ in range(len(cascade.heads) + 1)]
+        self.runner: Runner | None = None
+        self.kind: Any = None
+        self.carrier = torch.empty(0)
+
+    @property
+    def held(self) -> int:
+        return sum(w.count for w in self.waiting)
+
+    def feed(self, ids: Tensor, images: Tensor) -> Iterator[Exited]:
+        """Takes images in, and runs what has become full."""
+        kind = (images.shape[1:], images.dtype, images.device)
+        if kind != self.kind:
+            yield from self.drain()  # samples of another size cannot go on together
+            self.runner = self.cascade.runner(images)
+            self.kind = kind
+            self.carrier = images.new_zeros(1, *images.shape[1:])
+        self.waiting[0].add(ids, [images], (1,))
+        while self.waiting[0].count >= self.batch_size:
+            yield from self._run(0, self.batch_size)
+
+    def drain(self) -> Iterator[Exited]:
+        """Runs everything that waits."""
+        for stage, waiting in enumerate(self.waiting):
+            while waiting.count:
+                yield from self._run(stage, 1)
+
+    def _run(self, stage: int, least: int) -> list[Exited]:
+        """Runs `stage`, and those behind it before which at least `least` samples wait by then."""
+        assert self.runner is not None
+        ids, tensors = self.waiting[stage].take(self.batch_size)
+        batch = ActiveBatch(ids, self.heads, self.thresholds)
+
+        def on_exit(index: int, boundary: Boundary) -> list[Tensor] | None:
+            if math.isinf(self.thresholds[index]):
+                return None
+            remaining = batch.exit_confident(index, boundary.features)
+            waiting = self.waiting[index + 1]
+            if remaining is None or len(remaining):
+                waiting.add(batch.ids, boundary.tensors if remaining is None else boundary.select(remaining),
+                            boundary.rows)
+            if waiting.count < least:
+                raise StopForward
+            ids, tensors = waiting.take(self.batch_size)
+            batch.replace(ids)
+            return tensors
+
+        try:
+            batch.finish(self.runner(tensors[0], on_exit) if stage == 0 else
+                         self.runner(self.carrier, on_exit, stage, tensors))
+        except StopForward:
+            pass
+        return batch.exited
+
+
+class _InOrder:
+    """Exited put back into the input's order; each batch is handed out when all of it is answered.
+
+    Args:
+        size: Room for so many samples, from the oldest that is not answered on.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.batches: deque[tuple[Tensor, int, int]] = deque()  # index of its samples, first and last place
+        self.end = 0
+        self.answered = torch.zeros(size, dtype=torch.bool)
+        self.table: list[Tensor] | None = None
+
+    @property
+    def held(self) -> int:
+        return self.end - self.batches[0][1] if self.batches else 0
+
+    def expect(self, index: Tensor) -> Tensor:
+        """Places for a batch."""
+        self.batches.append((index, self.end, self.end + len(index)))
+        self.end += len(index)
+        return torch.arange(self.end - len(index), self.end, device=index.device)
+
+    def put(self, answers: Exited) -> None:
+        places = answers.ids % self.size
+        columns = [answers.logits, torch.full_like(places, answers.exit), answers.confidence]
+        if self.table is None:
+            self.table = [c.new_empty(self.size, *c.shape[1:]) for c in columns]
+        for i, column in enumerate(columns):
+            if self.table[i].dtype != column.dtype:  # exits may answer in several dtypes under autocast
+                self.table[i] = self.table[i].to(torch.promote_types(self.table[i].dtype, column.dtype))
+            self.table[i].index_copy_(0, places, column.to(self.table[i].dtype))
+        self.answered[places.cpu()] = True
+
+    def ready(self) -> Iterator[StreamOutput]:
+        while self.batches:
+            index, first, last = self.batches[0]
+            places = torch.arange(first, last) % self.size
+            if not self.answered[places].all():
+                return
+            self.answered[places] = False
+            self.batches.popleft()
+            assert self.table is not None
+            logits, exits, sure = (t[places.to(t.device)] for t in self.table)
+            yield StreamOutput(index, logits, exits, sure)
+
+
+class _Cascade(NamedTuple):
+    """What a stream knows of a model."""
+    runner: Callable[[Tensor], Runner]
+    prepare: Callable[[Tensor], Tensor]
+    heads: Sequence[Callable[[Tensor], Tensor]]
+    thresholds: Sequence[float]
+
+
+def stream(
+        batches: Iterable[Any],
+        *,
+        runner: Callable[[Tensor], Runner],
+        prepare: Callable[[Tensor], Tensor],
+        heads: Sequence[Callable[[Tensor], Tensor]],
+        thresholds: Sequence[float],
+        batch_size: int | None = None,
+        ordered: bool = True,
+        max_held: int | None = None,
+        accelerator: Accelerator | None = None,
+) -> Iterator[StreamOutput]:
+    """See `CascadeModel.stream`.
+
+    Args:
+        batches: Images, or tuples that begin with them.
+        runner: Gives the way to run images of a kind.
+        prepare: Checks images and brings them to the device; what it raises ends the stream.
+        heads: One per exit.
+        thresholds: M numbers.
+        batch_size, ordered, max_held, accelerator: See `CascadeModel.stream`.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f'batch_size is {batch_size}; expected at least 1.')
+    if max_held is not None and max_held < (batch_size or 1):
+        raise ValueError(f'max_held is {max_held}; expected at least the batch size, {batch_size or 1}.')
+    share = _ProcessShard(batches, accelerator)
+    cascade = _Cascade(runner, prepare, heads, thresholds)
+    return _raise_everywhere(_stream(cascade, share, batch_size, ordered, max_held), share)
+
+
+@torch.no_grad()
+def _stream(
+        cascade: _Cascade,
+        share: _ProcessShard,
+        batch_size: int | None,
+        ordered: bool,
+        max_held: int | None,
+) -> Iterator[StreamOutput]:
+    stages: _Stages | None = None
+    order: _InOrder | None = None
+    failure: Exception | None = None
+    source = iter(share)
+    while True:
+        try:
+            start, images = next(source)
+            images = cascade.prepare(images)
+        except StopIteration:
+            break
+        except Exception as e:  # whatever the input raises comes after the answers to what it gave before
+            failure = e
+            break
+        if not len(images):
+            continue
+        if stages is None:
+            batch_size = batch_size or len(images)
+            max_held = max(max_held or 32 * batch_size, batch_size)
+            stages = _Stages(cascade, batch_size)
+        assert max_held is not None
+        for part, offset in zip(images.split(max_held), range(0, len(images), max_held), strict=True):
+            index = torch.arange(start + offset, start + offset + len(part), device=images.device)
+            if ordered and order is None:
+                order = _InOrder(max_held)
+            if (order.held if order else stages.held) + len(part) > max_held:
+                yield from _answers(stages.drain(), order)
+            ids = order.expect(index) if order else index
+            yield from _answers(stages.feed(ids, part), order)
+        del images, part  # not held while the next ones are made
+    if stages is not None:
+        yield from _answers(stages.drain(), order)
+    if failure is not None:
+        raise failure
+
+
+def _answers(answers: Iterator[Exited], order: _InOrder | None) -> Iterator[StreamOutput]:
+    for a in answers:
+        if order is None:
+            yield StreamOutput(a.ids, a.logits, torch.full_like(a.ids, a.exit), a.confidence)
+        else:
+            order.put(a)
+            yield from order.ready()
+
+
+class _ProcessShard:
+    """This process's part of the batches: every P-th, with the index of its first sample in the whole input."""
+
+    def __init__(self, batches: Iterable[Any], accelerator: Accelerator | None) -> None:
+        self.processes = accelerator.num_processes if accelerator is not None else 1
+        self.process = accelerator.process_index if accelerator is not None else 0
+        self.batches = batches
+        self.size: int | None = None  # of all batches, where they were divided before they are loaded
+        if self.processes == 1 or not isinstance(batches, DataLoader):
+            return
+        from accelerate.data_loader import DataLoaderShard, prepare_data_loader
+
+        if isinstance(batches, DataLoaderShard):
+            raise ValueError('these batches are one process\'s share already. Pass the plain loader with the '
+                             'accelerator, or the prepared one without it.')
+        if type(batches.batch_sampler) is BatchSampler:
+            assert accelerator is not None
+            self.size = batches.batch_sampler.batch_size
+            self.batches = prepare_data_loader(
+                batches, num_processes=self.processes, process_index=self.process, even_batches=False,
+                rng_types=accelerator.rng_types)
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        start = number = 0
+        for batch in self.batches:
+            images = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+            if not isinstance(images, Tensor):
+                raise TypeError(f'a batch is {type(images).__name__}; expected images (N, C, H, W), or (images, ...).')
+            if self.size is not None:
+                yield (number * self.processes + self.process) * self.size, images
+            else:
+                if number % self.processes == self.process:
+                    yield start, images
+                start += len(images)
+            number += 1
+            del batch, images  # not held while the next ones are made
+
+
+def _raise_everywhere(results: Iterator[StreamOutput], share: _ProcessShard) -> Iterator[StreamOutput]:
+    """Ends in all processes alike: where one fails, the others do not pass for a whole."""
+    if share.processes == 1:
+        yield from results
+        return
+    from accelerate.utils import gather_object
+
+    failure: str | None = 'it stopped before the end of its share'
+    try:
+        yield from results
+        failure = None
+    except Exception as e:
+        failure = f'{type(e).__name__}: {e}'
+        raise
+    finally:
+        failures = gather_object([failure])
+        if failure is None and any(failures):
+            raise RuntimeError('the stream is not whole: ' + '; '.join(
+                f'process {i} failed ({f})' for i, f in enumerate(failures) if f))

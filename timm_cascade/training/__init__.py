@@ -1,0 +1,1 @@
+"""Training exit heads on the features of a frozen backbone, with Accelerate."""

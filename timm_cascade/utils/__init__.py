@@ -1,0 +1,1 @@
+"""Files, clocks and processes: what every floor may use and what knows nothing of cascades."""
