@@ -16,6 +16,7 @@ test-all: $(STAMP) lint
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)
+	$(BIN)/ruff format --check timm_cascade scripts tests
 	$(BIN)/ruff check timm_cascade scripts tests
 	$(BIN)/mypy
 

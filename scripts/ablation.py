@@ -6,6 +6,7 @@ Pairs of backbone and data stand in scripts/ablation.yaml; backbones and pooled 
 rows train from them (ablation_heads.py). Writes docs/ablation.md and .json; pairs that are in them and not asked for
 (--pairs) stay. Runs that are done are kept in runs/ablation/results.jsonl and not repeated.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -47,9 +48,9 @@ ROWS = (
     Row('heads of full width, whatever they cost', head=(dict(grid=4, hidden=64, norm=True),)),
     Row('heads that pool to 2x2', head=(dict(grid=2, hidden=64, norm=True),)),
     Row('linear heads', head='linear'),
-    Row('distillation at temperature 4, half of the loss', distil=0.5, temperature=4.),
-    Row('distillation at temperature 4 alone, no labels', distil=1., temperature=4.),
-    Row('previous exit\'s logits carried', carry=True),
+    Row('distillation at temperature 4, half of the loss', distil=0.5, temperature=4.0),
+    Row('distillation at temperature 4 alone, no labels', distil=1.0, temperature=4.0),
+    Row("previous exit's logits carried", carry=True),
     Row('answers averaged along the cascade', combine='mean'),
     Row('answers weighted along the cascade', combine='learned'),
     Row('three more views of each image', views=3),
@@ -85,8 +86,10 @@ def runs_of(rows: Sequence[Row], name: str, taps: Taps, seed: int) -> Iterable[d
     classes = taps.logits['test'].shape[1]
 
     def pooled(*splits: str, few: slice = slice(None)) -> list[Tensor]:
-        return [torch.from_numpy(np.concatenate([taps.pooled[s, e, g][few] for s in splits]))
-                for e, g in zip(exits, grids, strict=True)]
+        return [
+            torch.from_numpy(np.concatenate([taps.pooled[s, e, g][few] for s in splits]))
+            for e, g in zip(exits, grids, strict=True)
+        ]
 
     # two exits are cheap: the paper's recipe always gets all images
     few = slice(None if rows[0].exits == 'paper' else PAIRS[name].get('images'))
@@ -107,13 +110,19 @@ def runs_of(rows: Sequence[Row], name: str, taps: Taps, seed: int) -> Iterable[d
             fit_weights(heads, own['train'], labels)
         with torch.no_grad():
             held = [_record([*heads.answers(own[s]), taps.logits[s]], taps.labels[s]) for s in ('calibration', 'test')]
-        stage = np.diff([0, *(taps.macs[e] for e in exits), taps.total]) + np.array([*heads.macs(), 0.])
+        stage = np.diff([0, *(taps.macs[e] for e in exits), taps.total]) + np.array([*heads.macs(), 0.0])
         head = np.array(heads.macs(), float)
         measured = [measure(a, b, stage, head, taps.total, classes) for a, b in halvings(*held)]
-        yield dict(pair=name, key=row.key, row=row.name, seed=seed, seconds=round(seconds, 1),
-                   heads_share=sum(heads.macs()) / taps.total,
-                   exit_accuracy=np.concatenate([h[1] for h in held]).mean(0).round(4).tolist(),
-                   **{k: float(np.mean([m[k] for m in measured])) for k in METRICS})
+        yield dict(
+            pair=name,
+            key=row.key,
+            row=row.name,
+            seed=seed,
+            seconds=round(seconds, 1),
+            heads_share=sum(heads.macs()) / taps.total,
+            exit_accuracy=np.concatenate([h[1] for h in held]).mean(0).round(4).tolist(),
+            **{k: float(np.mean([m[k] for m in measured])) for k in METRICS},
+        )
 
 
 def _in_parts(heads: Heads, taps: list[Tensor]) -> list[Tensor]:
@@ -127,7 +136,7 @@ def halvings(calibration: Samples, test: Samples) -> Iterable[tuple[Samples, Sam
     c, r = (np.concatenate(both) for both in zip(calibration, test, strict=True))
     order, random = np.arange(len(c)), np.random.default_rng(0)
     for _ in range(max(1, 15_000 // len(c))):
-        a, b = order[:sizes[0]], order[sizes[0]:]
+        a, b = order[: sizes[0]], order[sizes[0] :]
         yield (c[a], r[a]), (c[b], r[b])
         yield (c[b], r[b]), (c[a], r[a])
         order = random.permutation(len(c))
@@ -140,12 +149,7 @@ def _record(logits: list[Tensor], labels: Tensor) -> Samples:
 
 
 def measure(
-        chosen_on: Samples,
-        measured_on: Samples,
-        stage_cost: np.ndarray,
-        head_cost: np.ndarray,
-        total: float,
-        classes: int,
+    chosen_on: Samples, measured_on: Samples, stage_cost: np.ndarray, head_cost: np.ndarray, total: float, classes: int
 ) -> dict[str, float]:
     """The path of the joint rule's settings, made on some samples and realised on others.
 
@@ -174,9 +178,12 @@ def _is_base(row: Row, name: str, taps: Taps) -> bool:
     """Whether a row of another name is the base row in this pair."""
     base = next(r for r in ROWS if r.name == BASE)
     exits = exits_of(base, name, taps)
-    return row != base and replace(row, name=base.name, head=base.head, exits=base.exits) == base and (
-        exits_of(row, name, taps) == exits) and (
-        configs_of(row, exits, taps) == configs_of(base, exits, taps))
+    return (
+        row != base
+        and replace(row, name=base.name, head=base.head, exits=base.exits) == base
+        and (exits_of(row, name, taps) == exits)
+        and (configs_of(row, exits, taps) == configs_of(base, exits, taps))
+    )
 
 
 def _raise_everywhere(run: tuple[Row, int]) -> tuple[int, str]:

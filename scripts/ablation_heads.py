@@ -3,6 +3,7 @@
 Every row trains from pooled taps, all exits together, as `timm_cascade.train_heads` does; a test holds the base row to
 be the library's own.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -35,12 +36,13 @@ class Row:
         weigh: Samples count at an exit by the chance that they get that far.
         views: Augmented views of each training image beside the plain one.
     """
+
     name: str
     exits: str | int = 'all'
     head: HeadSpec = 'enhanced'
     recipe: str = 'ours'
-    distil: float = 0.
-    temperature: float = 1.
+    distil: float = 0.0
+    temperature: float = 1.0
     carry: bool = False
     combine: str = ''
     weigh: bool = False
@@ -49,8 +51,9 @@ class Row:
     @property
     def trained_as(self) -> str:
         """What the training depends on: rows that only differ in what is done with finished heads share them."""
-        return repr((self.exits, self.head, self.recipe, self.distil, self.temperature, self.carry, self.weigh,
-                     self.views))
+        return repr(
+            (self.exits, self.head, self.recipe, self.distil, self.temperature, self.carry, self.weigh, self.views)
+        )
 
     @property
     def key(self) -> str:
@@ -86,18 +89,15 @@ class Heads(nn.Module):
     """
 
     def __init__(
-            self,
-            shapes: Sequence[dict[str, Any]],
-            configs: Sequence[dict[str, Any]],
-            num_classes: int,
-            row: Row,
+        self, shapes: Sequence[dict[str, Any]], configs: Sequence[dict[str, Any]], num_classes: int, row: Row
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.combine = row.combine
         self.heads = nn.ModuleList(
             (CarryHead if row.carry and i else ExitHead)(num_classes=num_classes, **shape, **config)
-            for i, (shape, config) in enumerate(zip(shapes, configs, strict=True)))
+            for i, (shape, config) in enumerate(zip(shapes, configs, strict=True))
+        )
         # row m of the weights says what exit m's answer is made of; it starts as the average of those so far
         count = len(shapes)
         self.weights = nn.Parameter(torch.tril(torch.ones(count, count)) / torch.arange(1, count + 1)[:, None])
@@ -120,8 +120,10 @@ class Heads(nn.Module):
 
     def macs(self) -> list[int]:
         """MACs of each head; those of combining included."""
-        linear = [sum(m.in_features * m.out_features for m in head.modules() if isinstance(m, nn.Linear))
-                  for head in self.heads]
+        linear = [
+            sum(m.in_features * m.out_features for m in head.modules() if isinstance(m, nn.Linear))
+            for head in self.heads
+        ]
         return [macs + bool(self.combine) * self.num_classes * (i + 1) for i, macs in enumerate(linear)]
 
 
@@ -150,8 +152,13 @@ def fit(heads: Heads, row: Row, taps: list[Tensor], labels: Tensor, teacher: Ten
         schedule: Any = torch.optim.lr_scheduler.MultiStepLR(optimizer, [EPOCHS // 2 * steps], gamma=0.1)
     else:
         optimizer = torch.optim.AdamW(
-            [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=0.05),
-             dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.)], lr=2e-3, fused=True)
+            [
+                dict(params=[p for p in parameters if p.ndim > 1], weight_decay=0.05),
+                dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0),
+            ],
+            lr=2e-3,
+            fused=True,
+        )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * steps)
     for epoch in range(1, EPOCHS + 1):
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
@@ -160,9 +167,14 @@ def fit(heads: Heads, row: Row, taps: list[Tensor], labels: Tensor, teacher: Ten
             order += images * torch.randint(views, (images,), generator=generator)
         for chosen in order.split(BATCH):
             logits = heads([tap[chosen].float() for tap in taps])
-            loss = torch.stack([
-                (each * w).sum() for each, w in zip(_losses(logits, labels[chosen], teacher[chosen], row),
-                                                    _weights(logits, row), strict=True)]).sum() / len(chosen)
+            loss = torch.stack(
+                [
+                    (each * w).sum()
+                    for each, w in zip(
+                        _losses(logits, labels[chosen], teacher[chosen], row), _weights(logits, row), strict=True
+                    )
+                ]
+            ).sum() / len(chosen)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -176,7 +188,7 @@ def _losses(logits: list[Tensor], labels: Tensor, teacher: Tensor, row: Row) -> 
     for x in logits:
         loss = F.cross_entropy(x, labels, reduction='none') if row.distil < 1 else x.new_zeros(len(x))
         if row.distil:
-            distance = F.cross_entropy(x / row.temperature, soft, reduction='none') * row.temperature ** 2
+            distance = F.cross_entropy(x / row.temperature, soft, reduction='none') * row.temperature**2
             loss = (1 - row.distil) * loss + row.distil * distance
         losses.append(loss)
     return losses

@@ -1,4 +1,5 @@
 """What scripts/ablation.py writes: means over the seeds, which switch pays, the page."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ DROPS = (0.0025, 0.005, 0.01)
 METRICS = (*(f'saved_{drop:g}' for drop in DROPS), 'area')
 SEEDS = (0, 1, 2)
 PAYS = 0.005  # of the MACs: less is not worth a switch
-PAPER = 'the paper\'s recipe: two exits, its heads, SGD'
+PAPER = "the paper's recipe: two exits, its heads, SGD"
 BASE = '**base**: all exits, enhanced heads'
 THREE = 'three exits'
 OURS = BASE  # plus every switch that pays on two pairs or more and is worth its cost: none yet
@@ -54,13 +55,21 @@ def summary(runs: list[dict[str, Any]], names: Iterable[str], rows: Sequence[Row
             mine = [found[name, row.key, s] for s in SEEDS if (name, row.key, s) in found]
             if len(mine) < 2:  # not finished
                 continue
-            line: dict[str, Any] = dict(pair=name, row=row.name, seeds=len(mine), heads_share=mine[0]['heads_share'],
-                                        exit_accuracy=np.mean([x['exit_accuracy'] for x in mine], axis=0).tolist())
+            line: dict[str, Any] = dict(
+                pair=name,
+                row=row.name,
+                seeds=len(mine),
+                heads_share=mine[0]['heads_share'],
+                exit_accuracy=np.mean([x['exit_accuracy'] for x in mine], axis=0).tolist(),
+            )
             for key in METRICS:
                 values = [x[key] for x in mine]
                 line[key] = dict(mean=float(np.mean(values)), sd=float(np.std(values, ddof=1)))
-            gains = [np.mean([x[k] - found[name, base.key, x['seed']][k] for k in METRICS[:-1]]) for x in mine
-                     if (name, base.key, x['seed']) in found]
+            gains = [
+                np.mean([x[k] - found[name, base.key, x['seed']][k] for k in METRICS[:-1]])
+                for x in mine
+                if (name, base.key, x['seed']) in found
+            ]
             line['gain'] = dict(mean=float(np.mean(gains)), error=float(np.std(gains, ddof=1) / len(gains) ** 0.5))
             line['pays'] = bool(line['gain']['mean'] > max(PAYS, 2 * line['gain']['error']))
             table.append(line)
@@ -73,9 +82,11 @@ def about(name: str) -> str:
     size = recipe['model']['create']['pretrained_cfg_overlay']['input_size']
     made = 'as released' if 'release' in pair else f'trained for {recipe["backbone"]["epochs"]} epochs'
     few = pair.get('images')
-    heads = f'its first {few:,} images; rows with the paper\'s exits on all' if few else 'all of it'
-    return (f'Backbone: {recipe["model"]["base"]} for {size[1]}x{size[2]} pixels, {made} on '
-            f'`{recipe["data"]["train"]}`. Heads train on {heads}.')
+    heads = f"its first {few:,} images; rows with the paper's exits on all" if few else 'all of it'
+    return (
+        f'Backbone: {recipe["model"]["base"]} for {size[1]}x{size[2]} pixels, {made} on '
+        f'`{recipe["data"]["train"]}`. Heads train on {heads}.'
+    )
 
 
 def markdown(table: list[dict[str, Any]], names: Sequence[str], rows: Sequence[Row], command: str) -> str:
@@ -84,10 +95,15 @@ def markdown(table: list[dict[str, Any]], names: Sequence[str], rows: Sequence[R
     def cell(x: dict[str, float]) -> str:
         return f'{100 * x["mean"]:.1f} ± {100 * x["sd"]:.1f}'
 
-    text = [INTRODUCTION.format(command=command, seeds=len(SEEDS)), '## Ours against the paper\'s recipe', '',
-            'MACs saved at 0.5 points. Expected were 10 points more than by the paper\'s recipe.', '',
-            '| backbone, data | backbone | the paper\'s recipe | ours, three exits | more | ours (base row) | more |',
-            '| --- | --- | --- | --- | --- | --- | --- |']
+    text = [
+        INTRODUCTION.format(command=command, seeds=len(SEEDS)),
+        "## Ours against the paper's recipe",
+        '',
+        "MACs saved at 0.5 points. Expected were 10 points more than by the paper's recipe.",
+        '',
+        "| backbone, data | backbone | the paper's recipe | ours, three exits | more | ours (base row) | more |",
+        '| --- | --- | --- | --- | --- | --- | --- |',
+    ]
     for name in names:
         paper, *ours = (of[name, row]['saved_0.005'] for row in (PAPER, THREE, OURS))
         compared = []
@@ -97,22 +113,41 @@ def markdown(table: list[dict[str, Any]], names: Sequence[str], rows: Sequence[R
         text.append(f'| {name} | {of[name, BASE]["exit_accuracy"][-1]:.1%} | {cell(paper)} | {" | ".join(compared)} |')
     left = [name for name in PAIRS if name not in names]
     text += ['', f'Not run: {", ".join(left)}.'] if left else []
-    text += ['', '## Which switch pays', '', WHICH, '', f'| row | {" | ".join(names)} | pays on |',
-             f'| --- | {"--- | " * len(names)}--- |']
+    text += [
+        '',
+        '## Which switch pays',
+        '',
+        WHICH,
+        '',
+        f'| row | {" | ".join(names)} | pays on |',
+        f'| --- | {"--- | " * len(names)}--- |',
+    ]
     for row in rows:
         cells = [of.get((name, row.name)) for name in names]
         shown = ['' if c is None else f'{100 * c["gain"]["mean"]:+.1f} ± {100 * c["gain"]["error"]:.1f}' for c in cells]
         shown = [f'**{x}**' if c and c['pays'] else x for x, c in zip(shown, cells, strict=True)]
         if row.name != BASE:
-            text.append(f'| {row.name} | {" | ".join(shown)} | {sum(bool(c and c["pays"]) for c in cells)} of '
-                        f'{sum(c is not None for c in cells)} |')
+            text.append(
+                f'| {row.name} | {" | ".join(shown)} | {sum(bool(c and c["pays"]) for c in cells)} of '
+                f'{sum(c is not None for c in cells)} |'
+            )
     for name in names:
-        text += ['', f'## {name}', '', about(name),
-                 '', '| row | saved at 0.25 | at 0.5 | at 1 | area | heads |', '| --- | --- | --- | --- | --- | --- |']
+        text += [
+            '',
+            f'## {name}',
+            '',
+            about(name),
+            '',
+            '| row | saved at 0.25 | at 0.5 | at 1 | area | heads |',
+            '| --- | --- | --- | --- | --- | --- |',
+        ]
         for x in (of[name, r.name] for r in rows if (name, r.name) in of):
             text.append(f'| {x["row"]} | {" | ".join(cell(x[k]) for k in METRICS)} | {x["heads_share"]:.2%} |')
         accuracy = of[name, BASE]['exit_accuracy']
-        text += ['', f'Exits of the base row, right on the held-out images: '
-                     f'{", ".join(f"{e} {a:.1%}" for e, a in zip(PAIRS[name]["exits"], accuracy, strict=False))}; '
-                     f'backbone {accuracy[-1]:.1%}.']
+        text += [
+            '',
+            f'Exits of the base row, right on the held-out images: '
+            f'{", ".join(f"{e} {a:.1%}" for e, a in zip(PAIRS[name]["exits"], accuracy, strict=False))}; '
+            f'backbone {accuracy[-1]:.1%}.',
+        ]
     return '\n'.join([*text, ''])

@@ -4,6 +4,7 @@
 
 Everything is kept in runs/ablation/PAIR/ and not made again; a backbone continues at the epoch where it was stopped.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -46,6 +47,7 @@ class Taps:
         macs: For each exit, MACs of the backbone up to it.
         total: MACs of the backbone.
     """
+
     pooled: dict[tuple[str, str, int], np.ndarray]
     logits: dict[str, Tensor]
     labels: dict[str, Tensor]
@@ -115,9 +117,14 @@ def _write(pair: dict[str, Any], work: Path) -> None:
         _logger.info('%s: %d images, backbone %.2f %%, %.0f s', split, len(data), 100 * right, time.time() - began)
         with replacing(work / f'{split}.npz') as temporary, open(temporary, 'wb') as f:  # last: then the split is done
             np.savez(f, logits=torch.cat(logits).numpy(), labels=data.labels)
-    points = {p.module: dict(shape=dict(channels=p.channels, size=p.size, layout=p.layout,
-                                        prefix_tokens=p.prefix_tokens), macs=p.macs, total=p.total)
-              for p in model.exits}
+    points = {
+        p.module: dict(
+            shape=dict(channels=p.channels, size=p.size, layout=p.layout, prefix_tokens=p.prefix_tokens),
+            macs=p.macs,
+            total=p.total,
+        )
+        for p in model.exits
+    }
     write_text(work / 'points.json', json.dumps(points, indent=1))
 
 
@@ -135,12 +142,18 @@ def load_taps(name: str, runs: Path = ROOT / 'runs' / 'ablation') -> Taps:
     points = json.loads((work / 'points.json').read_text(encoding='utf-8'))
     rest = {split: np.load(work / f'{split}.npz') for split in _splits(pair)}
     return Taps(
-        pooled={(split, e, g): np.load(work / f'{split}.{e}.{g}.npy', mmap_mode='r')
-                for split in _splits(pair) for e in points for g in GRIDS},
+        pooled={
+            (split, e, g): np.load(work / f'{split}.{e}.{g}.npy', mmap_mode='r')
+            for split in _splits(pair)
+            for e in points
+            for g in GRIDS
+        },
         logits={s: torch.from_numpy(z['logits']) for s, z in rest.items()},
         labels={s: torch.from_numpy(z['labels']) for s, z in rest.items()},
-        shapes={e: p['shape'] for e, p in points.items()}, macs={e: p['macs'] for e, p in points.items()},
-        total=next(iter(points.values()))['total'])
+        shapes={e: p['shape'] for e, p in points.items()},
+        macs={e: p['macs'] for e, p in points.items()},
+        total=next(iter(points.values()))['total'],
+    )
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 Used by release.py; no part of the library: heads train on a backbone that is already there.
 """
+
 from __future__ import annotations
 
 import json
@@ -46,8 +47,10 @@ def augment(images: Tensor, pad: int, flip: bool, generator: torch.Generator) ->
 @torch.inference_mode()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> float:
     model.eval()
-    right = sum(int((model(x.to(device)).argmax(1).cpu() == y).sum())
-                for x, y in zip(images.split(1000), labels.split(1000), strict=True))
+    right = sum(
+        int((model(x.to(device)).argmax(1).cpu() == y).sum())
+        for x, y in zip(images.split(1000), labels.split(1000), strict=True)
+    )
     return right / len(labels)
 
 
@@ -67,16 +70,25 @@ def train_backbone(model: nn.Module, train: ImageData, watch: ImageData, state_f
     batch = recipe['batch_size']
     steps = len(images) // batch
     optimizer = create_optimizer_v2(
-        model, recipe.get('optimizer', 'sgd'), lr=recipe['lr'], weight_decay=recipe['weight_decay'], momentum=0.9)
+        model, recipe.get('optimizer', 'sgd'), lr=recipe['lr'], weight_decay=recipe['weight_decay'], momentum=0.9
+    )
     scheduler, _ = create_scheduler_v2(
-        optimizer, 'cosine', num_epochs=recipe['epochs'], warmup_epochs=1, warmup_lr=1e-3, min_lr=0,
-        step_on_epochs=False, updates_per_epoch=steps)
+        optimizer,
+        'cosine',
+        num_epochs=recipe['epochs'],
+        warmup_epochs=1,
+        warmup_lr=1e-3,
+        min_lr=0,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+    )
     start = 0
     if state_file.exists():
         state = torch.load(state_file, map_location='cpu', weights_only=True)
         if state['recipe'] != recipe:
-            raise ValueError(f'{state_file} was made by {state["recipe"]}, asked is {recipe}; move it away to start '
-                             f'anew.')
+            raise ValueError(
+                f'{state_file} was made by {state["recipe"]}, asked is {recipe}; move it away to start anew.'
+            )
         model.load_state_dict(state['model'])
         optimizer.load_state_dict(state['optimizer'])
         start = state['epoch']
@@ -89,7 +101,7 @@ def train_backbone(model: nn.Module, train: ImageData, watch: ImageData, state_f
         total = torch.zeros((), device=device)
         for step in range(steps):
             scheduler.step_update(epoch * steps + step)
-            chosen = order[step * batch:(step + 1) * batch]
+            chosen = order[step * batch : (step + 1) * batch]
             x = augment(images[chosen], recipe['pad'], recipe['flip'], generator)
             x = x.to(device, memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe['mixed_precision'] == 'bf16'):
@@ -100,11 +112,16 @@ def train_backbone(model: nn.Module, train: ImageData, watch: ImageData, state_f
             optimizer.step()
             total += loss.detach()
         with replacing(state_file) as temporary:
-            torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch + 1,
-                            recipe=recipe), temporary)
-        line = dict(epoch=epoch + 1, loss=round(float(total) / steps, 4),
-                    watch=round(accuracy(model, watch_images, watch_labels, device), 4),
-                    seconds=round(time.time() - began, 1))
+            torch.save(
+                dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch + 1, recipe=recipe),
+                temporary,
+            )
+        line = dict(
+            epoch=epoch + 1,
+            loss=round(float(total) / steps, 4),
+            watch=round(accuracy(model, watch_images, watch_labels, device), 4),
+            seconds=round(time.time() - began, 1),
+        )
         with open(state_file.with_suffix('.jsonl'), 'a', encoding='utf-8') as log:
             log.write(json.dumps(line) + '\n')
         _logger.info('backbone %s', line)

@@ -4,6 +4,7 @@ earlyon's EarlyExitWrapper takes any backbone and any heads, so it gets the very
 one image at a time (`model(x)`), or a batch that leaves together, as soon as all of it is sure
 (`forward_inference_batched`); its hooks do not run under torch.compile.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -46,9 +47,12 @@ def wrap(model: CascadeModel, size: tuple[int, ...]) -> nn.Module:
     thresholds = model.thresholds.tolist()
     points = [ExitPoint(f'e{i}', p.module, p.channels) for i, p in enumerate(model.exits)]
     config = EarlyExitConfig(
-        backbone='custom', num_classes=model.num_classes, exit_points=points,
-        confidence_thresholds=[0. if math.isinf(t) else t for t in thresholds],
-        enabled_exits=[not math.isinf(t) for t in thresholds])
+        backbone='custom',
+        num_classes=model.num_classes,
+        exit_points=points,
+        confidence_thresholds=[0.0 if math.isinf(t) else t for t in thresholds],
+        enabled_exits=[not math.isinf(t) for t in thresholds],
+    )
     heads = {f'e{i}': head for i, head in enumerate(model.heads)}  # the very same: see bench_plain.bare
     wrapper = EarlyExitWrapper(bare(model), heads, nn.Identity(), config, input_shape=(1, *size)).eval()
     _ = wrapper.flops_estimate  # it computes this at its first call; that is not what is timed
@@ -77,15 +81,26 @@ def compare(what: str, model: CascadeModel, images: Tensor, batch: int, seconds:
     with torch.inference_mode():
         sizes = [survivors(model.predict(b).exit, len(model.exits) + 1) for b in batches]
         theirs = [other(b).exit_taken if batch == 1 else other.forward_inference_batched(b).exit_taken for b in batches]
-    runs = in_turns({
-        'ours': partial(each, model.predict, batches),
-        'theirs': partial(each, other if batch == 1 else other.forward_inference_batched, batches),
-        'plain': partial(each, bare(model), batches),
-    }, seconds, least)
+    runs = in_turns(
+        {
+            'ours': partial(each, model.predict, batches),
+            'theirs': partial(each, other if batch == 1 else other.forward_inference_batched, batches),
+            'plain': partial(each, bare(model), batches),
+        },
+        seconds,
+        least,
+    )
     left = [e for e in theirs if e >= 0]
-    row = dict(what=what, batch=batch, images=len(images), survivors=np.sum(sizes, axis=0).tolist(),
-               theirs_left_early=len(left) / len(batches), throughput=runs.ratio('theirs', 'ours'),
-               ours_to_plain=runs.ratio('ours', 'plain'), theirs_to_plain=runs.ratio('theirs', 'plain'))
+    row = dict(
+        what=what,
+        batch=batch,
+        images=len(images),
+        survivors=np.sum(sizes, axis=0).tolist(),
+        theirs_left_early=len(left) / len(batches),
+        throughput=runs.ratio('theirs', 'ours'),
+        ours_to_plain=runs.ratio('ours', 'plain'),
+        theirs_to_plain=runs.ratio('theirs', 'plain'),
+    )
     _logger.info('%s, batch %d: %.2f times the throughput of earlyon', what, batch, row['throughput']['median'])
     return row
 
@@ -96,8 +111,12 @@ def ideal_share(model: CascadeModel, images: Tensor, batch: int, seconds: float,
     batches = list(images.contiguous(memory_format=torch.channels_last).split(batch))
     sizes = [survivors(model.predict(b).exit, len(model.exits) + 1) for b in batches]
     images = torch.cat(batches)
-    runs = in_turns({'plain': partial(each, bare(model), batches)} | {
-        str(n): partial(stage_seconds, model, images[:n], last) for last, n in occurring(sizes)}, seconds, least)
+    runs = in_turns(
+        {'plain': partial(each, bare(model), batches)}
+        | {str(n): partial(stage_seconds, model, images[:n], last) for last, n in occurring(sizes)},
+        seconds,
+        least,
+    )
     stages = {int(n): np.stack(v) for n, v in runs.returned.items() if n != 'plain'}
     return spread(ideal_seconds(sizes, stages) / runs.seconds['plain'])
 
@@ -114,17 +133,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         images = pictures(n, (3, args.size, args.size)).to(args.device)
         model = build('resnet18', images).to(args.device, memory_format=torch.channels_last)
         model.thresholds = forced(observe(model, list(images.split(batch))), args.share)
-        row = compare(f'resnet18, {args.share:.0%} leave at each of 3 exits', model, images, batch, args.seconds,
-                      args.repetitions)
+        row = compare(
+            f'resnet18, {args.share:.0%} leave at each of 3 exits', model, images, batch, args.seconds, args.repetitions
+        )
         ideal = ideal_share(model, images, batch, args.seconds / 2, args.repetitions)
-        rows.append(dict(row, ideal_to_plain=ideal, target=0.9 / ideal['median'] if batch > 1 else 1.))
+        rows.append(dict(row, ideal_to_plain=ideal, target=0.9 / ideal['median'] if batch > 1 else 1.0))
     model = timm.create_model(f'local-dir:{RELEASE}', pretrained=True).eval()
     model.to(args.device, memory_format=torch.channels_last)
     model.set_max_drop(0.005)
     images = decode(model, first(fashion_mnist.load_test(), args.images))[0].to(args.device)
-    for batch, n, target in ((1, len(images) // 4, 1.), (64, len(images) // 64 * 64, 2.5)):
-        rows.append(dict(compare('Fashion-MNIST release, max_drop 0.5 %, test images', model, images[:n], batch,
-                                 args.seconds, args.repetitions), target=target))
+    for batch, n, target in ((1, len(images) // 4, 1.0), (64, len(images) // 64 * 64, 2.5)):
+        rows.append(
+            dict(
+                compare(
+                    'Fashion-MNIST release, max_drop 0.5 %, test images',
+                    model,
+                    images[:n],
+                    batch,
+                    args.seconds,
+                    args.repetitions,
+                ),
+                target=target,
+            )
+        )
     return dict(rows=rows, version=VERSION)
 
 
@@ -143,11 +174,15 @@ def markdown(section: dict[str, Any]) -> list[str]:
         '(a closed exit is not enabled there); both eager, channels-last, in inference mode. Single images leave at '
         'the same exits with the same logits in both: checked before timing. At batch 64 earlyon keeps a batch '
         'together until all of it is sure; last column: how many of its batches left early at all. Target at batch '
-        '64 with forced shares: 0.9 / ideal; on real images 2.5; at batch 1: not slower.', '',
-        '| what | batch | our throughput over earlyon\'s | ours, time of plain | earlyon, time of plain '
-        '| earlyon left early |', '| --- | --- | --- | --- | --- | --- |']
+        '64 with forced shares: 0.9 / ideal; on real images 2.5; at batch 1: not slower.',
+        '',
+        "| what | batch | our throughput over earlyon's | ours, time of plain | earlyon, time of plain "
+        '| earlyon left early |',
+        '| --- | --- | --- | --- | --- | --- |',
+    ]
     for r in section['rows']:
         text.append(
             f'| {r["what"]} | {r["batch"]} | {verdict(r["throughput"], r["target"], at_least=True)} | '
-            f'{cell(r["ours_to_plain"])} | {cell(r["theirs_to_plain"])} | {r["theirs_left_early"]:.0%} |')
+            f'{cell(r["ours_to_plain"])} | {cell(r["theirs_to_plain"])} | {r["theirs_left_early"]:.0%} |'
+        )
     return text

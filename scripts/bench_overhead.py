@@ -1,4 +1,5 @@
 """What the cascade costs where it saves nothing: exits off, import, first forward, memory of stream."""
+
 from __future__ import annotations
 
 import argparse
@@ -21,17 +22,17 @@ import timm_cascade  # noqa: F401  registers the cascades
 _logger = logging.getLogger('benchmark')
 SCRIPTS = Path(__file__).resolve().parent
 
-IMPORT = '''
+IMPORT = """
 import json, time
 began = time.perf_counter()
 import timm
 middle = time.perf_counter()
 import timm_cascade
 print(json.dumps([middle - began, time.perf_counter() - middle]))
-'''
+"""
 
 # in a process of its own: what a first forward sets up stays set up
-FIRST = '''
+FIRST = """
 import json, sys, time
 import timm, torch
 import timm_cascade
@@ -49,10 +50,10 @@ with torch.inference_mode():
         call(images)
         times.append(time.perf_counter() - began)
 print(json.dumps(times))
-'''
+"""
 
 # peak resident memory over what the process had before, for each way to run the same batches
-MEMORY = '''
+MEMORY = """
 import json, resource, sys
 sys.path.insert(0, sys.argv[1])
 import torch
@@ -85,14 +86,18 @@ with torch.inference_mode():
             pass
 taps = sum(p.channels * p.size[0] * p.size[1] for p in model.exits) * 4 * batch
 print(json.dumps(dict(peak=peak() - before, buffer=taps)))
-'''
+"""
 
 
 def alone(code: str, *argv: Any) -> Any:
     """What a program in a process of its own prints, as JSON."""
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *map(str, argv)], check=True,
-                          capture_output=True, text=True,
-                          env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(SCRIPTS.parent), *sys.path])})
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code, *map(str, argv)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(SCRIPTS.parent), *sys.path])},
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -114,21 +119,29 @@ def first_forward(name: str, batch: int, args: argparse.Namespace) -> dict[str, 
     for kind, made in (('cascade', f'cascade_{name}'), ('plain', name)):
         runs = [alone(FIRST, made, batch, torch.get_num_threads()) for _ in range(args.processes)]
         row[kind] = spread([r[0] / spread(r[2:])['median'] for r in runs])
-    _logger.info('first forward, %s, batch %d: %.2f (plain %.2f)', name, batch, row['cascade']['median'],
-                 row['plain']['median'])
+    _logger.info(
+        'first forward, %s, batch %d: %.2f (plain %.2f)', name, batch, row['cascade']['median'], row['plain']['median']
+    )
     return row
 
 
 def memory(name: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     """Peak memory of stream and of predict over plain's plus the taps that may wait."""
     side = timm.get_pretrained_cfg(name).input_size[-1] if args.size is None else args.size
-    found = {way: [alone(MEMORY, SCRIPTS, name, batch, way, torch.get_num_threads(), side)
-                   for _ in range(args.processes)] for way in ('plain', 'predict', 'stream')}
+    found = {
+        way: [alone(MEMORY, SCRIPTS, name, batch, way, torch.get_num_threads(), side) for _ in range(args.processes)]
+        for way in ('plain', 'predict', 'stream')
+    }
     peaks = {way: spread([r['peak'] for r in runs])['median'] for way, runs in found.items()}
     buffer = found['plain'][0]['buffer']
-    row = dict(network=name, batch=batch, peaks=peaks, buffer=buffer,
-               stream=spread([r['peak'] / (peaks['plain'] + buffer) for r in found['stream']]),
-               predict=spread([r['peak'] / peaks['plain'] for r in found['predict']]))
+    row = dict(
+        network=name,
+        batch=batch,
+        peaks=peaks,
+        buffer=buffer,
+        stream=spread([r['peak'] / (peaks['plain'] + buffer) for r in found['stream']]),
+        predict=spread([r['peak'] / peaks['plain'] for r in found['predict']]),
+    )
     _logger.info('memory, %s, batch %d: stream %.2f of plain and buffer', name, batch, row['stream']['median'])
     return row
 
@@ -146,8 +159,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     imports = [alone(IMPORT) for _ in range(args.processes + 2)][1:]  # the first one fills the disk cache
     firsts = [first_forward(name, 1, args) for name in args.networks]
     peaks = [memory(name, max(args.batch), args) for name in args.memory_networks]
-    return dict(off=off, imports=dict(timm=spread([a for a, _ in imports]), ours=spread([b for _, b in imports])),
-                first=firsts, memory=peaks)
+    return dict(
+        off=off,
+        imports=dict(timm=spread([a for a, _ in imports]), ours=spread([b for _, b in imports])),
+        first=firsts,
+        memory=peaks,
+    )
 
 
 def markdown(section: dict[str, Any]) -> list[str]:
@@ -157,22 +174,40 @@ def markdown(section: dict[str, Any]) -> list[str]:
     missed = ' **missed** (<= 150 ms)' if ours['median'] > 0.15 else ''
     text = [
         f'**Import**: `import timm_cascade` after `import timm` adds {1000 * ours["median"]:.0f} ms '
-        f'({1000 * ours["low"]:.0f} to {1000 * ours["high"]:.0f}) to timm\'s {1000 * timms["median"]:.0f} ms'
-        f'{missed}.', '',
+        f"({1000 * ours['low']:.0f} to {1000 * ours['high']:.0f}) to timm's {1000 * timms['median']:.0f} ms"
+        f'{missed}.',
+        '',
         '**Exits off**: time of a cascade whose thresholds are unset over that of the plain timm model, channels-last. '
-        'Target: 1.01. Control: the same of a second copy of the plain model, which is the noise of the machine.', '',
-        '| network | batch | exits off | control |', '| --- | --- | --- | --- |']
-    text += [f'| {r["network"]} | {r["batch"]} | {verdict(r["off"], 1.01, digits=3)} | {cell(r["control"], 3)} |'
-             for r in section['off']]
-    text += ['', '**First forward** in a fresh process over the median of later ones, eager, batch 1. Target: 1.2. '
-             'Beside it what the plain network does: torch itself sets things up.', '',
-             '| network | cascade | plain |', '| --- | --- | --- |']
-    text += [f'| {r["network"]} | {verdict(r["cascade"], 1.2)} | {cell(r["plain"])} |'
-             for r in section['first']]
-    text += ['', '**Peak memory** above what the process had with the model loaded, eight batches, 40 % leaving at '
-             'each of three exits: of `stream` over the plain network\'s plus the stated buffer (one batch of taps an '
-             'exit), of `predict` over the plain network\'s. Target: 1.2.', '',
-             '| network | batch | plain, MB | buffer, MB | stream | predict |', '| --- | --- | --- | --- | --- | --- |']
-    text += [f'| {r["network"]} | {r["batch"]} | {r["peaks"]["plain"] / 1e6:.0f} | {r["buffer"] / 1e6:.0f} | '
-             f'{verdict(r["stream"], 1.2)} | {cell(r["predict"])} |' for r in section['memory']]
+        'Target: 1.01. Control: the same of a second copy of the plain model, which is the noise of the machine.',
+        '',
+        '| network | batch | exits off | control |',
+        '| --- | --- | --- | --- |',
+    ]
+    text += [
+        f'| {r["network"]} | {r["batch"]} | {verdict(r["off"], 1.01, digits=3)} | {cell(r["control"], 3)} |'
+        for r in section['off']
+    ]
+    text += [
+        '',
+        '**First forward** in a fresh process over the median of later ones, eager, batch 1. Target: 1.2. '
+        'Beside it what the plain network does: torch itself sets things up.',
+        '',
+        '| network | cascade | plain |',
+        '| --- | --- | --- |',
+    ]
+    text += [f'| {r["network"]} | {verdict(r["cascade"], 1.2)} | {cell(r["plain"])} |' for r in section['first']]
+    text += [
+        '',
+        '**Peak memory** above what the process had with the model loaded, eight batches, 40 % leaving at '
+        "each of three exits: of `stream` over the plain network's plus the stated buffer (one batch of taps an "
+        "exit), of `predict` over the plain network's. Target: 1.2.",
+        '',
+        '| network | batch | plain, MB | buffer, MB | stream | predict |',
+        '| --- | --- | --- | --- | --- | --- |',
+    ]
+    text += [
+        f'| {r["network"]} | {r["batch"]} | {r["peaks"]["plain"] / 1e6:.0f} | {r["buffer"] / 1e6:.0f} | '
+        f'{verdict(r["stream"], 1.2)} | {cell(r["predict"])} |'
+        for r in section['memory']
+    ]
     return text

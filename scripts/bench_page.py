@@ -1,4 +1,5 @@
 """docs/benchmark.md, .json and .png from the sections that were measured so far."""
+
 from __future__ import annotations
 
 import json
@@ -31,44 +32,77 @@ def write(folder: Path, sections: dict[str, Any], render: Callable[[str, dict[st
     """Writes all three files; `render` makes a section's Markdown."""
     write_text(folder / 'benchmark.json', json.dumps(sections, indent=1) + '\n')
     plot(sections, folder / 'benchmark.png')
-    text = ['# Benchmark', '', 'Everything is a ratio of times measured in turns within one run: median of the '
-            'repetitions, quartiles in brackets. **missed** marks a target that was not met.', '',
-            '![time against the ideal, and beside the peers](benchmark.png)']
+    text = [
+        '# Benchmark',
+        '',
+        'Everything is a ratio of times measured in turns within one run: median of the '
+        'repetitions, quartiles in brackets. **missed** marks a target that was not met.',
+        '',
+        '![time against the ideal, and beside the peers](benchmark.png)',
+    ]
     for name, section in sections.items():
         m = section['machine']
-        text += ['', f'## {name}', '', f'    {section["command"]}', '',
-                 f'{m["device"]}, torch {m["torch"]}, timm {m["timm"]}'
-                 + (', **quick run: few repetitions, not a result**' if section['quick'] else '') + '.', '',
-                 *render(name, section)]
+        text += [
+            '',
+            f'## {name}',
+            '',
+            f'    {section["command"]}',
+            '',
+            f'{m["device"]}, torch {m["torch"]}, timm {m["timm"]}'
+            + (', **quick run: few repetitions, not a result**' if section['quick'] else '')
+            + '.',
+            '',
+            *render(name, section),
+        ]
     write_text(folder / 'benchmark.md', '\n'.join([*text, '']))
 
 
 def plot(sections: dict[str, Any], path: Path) -> None:
     """Left: time of the cascade over plain, against the ideal's. Right: how much faster than each peer."""
-    bars = [(f'earlyon, {"random" if "resnet18" in r["what"] else "real"} images, batch {r["batch"]}', r['throughput'])
-            for r in sections.get('earlyon', {}).get('rows', [])]
+    bars = [
+        (f'earlyon, {"random" if "resnet18" in r["what"] else "real"} images, batch {r["batch"]}', r['throughput'])
+        for r in sections.get('earlyon', {}).get('rows', [])
+    ]
     static = sections.get('static', {})
-    bars += [(f'every exit, max_drop {r["max_drop"]:.2%}, batch {r["batch"]}', r['faster'])
-             for r in static.get('everything', []) if r['max_drop'] == 0.005]
-    bars += [(f'{r["network"]}, {r["data"]}, {r["mode"]}, batch {r["batch"]}', r['faster'])
-             for r in static.get('static', []) if r['cascade']]
-    bars += [(f'{r["network"]}, {r["data"]}, {r["mode"]}, stream', r['stream'])
-             for r in static.get('static', []) if 'stream' in r]
+    bars += [
+        (f'every exit, max_drop {r["max_drop"]:.2%}, batch {r["batch"]}', r['faster'])
+        for r in static.get('everything', [])
+        if r['max_drop'] == 0.005
+    ]
+    bars += [
+        (f'{r["network"]}, {r["data"]}, {r["mode"]}, batch {r["batch"]}', r['faster'])
+        for r in static.get('static', [])
+        if r['cascade']
+    ]
+    bars += [
+        (f'{r["network"]}, {r["data"]}, {r["mode"]}, stream', r['stream'])
+        for r in static.get('static', [])
+        if 'stream' in r
+    ]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, max(4.5, 1 + 0.2 * len(bars))), dpi=130)
     rows = sections.get('plain', {}).get('rows', [])
     marks = dict(zip(dict.fromkeys(r['network'] for r in rows), 'os^Dv', strict=False))
     for batch, colour in ((1, '#b8860b'), (8, '#4878a8'), (64, '#2e7d32')):
         for network, mark in marks.items():
             these = [r for r in rows if (r['batch'], r['network']) == (batch, network)]
-            left.plot([r['ideal_to_plain']['median'] for r in these], [r['to_plain']['median'] for r in these], mark,
-                      color=colour, ms=5, alpha=0.8)
+            left.plot(
+                [r['ideal_to_plain']['median'] for r in these],
+                [r['to_plain']['median'] for r in these],
+                mark,
+                color=colour,
+                ms=5,
+                alpha=0.8,
+            )
         left.plot([], [], 'o', color=colour, label=f'batch {batch}')
     for network, mark in marks.items():
         left.plot([], [], mark, color='0.4', label=network)
     left.plot([0.3, 1.1], [0.3, 1.1], color='0.6', lw=1, label='the ideal')
     left.axhline(1, color='crimson', lw=1, ls='--')
-    left.set(xlabel='ideal, time of the plain network', ylabel='cascade, time of the plain network',
-             title='forced exit shares')
+    left.set(
+        xlabel='ideal, time of the plain network',
+        ylabel='cascade, time of the plain network',
+        title='forced exit shares',
+    )
     left.grid(alpha=0.25)
     left.legend(fontsize=7)
     for y, (_, s) in enumerate(bars):

@@ -1,4 +1,5 @@
 """Cascades with forced exit shares beside the plain timm backbone, and beside the ideal from stage times."""
+
 from __future__ import annotations
 
 import argparse
@@ -22,7 +23,7 @@ from timm_cascade.thresholds import route
 
 _logger = logging.getLogger('benchmark')
 NETWORKS = ('resnet18', 'resnet50', 'mobilenetv3_large_100', 'convnext_tiny', 'vit_small_patch16_224')
-SHARES = (0., 0.2, 0.4, 0.6)
+SHARES = (0.0, 0.2, 0.4, 0.6)
 IMAGES = {1: 10}  # of other batch sizes, one batch
 MEMORY = {'eager': torch.contiguous_format, 'channels-last': torch.channels_last, 'compiled': torch.channels_last}
 
@@ -57,8 +58,8 @@ def forced(sure: np.ndarray, share: float) -> list[float]:
     for column in sure.T:
         order = np.sort(column[present])[::-1]
         leaving = round(share * len(present))
-        above = order[leaving - 1] if leaving else 1.
-        below = order[leaving] if leaving < len(order) else 0.
+        above = order[leaving - 1] if leaving else 1.0
+        below = order[leaving] if leaving < len(order) else 0.0
         thresholds.append(float(above + below) / 2)
         present = present[column[present] < thresholds[-1]]
     return thresholds
@@ -134,7 +135,8 @@ def measure(network: Network, images: Tensor, batch: int, seconds: float, least:
     plain_batches = list(images.split(batch))
     modes, count = list(network.plain), len(next(iter(network.cascades.values())).exits) + 1
     contestants: dict[str, Callable[[], Any]] = {
-        f'plain {m}': partial(each, network.plain[m], to_memory(m, plain_batches)) for m in modes}
+        f'plain {m}': partial(each, network.plain[m], to_memory(m, plain_batches)) for m in modes
+    }
     cascades = [network.eager(images[:8]), *(m for m in modes if m == 'compiled')]
     came: dict[tuple[str, float], list[list[int]]] = {}
     for mode in cascades:
@@ -157,11 +159,20 @@ def measure(network: Network, images: Tensor, batch: int, seconds: float, least:
         if sizes != (found := split_survivors(runs.returned[key][0].cpu(), batch, count)):
             raise RuntimeError(f'{mode}, {share:.0%}: {sizes} were to come to the stages, and {found} did.')
         ideal = ideal_seconds(sizes, stages_of(runs, mode))
-        rows.append(dict(
-            batch=batch, mode=mode, share=share, came=np.sum(sizes, axis=0).tolist(), best=best,
-            to_ideal=runs.ratio(key, ideal), to_plain=runs.ratio(key, plain), to_best=runs.ratio(key, f'plain {best}'),
-            ideal_to_plain=spread(ideal / runs.seconds[plain]),
-            plain_ms=1000 * float(np.median(runs.seconds[plain])) / len(images)))
+        rows.append(
+            dict(
+                batch=batch,
+                mode=mode,
+                share=share,
+                came=np.sum(sizes, axis=0).tolist(),
+                best=best,
+                to_ideal=runs.ratio(key, ideal),
+                to_plain=runs.ratio(key, plain),
+                to_best=runs.ratio(key, f'plain {best}'),
+                ideal_to_plain=spread(ideal / runs.seconds[plain]),
+                plain_ms=1000 * float(np.median(runs.seconds[plain])) / len(images),
+            )
+        )
     return rows
 
 
@@ -175,7 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--networks', nargs='+', default=list(NETWORKS))
     parser.add_argument('--batch', type=int, nargs='+', default=[1, 8, 64])
     parser.add_argument('--modes', nargs='+', default=list(MEMORY), choices=list(MEMORY))
-    parser.add_argument('--size', type=int, help='side of the images, if not the network\'s own')
+    parser.add_argument('--size', type=int, help="side of the images, if not the network's own")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -192,13 +203,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 for call in (network.plain['compiled'], network.cascades['compiled'].predict):
                     each(call, to_memory('compiled', [images[:2], images[:3]]))
         for batch in args.batch:
-            found = measure(network, images[:IMAGES.get(batch, batch)], batch, args.seconds, args.repetitions)
+            found = measure(network, images[: IMAGES.get(batch, batch)], batch, args.seconds, args.repetitions)
             rows += [dict(network=name, **row) for row in found]
             for r in found:
                 _logger.info(
-                    '%s, batch %d, %s, %.0f %%: %.3f of the ideal, %.3f of the plain network (%s: %.3f)', name, batch,
-                    r['mode'], 100 * r['share'], r['to_ideal']['median'], r['to_plain']['median'], r['best'],
-                    r['to_best']['median'])
+                    '%s, batch %d, %s, %.0f %%: %.3f of the ideal, %.3f of the plain network (%s: %.3f)',
+                    name,
+                    batch,
+                    r['mode'],
+                    100 * r['share'],
+                    r['to_ideal']['median'],
+                    r['to_plain']['median'],
+                    r['best'],
+                    r['to_best']['median'],
+                )
         torch.compiler.reset()
     return dict(rows=rows)
 
@@ -216,20 +234,23 @@ def markdown(section: dict[str, Any]) -> list[str]:
     from bench_page import cell, verdict
 
     text = [
-        'Random weights, three exits, coarse random pictures of the network\'s own size; thresholds put between the '
+        "Random weights, three exits, coarse random pictures of the network's own size; thresholds put between the "
         'confidences that were observed, so that the stated share of the images present leaves at each exit (at batch '
         '1: of ten images; the ideal counts what really left). Ideal: the measured times of the plain '
-        'network\'s stages (compiled: of the compiled stages) and heads, each at the batch sizes that came to it. '
+        "network's stages (compiled: of the compiled stages) and heads, each at the batch sizes that came to it. "
         'Eager is the faster of the two memory formats; best is the plain network in its fastest mode of all. '
         'Targets: at most 1.05 of the ideal at batch 64, 1.10 at batch 1; below 1.00 of the plain network from 20 % '
-        'up.', '',
+        'up.',
+        '',
         '| network | batch | mode | leave | of the ideal | of plain, same mode | of plain, best mode '
         '| ideal of plain |',
-        '| --- | --- | --- | --- | --- | --- | --- | --- |']
+        '| --- | --- | --- | --- | --- | --- | --- | --- |',
+    ]
     for r in section['rows']:
         limit = 1.05 if r['batch'] >= 64 else 1.10 if r['batch'] == 1 else None
         text.append(
             f'| {r["network"]} | {r["batch"]} | {r["mode"]} | {r["share"]:.0%} | '
             f'{verdict(r["to_ideal"], limit)} | {cell(r["to_plain"])} | '
-            f'{verdict(r["to_best"], 1. if r["share"] else None)} ({r["best"]}) | {cell(r["ideal_to_plain"])} |')
+            f'{verdict(r["to_best"], 1.0 if r["share"] else None)} ({r["best"]}) | {cell(r["ideal_to_plain"])} |'
+        )
     return text

@@ -1,4 +1,5 @@
 """The Fashion-MNIST release on test images, from the files to the answers."""
+
 from __future__ import annotations
 
 import argparse
@@ -44,8 +45,10 @@ def loading(least: int) -> dict[str, Any]:
         timm.create_model('cifar_resnet20', in_chans=1, num_classes=10).load_state_dict(state)
 
     for _ in range(least):
-        for name, call in (('cascade', partial(timm.create_model, f'local-dir:{RELEASE}', pretrained=True)),
-                           ('plain', plain)):
+        for name, call in (
+            ('cascade', partial(timm.create_model, f'local-dir:{RELEASE}', pretrained=True)),
+            ('plain', plain),
+        ):
             began = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - began)
@@ -79,17 +82,31 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 contestants['stream'] = partial(streamed, model, loader)
                 contestants['stream, loaded'] = lambda batches=batches: all_of(model.stream(batches))
             runs = in_turns(contestants, args.seconds, args.repetitions)
-            row = dict(max_drop=max_drop, batch=batch, images=len(data),
-                       plain_per_second=len(data) / float(spread(runs.seconds['plain'])['median']),
-                       whole=runs.ratio('cascade', 'plain'), model=runs.ratio('cascade, loaded', 'plain, loaded'),
-                       accuracy={name: float((runs.returned[name][0].numpy() == data.labels).mean())
-                                 for name in ('plain', 'cascade', 'stream') if name in contestants})
+            row = dict(
+                max_drop=max_drop,
+                batch=batch,
+                images=len(data),
+                plain_per_second=len(data) / float(spread(runs.seconds['plain'])['median']),
+                whole=runs.ratio('cascade', 'plain'),
+                model=runs.ratio('cascade, loaded', 'plain, loaded'),
+                accuracy={
+                    name: float((runs.returned[name][0].numpy() == data.labels).mean())
+                    for name in ('plain', 'cascade', 'stream')
+                    if name in contestants
+                },
+            )
             if batch > 1:
-                row |= dict(stream=runs.ratio('stream', 'plain'),
-                            stream_model=runs.ratio('stream, loaded', 'plain, loaded'))
+                row |= dict(
+                    stream=runs.ratio('stream', 'plain'), stream_model=runs.ratio('stream, loaded', 'plain, loaded')
+                )
             rows.append(row)
-            _logger.info('max_drop %.4f, batch %d: %.2f of the time of plain, %.2f with loading', max_drop, batch,
-                         row['model']['median'], row['whole']['median'])
+            _logger.info(
+                'max_drop %.4f, batch %d: %.2f of the time of plain, %.2f with loading',
+                max_drop,
+                batch,
+                row['model']['median'],
+                row['whole']['median'],
+            )
     return dict(rows=rows, loading=loading(args.repetitions))
 
 
@@ -99,15 +116,23 @@ def markdown(section: dict[str, Any]) -> list[str]:
     load = section['loading']
     text = [
         'Test images of Fashion-MNIST through `timm_cascade.data.create_loader` in this process (IDX files in memory, '
-        'timm\'s evaluation transform), time of the cascade over the plain backbone\'s; certified thresholds, '
-        'channels-last. Model only: images decoded before.', '',
+        "timm's evaluation transform), time of the cascade over the plain backbone's; certified thresholds, "
+        'channels-last. Model only: images decoded before.',
+        '',
         '| max_drop | batch | images | accuracy, plain | cascade | with loading | model only | stream, with loading '
-        '| stream, model only | plain, images/s |', '| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |']
+        '| stream, model only | plain, images/s |',
+        '| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |',
+    ]
     for r in section['rows']:
         stream = [cell(r[k]) if k in r else '' for k in ('stream', 'stream_model')]
         text.append(
             f'| {r["max_drop"]:.2%} | {r["batch"]} | {r["images"]:,} | {r["accuracy"]["plain"]:.2%} | '
             f'{r["accuracy"]["cascade"]:.2%} | {cell(r["whole"])} | {cell(r["model"])} | {stream[0]} | {stream[1]} | '
-            f'{r["plain_per_second"]:,.0f} |')
-    return [*text, '', f'Loading the release takes {1000 * load["cascade"]["median"]:.0f} ms, every check included; '
-                       f'building the plain backbone from a state in memory {1000 * load["plain"]["median"]:.0f} ms.']
+            f'{r["plain_per_second"]:,.0f} |'
+        )
+    return [
+        *text,
+        '',
+        f'Loading the release takes {1000 * load["cascade"]["median"]:.0f} ms, every check included; '
+        f'building the plain backbone from a state in memory {1000 * load["plain"]["median"]:.0f} ms.',
+    ]

@@ -6,6 +6,7 @@ Both are timed from images in memory, decoding and transform included, alternati
 call of train_heads: the pass that fills the cache (one view), the statistics, the epochs. Random weights: they cost
 what trained ones cost. The images are Fashion-MNIST's, 28 pixels as they are, or scaled up to 224 by the transform.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,9 +26,14 @@ TARGET = 1.5
 EPOCHS = 10
 CASES: dict[str, dict[str, Any]] = {
     'cifar_resnet20, 28 px': dict(
-        model='cascade_cifar_resnet20', images=2000, create=dict(
-            in_chans=1, num_classes=10,
-            pretrained_cfg_overlay=dict(input_size=(1, 28, 28), mean=(.2860,), std=(.3530,)))),
+        model='cascade_cifar_resnet20',
+        images=2000,
+        create=dict(
+            in_chans=1,
+            num_classes=10,
+            pretrained_cfg_overlay=dict(input_size=(1, 28, 28), mean=(0.2860,), std=(0.3530,)),
+        ),
+    ),
     'resnet18, 224 px': dict(model='cascade_resnet18', images=256, create=dict(num_classes=10)),
 }
 
@@ -37,8 +43,9 @@ def plain_pass(model: timm_cascade.CascadeModel, data: ImageData, batch_size: in
     """Top-1 of the backbone: timm's validation loop, without its printing."""
     model.eval()
     device = next(model.parameters()).device
-    right = sum((model.backbone(x.to(device)).argmax(1).cpu() == y).sum()
-                for x, y in create_loader(model, data, batch_size))
+    right = sum(
+        (model.backbone(x.to(device)).argmax(1).cpu() == y).sum() for x, y in create_loader(model, data, batch_size)
+    )
     return float(right) / len(data)
 
 
@@ -61,8 +68,14 @@ def measure(case: dict[str, Any], images: int, rounds: int, batch_size: int) -> 
             times[what].append(time.perf_counter() - began)
     seconds = {name: statistics.median(values) for name, values in times.items()}
     ratios = [t / p for t, p in zip(times['training'], times['plain'], strict=True)]
-    return dict(images=images, rounds=rounds, **seconds, ratio=statistics.median(ratios), ratios=ratios,
-                head_share=float(model.head_macs().sum() / model.exits[-1].total))
+    return dict(
+        images=images,
+        rounds=rounds,
+        **seconds,
+        ratio=statistics.median(ratios),
+        ratios=ratios,
+        head_share=float(model.head_macs().sum() / model.exits[-1].total),
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -72,20 +85,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--batch-size', type=int, default=256)
     parser.add_argument('--json', action='store_true')
     args = parser.parse_args(argv)
-    results = {name: measure(case, n, args.rounds, args.batch_size)
-               for (name, case), n in zip(CASES.items(), args.images, strict=True)}
+    results = {
+        name: measure(case, n, args.rounds, args.batch_size)
+        for (name, case), n in zip(CASES.items(), args.images, strict=True)
+    }
     if args.json:
         print(json.dumps(results, indent=1))
         return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads'
-    print(f'{EPOCHS} epochs of head training, 3 exits, one view; {device}, torch {torch.__version__}; medians of '
-          f'{args.rounds} rounds')
+    print(
+        f'{EPOCHS} epochs of head training, 3 exits, one view; {device}, torch {torch.__version__}; medians of '
+        f'{args.rounds} rounds'
+    )
     print('| backbone | images | plain pass, s | training, s | of it epochs, s | ratio (each round) | at most |')
     print('| --- | --- | --- | --- | --- | --- | --- |')
     for name, r in results.items():
-        print(f'| {name} | {r["images"]} | {r["plain"]:.2f} | {r["training"]:.2f} | {r["epochs"]:.2f} | '
-              f'{r["ratio"]:.2f} ({", ".join(f"{x:.2f}" for x in r["ratios"])}) | {TARGET} '
-              f'{"met" if r["ratio"] <= TARGET else "MISSED"} |')
+        print(
+            f'| {name} | {r["images"]} | {r["plain"]:.2f} | {r["training"]:.2f} | {r["epochs"]:.2f} | '
+            f'{r["ratio"]:.2f} ({", ".join(f"{x:.2f}" for x in r["ratios"])}) | {TARGET} '
+            f'{"met" if r["ratio"] <= TARGET else "MISSED"} |'
+        )
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ Each writes its section of docs/benchmark.md, .json and .png (--out) and leaves 
 in turns within one process; every figure is a ratio of times of one repetition: median and quartiles. Run it on an
 idle machine; --quick is for trying whether it works.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
     if args.quick:
-        args.seconds, args.repetitions = 0., 2
+        args.seconds, args.repetitions = 0.0, 2
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -62,8 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     section = module.run(args)
     # where it was written is nobody's business
     shown = [a for i, a in enumerate(argv) if a != '--out' and (not i or argv[i - 1] != '--out')]
-    section = dict(command=shlex.join(['python', 'scripts/benchmark.py', *shown]), quick=args.quick, machine=machine(),
-                   **section)
+    section = dict(
+        command=shlex.join(['python', 'scripts/benchmark.py', *shown]), quick=args.quick, machine=machine(), **section
+    )
     file = args.out / 'benchmark.json'
     sections = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
     old = sections.get(args.section)

@@ -4,6 +4,7 @@
 
 Processor time of this process, one thread, the better of two runs each; waiting for other processes does not count.
 """
+
 from __future__ import annotations
 
 import statistics
@@ -34,10 +35,12 @@ def main() -> None:
         cascade.append(seconds(f'cascade_{name}'))
         print(f'{module_file(name):28} {name:36} {plain[-1]:7.2f} s  {cascade[-1]:7.2f} s', flush=True)
     over = [c - 1.5 * p - 1 for p, c in zip(plain, cascade, strict=True)]
-    print(f'{len(names)} models: median {statistics.median(plain):.2f} s, as a cascade '
-          f'{statistics.median(cascade):.2f} s; median of (cascade - 1.5 plain - 1 s) {statistics.median(over):.2f} s; '
-          f'{sum(o > 0 for o in over)} models above 1.5 times plain + 1 s: '
-          f'{", ".join(n for n, o in zip(names, over, strict=True) if o > 0)}')
+    print(
+        f'{len(names)} models: median {statistics.median(plain):.2f} s, as a cascade '
+        f'{statistics.median(cascade):.2f} s; median of (cascade - 1.5 plain - 1 s) {statistics.median(over):.2f} s; '
+        f'{sum(o > 0 for o in over)} models above 1.5 times plain + 1 s: '
+        f'{", ".join(n for n, o in zip(names, over, strict=True) if o > 0)}'
+    )
 
 
 if __name__ == '__main__':

@@ -1,7 +1,8 @@
 """Loads a released cascade in one line and shows what its dial does on real test images.
 
-    python scripts/demo.py [--rule certified|joint|per_exit] [--out runs/demo]
+python scripts/demo.py [--rule certified|joint|per_exit] [--out runs/demo]
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,24 +23,44 @@ from timm_cascade.utils.files import write_text
 
 ROOT = Path(__file__).parent.parent
 RELEASE = ROOT / 'hub' / 'releases' / 'cascade_cifar_resnet20.fashion_mnist'
-MAX_DROPS = (0., 0.005, 0.01, 0.02)
+MAX_DROPS = (0.0, 0.005, 0.01, 0.02)
 
 
 def table(rows: list[dict[str, Any]], exits: int) -> str:
     """The rows as text: one for the plain backbone, one a max_drop."""
     head = ['asked drop', 'accuracy', 'change', 'MACs', 'of backbone', 'time', *(f'x{m}' for m in range(exits)), 'end']
     first = rows[0]
-    lines = [head, ['backbone', f'{first["full_accuracy"]:.2%}', '', f'{first["backbone_macs"] / 1e6:.2f} M', '100.0%',
-                    '1.00', *[''] * exits, '100.0%']]
+    lines = [
+        head,
+        [
+            'backbone',
+            f'{first["full_accuracy"]:.2%}',
+            '',
+            f'{first["backbone_macs"] / 1e6:.2f} M',
+            '100.0%',
+            '1.00',
+            *[''] * exits,
+            '100.0%',
+        ],
+    ]
     for row in rows:
-        lines.append([
-            f'{100 * row["max_drop"]:g} %', f'{row["accuracy"]:.2%}', f'{100 * row["change"]:+.2f}',
-            f'{row["macs"] / 1e6:.2f} M', f'{row["macs_share"]:.1%}', f'{row["time_share"]:.2f}',
-            *(f'{share:.1%}' if share else '' for share in row['exit_shares'])])
+        lines.append(
+            [
+                f'{100 * row["max_drop"]:g} %',
+                f'{row["accuracy"]:.2%}',
+                f'{100 * row["change"]:+.2f}',
+                f'{row["macs"] / 1e6:.2f} M',
+                f'{row["macs_share"]:.1%}',
+                f'{row["time_share"]:.2f}',
+                *(f'{share:.1%}' if share else '' for share in row['exit_shares']),
+            ]
+        )
     widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
     text = ['  '.join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
-    thresholds = [f'  {100 * row["max_drop"]:g} %: ' + ' '.join('-' if t is None else f'{t:.4f}' for t in
-                                                                 row['thresholds']) for row in rows]
+    thresholds = [
+        f'  {100 * row["max_drop"]:g} %: ' + ' '.join('-' if t is None else f'{t:.4f}' for t in row['thresholds'])
+        for row in rows
+    ]
     return '\n'.join([*text, '', 'thresholds (- is a closed exit)', *thresholds])
 
 
@@ -62,9 +83,16 @@ def main() -> None:
         notes += [str(w.message) for w in caught]
         report = timm_cascade.evaluate(model, data, title=f'max_drop {max_drop:.1%}')
         thresholds.append(point.thresholds)
-        rows.append(dict(rule=args.rule, max_drop=max_drop, certified=point.certified,
-                         backbone_macs=model.exits[-1].total, **report.to_dict()))
-    print(f'\nrule {args.rule}; time is the cascade\'s over the backbone\'s, side by side in this run\n')
+        rows.append(
+            dict(
+                rule=args.rule,
+                max_drop=max_drop,
+                certified=point.certified,
+                backbone_macs=model.exits[-1].total,
+                **report.to_dict(),
+            )
+        )
+    print(f"\nrule {args.rule}; time is the cascade's over the backbone's, side by side in this run\n")
     print('\n'.join([table(rows, len(model.exits)), '', *notes]))
 
     # the sheet shows the second row of the table: half a point
@@ -73,8 +101,13 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     names = [f'exit {m} ({p.module}, {p.fraction:.0%} of the network)' for m, p in enumerate(model.exits)]
     sheet, plot, numbers = (args.out / name for name in ('exits.png', 'tradeoff.png', 'table.json'))
-    contact_sheet([data[i][0] for i in range(len(data))], left, shown['confidence'][range(len(left)), left],
-                  [*names, 'the whole network'], sheet)
+    contact_sheet(
+        [data[i][0] for i in range(len(data))],
+        left,
+        shown['confidence'][range(len(left)), left],
+        [*names, 'the whole network'],
+        sheet,
+    )
     plot_tradeoff(dict(rows=rows), plot, RELEASE.name)
     write_text(numbers, json.dumps(dict(data=data.source, split=data.split, n=len(data), rows=rows), indent=1))
     print(f'\ntable     {numbers}\npictures  {plot}\n          {sheet}')

@@ -20,6 +20,7 @@ each file the summary counts the pictures that train.parquet also holds. --out/c
 Licences: google is Noto Emoji (images Apache-2.0, font OFL); twitter is Twemoji (CC-BY 4.0); facebook and apple are
 proprietary, for experiments only. Commit and publish none of the data.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -98,8 +99,11 @@ def digest(path: Path) -> str:
 def pictures(vendor: str, folder: Path) -> list[tuple[str, str, str]]:
     """(unified code, category, path inside the package) of each base emoji that the vendor draws."""
     entries = json.loads((folder / 'emoji.json').read_text(encoding='utf-8'))
-    return [(e['unified'], e['category'], f'img/{vendor}/{SIZE}/{e["image"]}')
-            for e in entries if e['category'] != 'Component' and e[f'has_img_{vendor}']]
+    return [
+        (e['unified'], e['category'], f'img/{vendor}/{SIZE}/{e["image"]}')
+        for e in entries
+        if e['category'] != 'Component' and e[f'has_img_{vendor}']
+    ]
 
 
 def over_white(path: Path) -> bytes:
@@ -125,35 +129,51 @@ def split_codes(codes: set[str], seed: int, fraction: float) -> dict[str, set[st
     order = [str(c) for c in np.random.default_rng(seed).permutation(sorted(codes))]
     first = round(fraction * len(order))
     middle = (first + len(order)) // 2
-    return {'train': set(order[:first]), 'test': set(order[first:]),
-            'test_calibration': set(order[first:middle]), 'test_report': set(order[middle:])}
+    return {
+        'train': set(order[:first]),
+        'test': set(order[first:]),
+        'test_calibration': set(order[first:middle]),
+        'test_report': set(order[middle:]),
+    }
 
 
 def build(folders: dict[str, Path], out: Path, seed: int, fraction: float) -> dict[str, Any]:
     """Writes the parquet files and returns the summary."""
-    rows = [(code, category, vendor, over_white(folder / path))
-            for vendor, folder in folders.items() for code, category, path in pictures(vendor, folder)]
+    rows = [
+        (code, category, vendor, over_white(folder / path))
+        for vendor, folder in folders.items()
+        for code, category, path in pictures(vendor, folder)
+    ]
     times = Counter(code for code, _ in {r[:2] for r in rows})
     if changed := sorted(code for code, n in times.items() if n > 1):
         raise RuntimeError(f'the packages put these emoji in different categories: {changed}')
     names = sorted({r[1] for r in rows})
     features = datasets.Features(
-        image=datasets.Image(), label=datasets.ClassLabel(names=names), name=datasets.Value('string'))
+        image=datasets.Image(), label=datasets.ClassLabel(names=names), name=datasets.Value('string')
+    )
     rows = [rows[i] for i in np.random.default_rng([seed, 1]).permutation(len(rows))]
     files: dict[str, Any] = {}
     seen: set[bytes] = set()
     for name, codes in split_codes({r[0] for r in rows}, seed, fraction).items():
         part = [r for r in rows if r[0] in codes]
-        table = datasets.Dataset.from_dict({
-            'image': [{'bytes': r[3], 'path': None} for r in part], 'label': [names.index(r[1]) for r in part],
-            'name': [f'{r[0]}_{r[2]}' for r in part]}, features=features)
+        table = datasets.Dataset.from_dict(
+            {
+                'image': [{'bytes': r[3], 'path': None} for r in part],
+                'label': [names.index(r[1]) for r in part],
+                'name': [f'{r[0]}_{r[2]}' for r in part],
+            },
+            features=features,
+        )
         with replacing(out / f'{name}.parquet') as temporary:
             table.to_parquet(temporary)
         pictures_in, emoji_in = Counter(r[1] for r in part), Counter(c for _, c in {r[:2] for r in part})
         seen = seen or {r[3] for r in part}  # of train, the first
         files[name] = {
-            'pictures': len(part), 'emoji': len(codes), 'pictures_also_in_train': sum(r[3] in seen for r in part),
-            'categories': {c: {'pictures': pictures_in[c], 'emoji': emoji_in[c]} for c in names}}
+            'pictures': len(part),
+            'emoji': len(codes),
+            'pictures_also_in_train': sum(r[3] in seen for r in part),
+            'categories': {c: {'pictures': pictures_in[c], 'emoji': emoji_in[c]} for c in names},
+        }
         _logger.info('%s.parquet: %d pictures of %d emoji', name, len(part), len(codes))
     return files
 
@@ -179,7 +199,8 @@ def load(split: str, folder: Path = Path(__file__).parent.parent / 'runs' / 'emo
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description='Builds the emoji data set.', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description='Builds the emoji data set.', formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument('--out', type=Path, default=Path('runs/emoji'), help='folder of the parquet files')
     parser.add_argument('--seed', type=int, default=0, help='of the split and of the order of the rows')
     parser.add_argument('--fraction', type=float, default=0.6, help='of the emoji that are for training')

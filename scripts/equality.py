@@ -1,4 +1,5 @@
 """Whether a cascade answers as its backbone does: samples that go on get the logits they get in the whole batch."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ def randomise(model: nn.Module, images: Tensor) -> None:
     if norms:
         momenta = [m.momentum for m in norms]
         for m in norms:
-            m.momentum = 1.
+            m.momentum = 1.0
             m.train()
         with torch.no_grad():
             model(images)
@@ -45,15 +46,21 @@ def batch(input_size: tuple[int, ...], n: int = 3) -> Tensor:
     return torch.randn(n, *input_size) * contrast + torch.linspace(-1, 1, n)[:, None, None, None]
 
 
-def _stub(leaving: Callable[[int], list[int]], classes: int, head: Callable[[Tensor], Tensor] | None = None,
-          seen: list[Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+def _stub(
+    leaving: Callable[[int], list[int]],
+    classes: int,
+    head: Callable[[Tensor], Tensor] | None = None,
+    seen: list[Tensor] | None = None,
+) -> Callable[[Tensor], Tensor]:
     """A head that sends rows `leaving(rows)` away and nobody else."""
+
     def answer(tap: Tensor) -> Tensor:
         if head is not None and seen is not None:
             seen.append(head(tap))
         logits = tap.new_zeros(len(tap), classes)
         logits[leaving(len(tap)), 0] = 100
         return logits
+
     return answer
 
 
@@ -70,9 +77,9 @@ def check(model: timm_cascade.CascadeModel, images: Tensor) -> float:
     if not torch.isfinite(want).all() or not float(want.std(0).mean()) > 1e-3 * scale:
         raise ValueError(f'blind: logits of std {scale:.2g} that do not depend on the image')
     if not torch.allclose(every[-1], want, atol=TOLERANCE * scale):
-        raise ValueError('forward_exits does not end with the backbone\'s logits')
+        raise ValueError("forward_exits does not end with the backbone's logits")
     count, n, classes = len(model.exits), len(images), model.num_classes
-    worst = 0.
+    worst = 0.0
 
     def run(stubs: list, open_exits: list[float]) -> Any:
         return model._router.route(model.backbone, images, stubs, open_exits)
@@ -89,8 +96,13 @@ def check(model: timm_cascade.CascadeModel, images: Tensor) -> float:
     alive = [list(range(n))]
     for _ in range(count):
         alive.append(alive[-1][:-1] if len(alive[-1]) > 1 else alive[-1])
-    out = run([_stub(lambda rows: [rows - 1] if rows > 1 else [], classes, head, s)
-               for head, s in zip(model.heads, seen, strict=True)], [0.9] * count)
+    out = run(
+        [
+            _stub(lambda rows: [rows - 1] if rows > 1 else [], classes, head, s)
+            for head, s in zip(model.heads, seen, strict=True)
+        ],
+        [0.9] * count,
+    )
     keep = alive[-1]
     assert (out.exit == count).nonzero().flatten().tolist() == keep, out.exit
     worst = max(worst, float((out.logits[keep] - want[keep]).abs().max()) / scale)
@@ -108,7 +120,7 @@ def _as_picture(tap: Tensor, point: ExitPoint) -> Tensor:
     if point.layout == 'NHWC':
         return tap.permute(0, 3, 1, 2)
     if point.layout == 'NLC':
-        return tap[:, point.prefix_tokens:].transpose(1, 2).unflatten(2, point.size)
+        return tap[:, point.prefix_tokens :].transpose(1, 2).unflatten(2, point.size)
     return tap
 
 
@@ -131,8 +143,8 @@ def layout_seen(model: timm_cascade.CascadeModel, images: Tensor) -> str:
                 counts['agree'] += 1
                 break
             if picture.numel() == values.numel() and torch.allclose(  # the same numbers in another order
-                    picture.flatten().sort().values, values.flatten().sort().values, atol=1e-5):
+                picture.flatten().sort().values, values.flatten().sort().values, atol=1e-5
+            ):
                 counts['without grid' if 1 in point.size else 'differ'] += 1
                 break
     return ', '.join(f'{n} {what}' for what, n in counts.items() if n) or 'none returned'
-

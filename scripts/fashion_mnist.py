@@ -4,6 +4,7 @@
 
 writes the 1,000 test images that the repository ships for machines that have neither package nor network.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -30,6 +31,7 @@ def load_test() -> ImageData:
     """The test images: Debian's package, the Hub, or the 1,000 of them that the repository ships."""
     if not DEBIAN.is_dir():
         from huggingface_hub import HfApi
+
         try:  # one quick question, so that a machine without network does not wait for retries
             HfApi().dataset_info(HUB, timeout=5)
         except Exception:

@@ -8,6 +8,7 @@ sample of n images from it, with replacement; the dial is set on the draw, and t
 whole population, so that there is no test noise: over the limit is over the limit. Writes docs/honesty.NAME.md, .json
 and .png. Draws that are done are kept in runs/honesty.NAME.jsonl and not repeated.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -56,7 +57,8 @@ def population(release: Path, recipe: dict[str, Any], cache: Path) -> Calibratio
 def sample(whole: Calibration, n: int, draw: int) -> Calibration:
     chosen = np.random.default_rng([SEED, n, draw]).integers(0, whole.n, n)
     return dataclasses.replace(
-        whole, confidence=whole.confidence[chosen], correct=whole.correct[chosen], agreement=whole.agreement[chosen])
+        whole, confidence=whole.confidence[chosen], correct=whole.correct[chosen], agreement=whole.agreement[chosen]
+    )
 
 
 _whole: Calibration
@@ -78,8 +80,16 @@ def one_draw(job: tuple[int, int]) -> list[dict[str, Any]]:
                 warnings.simplefilter('ignore')  # "too few samples" is a result here
                 point = drawn.point(max_drop, rule=rule, seed=draw)
             truth = outcome(_whole.confidence, _whole.correct, _whole.stage_cost, point.thresholds, _whole.head_cost)
-            lines.append(dict(n=n, draw=draw, rule=rule, max_drop=max_drop, delivered=truth.drop,
-                              saved=1 - truth.cost / _whole.backbone_cost))
+            lines.append(
+                dict(
+                    n=n,
+                    draw=draw,
+                    rule=rule,
+                    max_drop=max_drop,
+                    delivered=truth.drop,
+                    saved=1 - truth.cost / _whole.backbone_cost,
+                )
+            )
     return lines
 
 
@@ -90,25 +100,39 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for max_drop in MAX_DROPS:
                 these = [x for x in lines if (x['n'], x['rule'], x['max_drop']) == (n, rule, max_drop)]
                 delivered = np.array([x['delivered'] for x in these])
-                rows.append(dict(
-                    n=n, rule=rule, max_drop=max_drop, draws=len(these), median=float(np.median(delivered)),
-                    mean=float(delivered.mean()), p90=float(np.quantile(delivered, 0.9)),
-                    over=float((delivered > max_drop + 1e-12).mean()),
-                    saved=float(np.mean([x['saved'] for x in these]))))
+                rows.append(
+                    dict(
+                        n=n,
+                        rule=rule,
+                        max_drop=max_drop,
+                        draws=len(these),
+                        median=float(np.median(delivered)),
+                        mean=float(delivered.mean()),
+                        p90=float(np.quantile(delivered, 0.9)),
+                        over=float((delivered > max_drop + 1e-12).mean()),
+                        saved=float(np.mean([x['saved'] for x in these])),
+                    )
+                )
     return rows
 
 
 def markdown(rows: list[dict[str, Any]], whole: Calibration, release: Path, command: str) -> str:
     full = whole.correct[:, -1].mean()
     text = [
-        f'# Does the dial keep its word? {release.name}', '',
+        f'# Does the dial keep its word? {release.name}',
+        '',
         f'Population: all {whole.n:,} held-out images (backbone {full:.2%} right). {rows[0]["draws"]} calibration '
         f'samples of each size n, drawn with replacement; losses are read off the whole population. Losses in points '
         f'of accuracy; over: share of the samples whose delivered loss exceeds what was asked; saved: mean share of '
-        f'the backbone\'s MACs, heads counted.', '', f'![delivered against asked]({picture_name(release)})', '',
-        f'    {command}', '',
+        f"the backbone's MACs, heads counted.",
+        '',
+        f'![delivered against asked]({picture_name(release)})',
+        '',
+        f'    {command}',
+        '',
         '| n | rule | asked | delivered, mean | median | 90th percentile | over | MACs saved |',
-        '| --- | --- | --- | --- | --- | --- | --- | --- |']
+        '| --- | --- | --- | --- | --- | --- | --- | --- |',
+    ]
     for r in rows:
         losses = ' | '.join(f'{100 * r[key]:.2f}' for key in ('max_drop', 'mean', 'median', 'p90'))
         text.append(f'| {r["n"]:,} | {r["rule"]} | {losses} | {r["over"]:.1%} | {r["saved"]:.1%} |')
@@ -127,10 +151,19 @@ def plot(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     figure, panels = plt.subplots(1, len(sizes), figsize=(4 * len(sizes), 4), dpi=130, sharey=True, squeeze=False)
     for axes, n in zip(panels[0], sizes, strict=True):
         for k, rule in enumerate(RULES):
-            boxes = [[100 * x['delivered'] for x in lines if (x['n'], x['rule'], x['max_drop']) == (n, rule, d)]
-                     for d in MAX_DROPS]
-            drawn = axes.boxplot(boxes, positions=np.arange(len(MAX_DROPS)) + 0.25 * (k - 1), widths=0.2,
-                                 patch_artist=True, showfliers=False, whis=(5, 95), medianprops=dict(color='black'))
+            boxes = [
+                [100 * x['delivered'] for x in lines if (x['n'], x['rule'], x['max_drop']) == (n, rule, d)]
+                for d in MAX_DROPS
+            ]
+            drawn = axes.boxplot(
+                boxes,
+                positions=np.arange(len(MAX_DROPS)) + 0.25 * (k - 1),
+                widths=0.2,
+                patch_artist=True,
+                showfliers=False,
+                whis=(5, 95),
+                medianprops=dict(color='black'),
+            )
             for box in drawn['boxes']:
                 box.set(facecolor=COLOURS[rule], alpha=0.8)
             axes.plot([], [], 's', color=COLOURS[rule], label=LABELS[rule])
@@ -174,15 +207,26 @@ def main() -> None:
     jobs = [(n, d) for d in range(args.draws) for n in args.n if (n, d) not in done]
     with multiprocessing.Pool(args.processes, _start, (cache,)) as pool, open(log, 'a', encoding='utf-8') as f:
         for lines in tqdm(pool.imap_unordered(one_draw, jobs), total=len(jobs), desc='draws'):
-            f.write(json.dumps(dict(
-                heads=whole.heads_hash, version=timm_cascade.__version__, n=lines[0]['n'], draw=lines[0]['draw'],
-                lines=lines)) + '\n')
+            f.write(
+                json.dumps(
+                    dict(
+                        heads=whole.heads_hash,
+                        version=timm_cascade.__version__,
+                        n=lines[0]['n'],
+                        draw=lines[0]['draw'],
+                        lines=lines,
+                    )
+                )
+                + '\n'
+            )
             f.flush()
             kept.append(dict(n=lines[0]['n'], draw=lines[0]['draw'], lines=lines))
     lines = [x for k in kept if k['n'] in args.n and k['draw'] < args.draws for x in k['lines']]
     rows = summary(lines)
-    command = (f'python scripts/honesty.py {_relative(args.release)} --recipe {_relative(args.recipe)} '
-               f'--n {" ".join(map(str, args.n))} --draws {args.draws}')
+    command = (
+        f'python scripts/honesty.py {_relative(args.release)} --recipe {_relative(args.recipe)} '
+        f'--n {" ".join(map(str, args.n))} --draws {args.draws}'
+    )
     name = f'honesty.{args.release.name}'
     plot(lines, args.out / f'{name}.png', args.release.name)
     write_text(args.out / f'{name}.json', json.dumps(dict(command=command, population=whole.n, rows=rows), indent=1))

@@ -1,4 +1,5 @@
 """The pictures that demo and release draw."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 COLOURS = {'per_exit': '#b8860b', 'joint': '#4878a8', 'certified': '#2e7d32'}
-LABELS = {'per_exit': 'per_exit (the paper\'s rule)', 'joint': 'joint', 'certified': 'certified'}
+LABELS = {'per_exit': "per_exit (the paper's rule)", 'joint': 'joint', 'certified': 'certified'}
 
 
 def plot_tradeoff(report: dict[str, Any], path: Path, title: str) -> None:
@@ -27,8 +28,14 @@ def plot_tradeoff(report: dict[str, Any], path: Path, title: str) -> None:
         x, y = [100 * r['macs_share'] for r in rows], [100 * r['accuracy'] for r in rows]
         axes.plot(x, y, 'o-', color=COLOURS[rule], label=LABELS[rule], ms=5)
         for r, a, b in zip(rows, x, y, strict=True):
-            axes.annotate(f'{100 * r["max_drop"]:g}', (a, b), (3, -11), textcoords='offset points', fontsize=7,
-                          color=COLOURS[rule])
+            axes.annotate(
+                f'{100 * r["max_drop"]:g}',
+                (a, b),
+                (3, -11),
+                textcoords='offset points',
+                fontsize=7,
+                color=COLOURS[rule],
+            )
     axes.set(xlabel='average MACs, % of the backbone (heads counted)', ylabel='accuracy, %', title=title)
     axes.set_xlim(0, 105)
     axes.grid(alpha=0.25)
@@ -39,12 +46,7 @@ def plot_tradeoff(report: dict[str, Any], path: Path, title: str) -> None:
 
 
 def contact_sheet(
-        images: list[Image.Image],
-        exits: np.ndarray,
-        confidence: np.ndarray,
-        names: list[str],
-        path: Path,
-        each: int = 14,
+    images: list[Image.Image], exits: np.ndarray, confidence: np.ndarray, names: list[str], path: Path, each: int = 14
 ) -> None:
     """A row of images for each exit that answered any, the surest first; `names` has one entry an exit."""
     rows = [m for m in range(len(names)) if (exits == m).any()]
@@ -59,7 +61,8 @@ def contact_sheet(
                 cell.imshow(images[who[k]], cmap='gray_r' if images[who[k]].mode == 'L' else None)
         row[0].set_title(f'{names[m]}: {(exits == m).mean():.1%} of the images', loc='left', fontsize=8)
     figure.suptitle('where images left, the surest of each exit on the left', fontsize=9)
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.75 / figure.get_figheight(), wspace=0.05,
-                           hspace=0.35)
+    figure.subplots_adjust(
+        left=0.01, right=0.99, bottom=0.01, top=1 - 0.75 / figure.get_figheight(), wspace=0.05, hspace=0.35
+    )
     figure.savefig(path)
     plt.close(figure)

@@ -1,8 +1,9 @@
 """Pushes every staged release whose content differs from what is on the Hub.
 
-    python scripts/publish.py --namespace USER --dry-run     # which files, and what changes in the tables
-    HF_TOKEN=... python scripts/publish.py --namespace USER
+python scripts/publish.py --namespace USER --dry-run     # which files, and what changes in the tables
+HF_TOKEN=... python scripts/publish.py --namespace USER
 """
+
 from __future__ import annotations
 
 import argparse

@@ -5,6 +5,7 @@
 Each step leaves its result in runs/NAME/ and is not repeated while the part of the recipe it came from is the same;
 the backbone continues at the epoch where it was stopped. The log is runs/NAME/release.log.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -74,8 +75,11 @@ def build(recipe: dict[str, Any], work: Path) -> dict[str, Any]:
     if steps.due('heads', *model_parts, recipe['heads']):
         set_seed(recipe['heads']['seed'])
         model = timm.create_model(
-            f'cascade_{recipe["model"]["base"]}', exits=recipe['model']['exits'], head=recipe['model']['head'],
-            **recipe['model']['create'])
+            f'cascade_{recipe["model"]["base"]}',
+            exits=recipe['model']['exits'],
+            head=recipe['model']['head'],
+            **recipe['model']['create'],
+        )
         model.load_state_dict(torch.load(work / 'backbone.pt', map_location='cpu', weights_only=True)['model'])
         model.pretrained_cfg.update(license=recipe['model']['licence'])
         model.label_names = train.class_names
@@ -108,8 +112,13 @@ def test(model: timm_cascade.CascadeModel, data: timm_cascade.data.ImageData, di
             point = model.set_max_drop(max_drop, rule=rule)
             report = timm_cascade.evaluate(model, data, title=f'{rule} {max_drop:.2%}')
             rows.append(dict(rule=rule, max_drop=max_drop, certified=point.certified, **report.to_dict()))
-            _logger.info('%s asked %.2f %%: change %+.2f points, %.1f %% of the MACs', rule, 100 * max_drop,
-                         100 * report.change, 100 * report.macs_share)
+            _logger.info(
+                '%s asked %.2f %%: change %+.2f points, %.1f %% of the MACs',
+                rule,
+                100 * max_drop,
+                100 * report.change,
+                100 * report.macs_share,
+            )
     exits = timm_cascade.evaluate(model, data, title='every exit', every_exit=True).every_exit
     return dict(rows=rows, n=len(data), split=data.split, every_exit=dataclasses.asdict(exits))
 
@@ -123,8 +132,11 @@ def main() -> None:
     recipe = yaml.safe_load(args.recipe.read_text(encoding='utf-8'))
     work = args.work / recipe['name']
     work.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s', handlers=[
-        logging.StreamHandler(), logging.FileHandler(work / 'release.log')])
+    logging.basicConfig(
+        level=logging.INFO,
+        format='%(asctime)s %(message)s',
+        handlers=[logging.StreamHandler(), logging.FileHandler(work / 'release.log')],
+    )
 
     report = build(recipe, work)
     staged, target = work / 'release', args.out / recipe['name']

@@ -5,6 +5,7 @@
 Each network's state is runs/static/RECIPE/NETWORK.EPOCHS.pt, continued at the epoch where it was stopped; the images of
 `calibration` are watched while it trains, nothing is chosen by them, and benchmark.py tests it on `test`.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -49,13 +50,18 @@ def load(recipe: dict[str, Any], name: str, epochs: int) -> tuple[nn.Module, int
     Raises:
         FileNotFoundError: Neither is trained to its end.
     """
-    states = [torch.load(f, map_location='cpu', weights_only=True) for n in (recipe['backbone']['epochs'], epochs)
-              if (f := state_file(recipe, name, n)).exists()]
+    states = [
+        torch.load(f, map_location='cpu', weights_only=True)
+        for n in (recipe['backbone']['epochs'], epochs)
+        if (f := state_file(recipe, name, n)).exists()
+    ]
     done = [s for s in states if s['epoch'] == s['recipe']['epochs']]
     if not done:
         so_far = ', '.join(f'{s["epoch"]} of {s["recipe"]["epochs"]} epochs done' for s in states) or 'not begun'
-        raise FileNotFoundError(f'{recipe["name"]}: {name} is not trained ({so_far}); run python '
-                                f'scripts/static_networks.py hub/recipes/{recipe["name"]}.yaml first.')
+        raise FileNotFoundError(
+            f'{recipe["name"]}: {name} is not trained ({so_far}); run python '
+            f'scripts/static_networks.py hub/recipes/{recipe["name"]}.yaml first.'
+        )
     state = done[0]
     model = create(recipe, name)
     model.load_state_dict(state['model'])

@@ -10,6 +10,7 @@
 A model is right when samples that go on get the logits they get in the whole batch, within 1e-4 of the logits' standard
 deviation: two of three go on at each exit, one goes on, some leave at every exit in sequence, all leave.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,14 +37,30 @@ from timm_cascade.backbone import BackboneError, backbone_macs, input_size_of
 ROOT = Path(__file__).resolve().parent.parent
 CSV = ROOT / 'docs' / 'backbones.csv'
 PAGE = ROOT / 'docs' / 'backbones.md'
-FIELDS = ('name', 'module_file', 'params', 'status', 'error', 'exits', 'fractions', 'layout', 'layout_seen', 'cut',
-          'stage_macs', 'input', 'reduced', 'seconds', 'reason')
+FIELDS = (
+    'name',
+    'module_file',
+    'params',
+    'status',
+    'error',
+    'exits',
+    'fractions',
+    'layout',
+    'layout_seen',
+    'cut',
+    'stage_macs',
+    'input',
+    'reduced',
+    'seconds',
+    'reason',
+)
 SETTLED = ('equal', 'no classifier')
 SMALL = 96  # pixels of the input that a large model is checked with
 MEMORY = 16e9  # bytes of weights and activations that a model may take, estimated; above it is reduced
 
 
 # ---- one model
+
 
 def create(name: str, **kwargs: Any) -> Any:
     with warnings.catch_warnings():
@@ -71,18 +88,24 @@ def measure(name: str, reduction: dict[str, Any]) -> dict[str, Any]:
             fractions=';'.join(f'{p.fraction:.3f}' for p in model.exits),
             layout=';'.join(f'{p.layout} {p.channels}x{p.size[0]}x{p.size[1]}+{p.prefix_tokens}' for p in model.exits),
             cut=';'.join(p.cut for p in model.exits),
-            stage_macs=';'.join(str(int(m)) for m in model.stage_macs()))
+            stage_macs=';'.join(str(int(m)) for m in model.stage_macs()),
+        )
         input_size = input_size_of(model.backbone)
         row['input'] = 'x'.join(map(str, input_size))
         images = batch(input_size)
         randomise(model, images)
         error = check(model, images)
-        row.update(status='equal' if error <= TOLERANCE else 'differs', error=f'{error:.1e}',
-                   layout_seen=layout_seen(model, images))
+        row.update(
+            status='equal' if error <= TOLERANCE else 'differs',
+            error=f'{error:.1e}',
+            layout_seen=layout_seen(model, images),
+        )
         if error > TOLERANCE:  # rounding, or a wrong cut?
             exact = check(model.double(), images.double())
-            row.update(status='equal in float64' if exact <= 1e-9 else 'differs',
-                       reason=f'{error:.1e} in float32, {exact:.1e} in float64')
+            row.update(
+                status='equal in float64' if exact <= 1e-9 else 'differs',
+                reason=f'{error:.1e} in float32, {exact:.1e} in float64',
+            )
     except Exception as e:
         row.update(status='fails', reason=f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'[:300])
     row['seconds'] = round(time.time() - start, 1)
@@ -94,7 +117,9 @@ def reductions(name: str) -> list[dict[str, Any]]:
     cfg = get_pretrained_cfg(name)
     channels = cfg.input_size[0] if cfg is not None else 3
     inputs: list[dict[str, Any]] = [
-        {'img_size': SMALL}, {'pretrained_cfg_overlay': {'input_size': [channels, SMALL, SMALL]}}]
+        {'img_size': SMALL},
+        {'pretrained_cfg_overlay': {'input_size': [channels, SMALL, SMALL]}},
+    ]
     blocks: list[dict[str, Any]] = [{'depth': 4}, {'depths': [1, 1, 2, 1]}]
     return [{}, *inputs, *({**i, **b} for b in blocks for i in inputs), *blocks]
 
@@ -122,8 +147,14 @@ def _worker(connection: Connection) -> None:
         try:
             connection.send(dict(measure=measure, size=size_of)[task](*args))
         except Exception as e:
-            connection.send(dict(name=args[0], status='fails', reason=f'{type(e).__name__}: {e}'.splitlines()[0][:300],
-                                 module_file=model_entrypoint(args[0]).__module__.rpartition('.')[2]))
+            connection.send(
+                dict(
+                    name=args[0],
+                    status='fails',
+                    reason=f'{type(e).__name__}: {e}'.splitlines()[0][:300],
+                    module_file=model_entrypoint(args[0]).__module__.rpartition('.')[2],
+                )
+            )
 
 
 class Worker:
@@ -153,6 +184,7 @@ class Worker:
 
 
 # ---- all of them
+
 
 def read_rows() -> dict[str, dict[str, str]]:
     if not CSV.exists():
@@ -234,8 +266,12 @@ def _one(worker: Worker, name: str, timeout: float, max_macs: float, published: 
                 row['reason'] = why[0]
             return row
         why.append(f'longer than {timeout:.0f} s, or out of memory')
-    return dict(name=name, module_file=module_file(name), status='not run',
-                reason='; '.join(dict.fromkeys(why)) or 'size unknown')
+    return dict(
+        name=name,
+        module_file=module_file(name),
+        status='not run',
+        reason='; '.join(dict.fromkeys(why)) or 'size unknown',
+    )
 
 
 def write_page(rows: dict[str, dict[str, Any]]) -> None:
@@ -248,12 +284,12 @@ def write_page(rows: dict[str, dict[str, Any]]) -> None:
 Written by `scripts/sweep.py` from [backbones.csv](backbones.csv), which has one row a model. "Equal" means: samples
 that go on get the logits they get in the whole batch, within 1e-4 of the logits' standard deviation, for two of three
 and for one going on at each exit, for exits in sequence, and everybody leaving. Random weights, fp32, CPU; timm
-{timm.__version__}, torch {torch.__version__.split("+")[0]}.
+{timm.__version__}, torch {torch.__version__.split('+')[0]}.
 
-Of {len(names)} names {len(done)} were run: {total["equal"]} equal,
-{total["equal in float64"]} equal in float64 only (with random weights, rounding alone is more than 1e-4 there),
-{total["differs"]} differ, {total["fails"]} fail,
-{total["no classifier"]} are encoders without a classifier, {total["not run"]} were too large or too slow here.
+Of {len(names)} names {len(done)} were run: {total['equal']} equal,
+{total['equal in float64']} equal in float64 only (with random weights, rounding alone is more than 1e-4 there),
+{total['differs']} differ, {total['fails']} fail,
+{total['no classifier']} are encoders without a classifier, {total['not run']} were too large or too slow here.
 {reduced} are large and ran with a smaller input or fewer blocks than published; their rows say what and why.
 {len(names) - len(done)} names have no row yet.
 
@@ -277,12 +313,22 @@ checkpoint to `timm-cascade train --checkpoint`.
         cuts = sorted({cut for row in own for cut in (row.get('cut') or '').split(';') if cut})
         error = max((float(row['error']) for row in own if row.get('error')), default=None)
         others = [row['name'] for row in own if row['status'] not in SETTLED]
-        cells = (family, len(members), len(own), statuses['equal'], statuses['no classifier'],
-                 sum(bool(row.get('reduced')) for row in own), ', '.join(cuts),
-                 '' if error is None else f'{error:.0e}', ', '.join(others))
+        cells = (
+            family,
+            len(members),
+            len(own),
+            statuses['equal'],
+            statuses['no classifier'],
+            sum(bool(row.get('reduced')) for row in own),
+            ', '.join(cuts),
+            '' if error is None else f'{error:.0e}',
+            ', '.join(others),
+        )
         lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
     for title, statuses_shown in (
-            ('Not equal', ('equal in float64', 'differs', 'fails', 'not run')), ('Encoders', ('no classifier',))):
+        ('Not equal', ('equal in float64', 'differs', 'fails', 'not run')),
+        ('Encoders', ('no classifier',)),
+    ):
         shown = [row for row in done if row['status'] in statuses_shown]
         if shown:
             lines += ['', f'## {title}', '', *(f'- `{row["name"]}`: {row["status"]}. {row["reason"]}' for row in shown)]
@@ -310,8 +356,9 @@ def main() -> None:
     parser.add_argument('--per-module', action='store_true', help='only the cheapest model of each module file')
     parser.add_argument('--retry', action='store_true', help='run again what did not come out equal')
     parser.add_argument('--full', action='store_true', help='run again, as published, what was run reduced')
-    parser.add_argument('--max-gmacs', type=float, default=60,
-                        help='reduce a model that takes more work than an image of so many GMACs')
+    parser.add_argument(
+        '--max-gmacs', type=float, default=60, help='reduce a model that takes more work than an image of so many GMACs'
+    )
     parser.add_argument('--limit', type=int, help='at most so many')
     parser.add_argument('--minutes', type=float, default=float('inf'), help='start no model after this time')
     parser.add_argument('--timeout', type=float, default=600, help='seconds for one model')
@@ -335,7 +382,7 @@ def main() -> None:
         names = [n for n in cheapest_of_each_file(names) if n not in rows]
     if args.full:
         names = [n for n in names if macs[n] <= args.max_gmacs * 1e9]
-    sweep(names[:args.limit], args.timeout, time.time() + 60 * args.minutes, args.max_gmacs * 1e9)
+    sweep(names[: args.limit], args.timeout, time.time() + 60 * args.minutes, args.max_gmacs * 1e9)
 
 
 if __name__ == '__main__':

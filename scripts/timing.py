@@ -4,6 +4,7 @@
 contestants in turns. So: every repetition runs each of them once, the order reversed from one to the next, and ratios
 are formed within a repetition.
 """
+
 from __future__ import annotations
 
 import time
@@ -23,6 +24,7 @@ from timm_cascade.utils.clock import clock, device_name
 @dataclass
 class Runs:
     """What `in_turns` measured: by contestant, seconds (repetitions,) and what each call returned."""
+
     seconds: dict[str, np.ndarray]
     returned: dict[str, list[Any]]
 
@@ -117,5 +119,4 @@ def machine() -> dict[str, Any]:
     import timm
 
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    return dict(device=device_name(device), torch=torch.__version__.split('+')[0],
-                timm=timm.__version__)
+    return dict(device=device_name(device), torch=torch.__version__.split('+')[0], timm=timm.__version__)

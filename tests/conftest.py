@@ -36,8 +36,12 @@ def family(request: pytest.FixtureRequest) -> timm_cascade.CascadeModel:
 def small() -> timm_cascade.CascadeModel:
     """cascade_cifar_resnet20 with two exits for grey 16x16 images."""
     return timm.create_model(
-        'cascade_cifar_resnet20', in_chans=1, num_classes=4, exits=['layer1', 'layer2'],
-        pretrained_cfg_overlay=dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,))).eval()
+        'cascade_cifar_resnet20',
+        in_chans=1,
+        num_classes=4,
+        exits=['layer1', 'layer2'],
+        pretrained_cfg_overlay=dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,)),
+    ).eval()
 
 
 @pytest.fixture
@@ -48,5 +52,5 @@ def images() -> ImageData:
     pictures = generator.integers(0, 120, (96, 16, 16), dtype=np.uint8)
     for picture, label in zip(pictures, labels, strict=True):
         y, x = 8 * (label // 2), 8 * (label % 2)
-        picture[y:y + 8, x:x + 8] += 100
+        picture[y : y + 8, x : x + 8] += 100
     return ImageData(pictures, labels, ['a', 'b', 'c', 'd'], 'quarters', 'all')

@@ -1,4 +1,5 @@
 """Finite populations with known truth: calibration sets are drawn from them with replacement."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -13,13 +14,13 @@ def realistic(n: int, exits: int, seed: int = 0, first: float = 0.8, last: float
     for m, accuracy in enumerate(np.linspace(first, last, exits + 1)):
         shift = _shift(easiness, accuracy)
         logit = 1.2 * (2.2 * easiness + shift)
-        correct[:, m] = ndtr(.75 * common + np.sqrt(1 - .75 ** 2) * rng.normal(size=n)) < expit(logit)
-        confidence[:, m] = .1 + .9 * expit(logit + .8 * rng.normal(size=n))
-    confidence[confidence > .9995] = 1
+        correct[:, m] = ndtr(0.75 * common + np.sqrt(1 - 0.75**2) * rng.normal(size=n)) < expit(logit)
+        confidence[:, m] = 0.1 + 0.9 * expit(logit + 0.8 * rng.normal(size=n))
+    confidence[confidence > 0.9995] = 1
     return confidence, correct
 
 
-def _shift(easiness, accuracy, low=-10., high=10.):
+def _shift(easiness, accuracy, low=-10.0, high=10.0):
     for _ in range(60):
         middle = (low + high) / 2
         below = expit(1.2 * (2.2 * easiness + middle)).mean() < accuracy
@@ -30,11 +31,11 @@ def _shift(easiness, accuracy, low=-10., high=10.):
 def rare_harm(n: int, harm: float, seed: int = 0):
     """One exit, as good as the network but for rare errors among its surest answers."""
     rng = np.random.default_rng(seed)
-    correct = np.repeat((rng.random(n) < .9)[:, None], 2, axis=1)
-    harmed = rng.permutation(n)[:round(harm * n)]
+    correct = np.repeat((rng.random(n) < 0.9)[:, None], 2, axis=1)
+    harmed = rng.permutation(n)[: round(harm * n)]
     correct[harmed] = [False, True]
-    confidence = rng.uniform(.3, .9, (n, 2))
-    confidence[harmed, 0] = .99
+    confidence = rng.uniform(0.3, 0.9, (n, 2))
+    confidence[harmed, 0] = 0.99
     return confidence, correct
 
 
@@ -56,12 +57,12 @@ def tied(n: int, exits: int, seed: int = 0):
 def useless(n: int, exits: int, seed: int = 0):
     """Exits that know nothing, neither the answer nor how sure to be."""
     rng = np.random.default_rng(seed)
-    correct = rng.random((n, exits + 1)) < np.append(np.full(exits, .3), .9)
+    correct = rng.random((n, exits + 1)) < np.append(np.full(exits, 0.3), 0.9)
     return rng.random((n, exits + 1)), correct
 
 
 def overconfident(n: int, exits: int, seed: int = 0):
     """Exits that are surest where they are wrong."""
     confidence, correct = realistic(n, exits, seed)
-    confidence[:, :-1] = np.where(correct[:, :-1], confidence[:, :-1] * .9, .9 + confidence[:, :-1] * .1)
+    confidence[:, :-1] = np.where(correct[:, :-1], confidence[:, :-1] * 0.9, 0.9 + confidence[:, :-1] * 0.1)
     return confidence, correct

@@ -43,9 +43,19 @@ def test_descriptions():
         head_configs(dict(grid=0), 1)
 
 
-@pytest.mark.parametrize('name, hidden', [
-    ('tinynet_e', 32), ('lcnet_035', 32), ('mobilenetv3_small_050', 32), ('test_byobnet', 32), ('test_vit', 32),
-    ('test_resnet', 64), ('cifar_resnet20', 64), ('resnet18', 64)])
+@pytest.mark.parametrize(
+    'name, hidden',
+    [
+        ('tinynet_e', 32),
+        ('lcnet_035', 32),
+        ('mobilenetv3_small_050', 32),
+        ('test_byobnet', 32),
+        ('test_vit', 32),
+        ('test_resnet', 64),
+        ('cifar_resnet20', 64),
+        ('resnet18', 64),
+    ],
+)
 def test_default_heads_cost_less_than_one_percent(name, hidden):
     """The cheapest models of the sweep, where 64 hidden units would cost up to 1.5 %, and usual ones."""
     model = timm.create_model(f'cascade_{name}')

@@ -12,7 +12,7 @@ from timm_cascade import NotCalibratedError
 
 
 def test_in_training_mode_nobody_leaves(small):
-    small.thresholds = [0., 0.]
+    small.thresholds = [0.0, 0.0]
     small.train()
     small.backbone.eval()  # batch norm as in evaluation, so that the two can be compared
     small.training = True
@@ -21,10 +21,15 @@ def test_in_training_mode_nobody_leaves(small):
     assert small.predict(x).exit.tolist() == [2, 2, 2]
 
 
-@pytest.mark.parametrize('values, message', [
-    ([0.5], '1 thresholds for 2 exits'), ([0.5, float('nan')], 'confidence in 0..1'),
-    ([0.5, float('-inf')], 'confidence in 0..1'), ([0.1, 0.2, 0.3], '3 thresholds for 2'),
-])
+@pytest.mark.parametrize(
+    'values, message',
+    [
+        ([0.5], '1 thresholds for 2 exits'),
+        ([0.5, float('nan')], 'confidence in 0..1'),
+        ([0.5, float('-inf')], 'confidence in 0..1'),
+        ([0.1, 0.2, 0.3], '3 thresholds for 2'),
+    ],
+)
 def test_bad_thresholds_leave_the_old_ones(small, values, message):
     small.thresholds = [0.25, None]
     with pytest.raises(ValueError, match=message):

@@ -42,7 +42,7 @@ def test_a_second_import_and_a_name_clash_do_no_harm():
 
 
 def test_a_name_that_is_taken_stays_what_it_is():
-    code = textwrap.dedent('''
+    code = textwrap.dedent("""
         import sys, types, timm
         from timm.models import register_model
         def cascade_resnet18(pretrained=False, **kwargs): return "mine"
@@ -50,20 +50,23 @@ def test_a_name_that_is_taken_stays_what_it_is():
         import timm_cascade
         assert timm.model_entrypoint("cascade_resnet18")() == "mine"
         assert timm.is_model("cascade_resnet34")
-    ''')
+    """)
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
-@pytest.mark.parametrize('kwargs, error, message', [
-    (dict(features_only=True), ValueError, 'features_only'),
-    (dict(exits=['blocks.99']), ExitError, r'blocks\.1 \('),
-    (dict(exits=['blocks.0', 'blocks.0']), ExitError, 'twice'),
-    (dict(exits=0), ExitError, 'at least one'),
-    (dict(exits=[0.5, 1.0]), ExitError, 'between 0 and 1'),
-    (dict(exits=50), ExitError, 'found'),
-    (dict(head='huge'), ValueError, 'linear'),
-    (dict(head=dict(depth=3)), ValueError, 'depth'),
-])
+@pytest.mark.parametrize(
+    'kwargs, error, message',
+    [
+        (dict(features_only=True), ValueError, 'features_only'),
+        (dict(exits=['blocks.99']), ExitError, r'blocks\.1 \('),
+        (dict(exits=['blocks.0', 'blocks.0']), ExitError, 'twice'),
+        (dict(exits=0), ExitError, 'at least one'),
+        (dict(exits=[0.5, 1.0]), ExitError, 'between 0 and 1'),
+        (dict(exits=50), ExitError, 'found'),
+        (dict(head='huge'), ValueError, 'linear'),
+        (dict(head=dict(depth=3)), ValueError, 'depth'),
+    ],
+)
 def test_wrong_requests_say_what_would_be_right(kwargs, error, message):
     with pytest.raises(error, match=message):
         timm.create_model('cascade_test_vit', **kwargs)
@@ -77,12 +80,15 @@ def test_a_wrong_tag_is_timm_s_error():
 def test_pretrained_without_published_heads_loads_the_backbone_and_warns_once(monkeypatch, tmp_path):
     import torch
     from safetensors.torch import save_file
+
     source = timm.create_model('test_resnet')
     save_file(source.state_dict(), tmp_path / 'w.safetensors')
     with pytest.warns(UserWarning, match='No exit fires') as caught:
         model = timm.create_model(
-            'cascade_test_resnet', pretrained=True,
-            pretrained_cfg_overlay=dict(file=str(tmp_path / 'w.safetensors'), hf_hub_id=None, url=None))
+            'cascade_test_resnet',
+            pretrained=True,
+            pretrained_cfg_overlay=dict(file=str(tmp_path / 'w.safetensors'), hf_hub_id=None, url=None),
+        )
     assert len(caught) == 1
     assert torch.equal(model.backbone.conv1[0].weight, source.conv1[0].weight)
     assert not model.any_open
@@ -96,16 +102,20 @@ def test_kwargs_reach_the_backbone():
 
 def test_checkpoint_path_takes_a_plain_checkpoint_of_the_backbone(tmp_path):
     import torch
+
     source = timm.create_model('test_resnet', num_classes=5)
     torch.save(source.state_dict(), tmp_path / 'plain.pth')
     model = timm.create_model('cascade_test_resnet', num_classes=5, checkpoint_path=str(tmp_path / 'plain.pth'))
-    assert all(torch.equal(a, b) for a, b in
-               zip(model.backbone.state_dict().values(), source.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.backbone.state_dict().values(), source.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.slow
 def test_importing_costs_at_most_150_ms_over_timm():
     code = 'import time, timm; t = time.perf_counter(); import timm_cascade; print(time.perf_counter() - t)'
-    runs = [float(subprocess.run([sys.executable, '-c', code], capture_output=True, check=True).stdout)
-            for _ in range(5)]
+    runs = [
+        float(subprocess.run([sys.executable, '-c', code], capture_output=True, check=True).stdout) for _ in range(5)
+    ]
     assert min(runs) < 0.15, runs

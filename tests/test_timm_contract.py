@@ -1,4 +1,5 @@
 """What a timm user and timm's own scripts expect of a model."""
+
 import copy
 import os
 import subprocess
@@ -86,9 +87,9 @@ def test_averaging_saving_and_loading(tmp_path):
     assert isinstance(ema.module, timm_cascade.CascadeModel)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'checkpoint.pth.tar')
     again = timm.create_model(
-        'cascade_test_resnet', num_classes=5, checkpoint_path=str(tmp_path / 'checkpoint.pth.tar'))
-    assert all(torch.equal(a, b) for a, b in
-               zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+        'cascade_test_resnet', num_classes=5, checkpoint_path=str(tmp_path / 'checkpoint.pth.tar')
+    )
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 
 @torch.no_grad()
@@ -114,7 +115,7 @@ def test_encoders_published_without_classes_can_have_them():
     assert model.num_classes == 5 and all(p.prefix_tokens == 8 for p in model.exits)
 
 
-VALIDATE = '''
+VALIDATE = """
 import argparse, timm, torch
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import AverageMeter, accuracy
@@ -141,9 +142,9 @@ with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16):
         output = model(images.contiguous(memory_format=torch.channels_last))
         top1.update(accuracy(output.detach(), target, topk=(1,))[0].item(), images.size(0))
 print('validated', top1.count)
-'''
+"""
 
-TRAIN = '''
+TRAIN = """
 import argparse, timm, torch
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -174,9 +175,9 @@ for _ in range(2):
     ema.update(model)
 scheduler.step(1)
 saver.save_checkpoint(0, metric=1.)
-'''
+"""
 
-BENCHMARK = '''
+BENCHMARK = """
 import argparse, time, timm, torch
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2
@@ -209,7 +210,7 @@ for bench in ('inference', 'train'):
             optimizer.step()
     print(bench, output.dtype, tuple(output.shape), sum(m.numel() for m in model.parameters()) / 1e6,
           f'{12 / (time.perf_counter() - start):.2f} samples/sec')
-'''
+"""
 
 
 def test_scripts_in_the_manner_of_timm_s_own_run_unchanged(tmp_path):
@@ -218,8 +219,10 @@ def test_scripts_in_the_manner_of_timm_s_own_run_unchanged(tmp_path):
     for label in 'ab':
         (tmp_path / 'data' / label).mkdir(parents=True)
         for i in range(3):
-            as_png(np.random.default_rng(i).integers(0, 255, (48, 48, 3), dtype=np.uint8),
-                   tmp_path / 'data' / label / f'{i}.png')
+            as_png(
+                np.random.default_rng(i).integers(0, 255, (48, 48, 3), dtype=np.uint8),
+                tmp_path / 'data' / label / f'{i}.png',
+            )
     (tmp_path / 'validate.py').write_text(VALIDATE)
     (tmp_path / 'train.py').write_text(TRAIN)
     (tmp_path / 'benchmark.py').write_text(BENCHMARK)
@@ -227,13 +230,18 @@ def test_scripts_in_the_manner_of_timm_s_own_run_unchanged(tmp_path):
     def run(*arguments):
         root = str(Path(timm_cascade.__file__).parent.parent)
         return subprocess.run(
-            [sys.executable, '-m', 'timm_cascade.run', *map(str, arguments)], capture_output=True, text=True,
-            cwd=tmp_path, env={**os.environ, 'PYTHONPATH': root})
+            [sys.executable, '-m', 'timm_cascade.run', *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, 'PYTHONPATH': root},
+        )
 
     out = run('train.py', '--model', name, '--output', tmp_path)
     assert out.returncode == 0, out.stderr
-    out = run('validate.py', 'data', '--model', name, '--num-classes', 4, '--checkpoint',
-              tmp_path / 'model_best.pth.tar')
+    out = run(
+        'validate.py', 'data', '--model', name, '--num-classes', 4, '--checkpoint', tmp_path / 'model_best.pth.tar'
+    )
     assert out.returncode == 0 and 'validated 6' in out.stdout, out.stderr
     for precision in ('float32', 'bfloat16'):
         out = run('benchmark.py', '--model', name, '--precision', precision)

@@ -2,6 +2,7 @@
 
 Importing this package registers `cascade_<name>` with timm for every model timm knows.
 """
+
 from timm import create_model
 
 from . import registry  # noqa: F401  registers the models
@@ -36,9 +37,39 @@ from .training.train import train_heads
 from .version import __version__
 
 __all__ = [
-    'BackboneError', 'BadImageError', 'Calibration', 'CascadeError', 'CascadeModel', 'CascadeOutput', 'ExitError',
-    'HubUnavailableError', 'ImageData', 'LaunchError', 'NotCalibratedError', 'OperatingPoint', 'PointNotFoundError',
-    'Profile', 'PushConflictError', 'PushDeniedError', 'PushError', 'ReleaseError', 'Report', 'RoutingError',
-    'StreamOutput', 'TableFormatError', 'TableMismatchError', 'ThresholdError', 'ThresholdTable', '__version__',
-    'calibrate', 'create_model', 'evaluate', 'load', 'load_data', 'profile', 'push_to_hub', 'save', 'train_heads',
+    'BackboneError',
+    'BadImageError',
+    'Calibration',
+    'CascadeError',
+    'CascadeModel',
+    'CascadeOutput',
+    'ExitError',
+    'HubUnavailableError',
+    'ImageData',
+    'LaunchError',
+    'NotCalibratedError',
+    'OperatingPoint',
+    'PointNotFoundError',
+    'Profile',
+    'PushConflictError',
+    'PushDeniedError',
+    'PushError',
+    'ReleaseError',
+    'Report',
+    'RoutingError',
+    'StreamOutput',
+    'TableFormatError',
+    'TableMismatchError',
+    'ThresholdError',
+    'ThresholdTable',
+    '__version__',
+    'calibrate',
+    'create_model',
+    'evaluate',
+    'load',
+    'load_data',
+    'profile',
+    'push_to_hub',
+    'save',
+    'train_heads',
 ]

@@ -1,10 +1,24 @@
 """Every exception that timm-cascade raises by a name of its own."""
+
 from __future__ import annotations
 
 __all__ = [
-    'BackboneError', 'BadImageError', 'CascadeError', 'ExitError', 'HubUnavailableError', 'LaunchError',
-    'NotCalibratedError', 'PointNotFoundError', 'PushConflictError', 'PushDeniedError', 'PushError', 'ReleaseError',
-    'RoutingError', 'TableFormatError', 'TableMismatchError', 'ThresholdError',
+    'BackboneError',
+    'BadImageError',
+    'CascadeError',
+    'ExitError',
+    'HubUnavailableError',
+    'LaunchError',
+    'NotCalibratedError',
+    'PointNotFoundError',
+    'PushConflictError',
+    'PushDeniedError',
+    'PushError',
+    'ReleaseError',
+    'RoutingError',
+    'TableFormatError',
+    'TableMismatchError',
+    'ThresholdError',
 ]
 
 

@@ -1,4 +1,5 @@
 """Exit heads: a tap in, logits out."""
+
 from __future__ import annotations
 
 import math
@@ -40,15 +41,15 @@ class ExitHead(nn.Module):
     """
 
     def __init__(
-            self,
-            channels: int,
-            size: tuple[int, int],
-            num_classes: int,
-            layout: str = 'NCHW',
-            prefix_tokens: int = 0,
-            grid: int = 4,
-            hidden: int = 64,
-            norm: bool = True,
+        self,
+        channels: int,
+        size: tuple[int, int],
+        num_classes: int,
+        layout: str = 'NCHW',
+        prefix_tokens: int = 0,
+        grid: int = 4,
+        hidden: int = 64,
+        norm: bool = True,
     ) -> None:
         super().__init__()
         self.layout = layout
@@ -65,7 +66,7 @@ class ExitHead(nn.Module):
         if self.layout == 'NHWC':
             tap = tap.permute(0, 3, 1, 2)
         elif self.layout == 'NLC':
-            tap = tap[:, self.prefix_tokens:].transpose(1, 2)
+            tap = tap[:, self.prefix_tokens :].transpose(1, 2)
             tap = tap.unflatten(2, (self._rows(tap.shape[2]), -1))
         return F.adaptive_avg_pool2d(tap, self.grid).flatten(1)
 
@@ -93,8 +94,9 @@ def head_configs(head: HeadSpec, count: int) -> list[dict[str, Any]]:
     """
     if isinstance(head, str):
         if head not in PRESETS:
-            raise ValueError(f'head={head!r} is not known; choose from {sorted(PRESETS)} or give a dict of '
-                             f'grid, hidden and norm.')
+            raise ValueError(
+                f'head={head!r} is not known; choose from {sorted(PRESETS)} or give a dict of grid, hidden and norm.'
+            )
         configs: Sequence[Mapping[str, Any]] = PRESETS[head]
     else:
         configs = [head] if isinstance(head, Mapping) else head
@@ -113,12 +115,16 @@ def head_configs(head: HeadSpec, count: int) -> list[dict[str, Any]]:
 
 def within_share(configs: list[dict[str, Any]], points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:
     """The same heads, their hidden layers halved until together they cost at most MAX_SHARE of the backbone."""
+
     def macs(c: Mapping[str, Any], point: Any) -> int:
         grid = min(c['grid'], point.size[0]) * min(c['grid'], point.size[1])
         return c['hidden'] * (point.channels * grid + num_classes)
 
-    while configs and min(c['hidden'] for c in configs) > 1 and (
-            sum(map(macs, configs, points)) > MAX_SHARE * points[0].total):
+    while (
+        configs
+        and min(c['hidden'] for c in configs) > 1
+        and (sum(map(macs, configs, points)) > MAX_SHARE * points[0].total)
+    ):
         configs = [dict(c, hidden=c['hidden'] // 2) for c in configs]
     return configs
 
@@ -127,4 +133,5 @@ def create_heads(points: Sequence[Any], num_classes: int, configs: Sequence[Mapp
     """A head for each exit point (its channels, size, layout and prefix_tokens)."""
     return nn.ModuleList(
         ExitHead(p.channels, p.size, num_classes, p.layout, p.prefix_tokens, **c)
-        for p, c in zip(points, configs, strict=True))
+        for p, c in zip(points, configs, strict=True)
+    )

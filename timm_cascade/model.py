@@ -1,4 +1,5 @@
 """The cascade: a timm backbone, its exit heads, and the dial that trades accuracy for computation."""
+
 from __future__ import annotations
 
 import hashlib
@@ -64,11 +65,11 @@ class CascadeModel(nn.Module):
     backbone: Any  # a timm model: an nn.Module with timm's methods, which have no type of their own
 
     def __init__(
-            self,
-            backbone: nn.Module,
-            exits: int | Sequence[float] | Sequence[str] | Sequence[ExitPoint] = 3,
-            head: HeadSpec = 'enhanced',
-            thresholds: Sequence[float | None] | None = None,
+        self,
+        backbone: nn.Module,
+        exits: int | Sequence[float] | Sequence[str] | Sequence[ExitPoint] = 3,
+        head: HeadSpec = 'enhanced',
+        thresholds: Sequence[float | None] | None = None,
     ) -> None:
         super().__init__()
         # every check comes before the backbone is touched
@@ -116,13 +117,13 @@ class CascadeModel(nn.Module):
         return self._router.route(self.backbone, x, list(self.heads), open_exits, self.min_leave)
 
     def stream(
-            self,
-            batches: Iterable[Any],
-            *,
-            batch_size: int | None = None,
-            ordered: bool = True,
-            max_held: int | None = None,
-            accelerator: Accelerator | None = None,
+        self,
+        batches: Iterable[Any],
+        *,
+        batch_size: int | None = None,
+        ordered: bool = True,
+        max_held: int | None = None,
+        accelerator: Accelerator | None = None,
     ) -> Iterator[StreamOutput]:
         """Exited a long input with full batches in every stage: survivors of several batches go on together.
 
@@ -145,8 +146,16 @@ class CascadeModel(nn.Module):
         """
         thresholds = self._thresholds if self.any_open else [math.inf] * len(self._points)
         return stream(
-            batches, runner=self.runner, prepare=self.as_images, heads=list(self.heads), thresholds=thresholds,
-            batch_size=batch_size, ordered=ordered, max_held=max_held, accelerator=accelerator)
+            batches,
+            runner=self.runner,
+            prepare=self.as_images,
+            heads=list(self.heads),
+            thresholds=thresholds,
+            batch_size=batch_size,
+            ordered=ordered,
+            max_held=max_held,
+            accelerator=accelerator,
+        )
 
     def runner(self, images: Tensor, early_exit: bool | None = None) -> Runner:
         """How the backbone runs images of this kind; see `inference.engine.Runner`.
@@ -169,18 +178,20 @@ class CascadeModel(nn.Module):
     def _check(self, x: Tensor) -> None:
         in_chans = self.in_chans
         if x.ndim != 4 or x.shape[1] != in_chans:
-            raise ValueError(f'images are {tuple(x.shape)}; expected (N, {in_chans}, H, W). Convert them, or create '
-                             f'the model with in_chans={x.shape[1] if x.ndim == 4 else "..."}.')
+            raise ValueError(
+                f'images are {tuple(x.shape)}; expected (N, {in_chans}, H, W). Convert them, or create '
+                f'the model with in_chans={x.shape[1] if x.ndim == 4 else "..."}.'
+            )
 
     def compile(  # type: ignore[override]
-            self,
-            enabled: bool = True,
-            *,
-            mode: str | None = None,
-            batch_sizes: Sequence[int] = (),
-            channels_last: bool | None = None,
-            fold: bool = False,
-            backend: str = 'inductor',
+        self,
+        enabled: bool = True,
+        *,
+        mode: str | None = None,
+        batch_sizes: Sequence[int] = (),
+        channels_last: bool | None = None,
+        fold: bool = False,
+        backend: str = 'inductor',
     ) -> CascadeModel:
         """Runs the backbone as stages between its exits, each compiled by itself, from now on.
 
@@ -243,12 +254,12 @@ class CascadeModel(nn.Module):
     # ---- the dial
 
     def set_max_drop(
-            self,
-            max_drop: float,
-            rule: str = 'certified',
-            level: float = 0.9,
-            reference: str | None = None,
-            cost: str = 'macs',
+        self,
+        max_drop: float,
+        rule: str = 'certified',
+        level: float = 0.9,
+        reference: str | None = None,
+        cost: str = 'macs',
     ) -> OperatingPoint:
         """Sets the thresholds from the accuracy that may be given up.
 
@@ -360,8 +371,10 @@ class CascadeModel(nn.Module):
         if not self.num_classes and not all(math.isinf(t) for t in numbers):
             raise ValueError('this model has no classes, so no exit can answer; reset_classifier(num_classes) first.')
         if len(numbers) != len(self._points):
-            raise ValueError(f'{len(numbers)} thresholds for {len(self._points)} exits; give one an exit '
-                             f'({", ".join(p.module for p in self._points)}).')
+            raise ValueError(
+                f'{len(numbers)} thresholds for {len(self._points)} exits; give one an exit '
+                f'({", ".join(p.module for p in self._points)}).'
+            )
         if any(math.isnan(t) or t == -math.inf for t in numbers):
             raise ValueError(f'thresholds {numbers}: each is a confidence in 0..1, or inf to close the exit.')
         # kept as float32 values: a threshold is one of the confidences that were seen
@@ -434,7 +447,7 @@ class CascadeModel(nn.Module):
             **self._factory_args,
             'exits': [p.module for p in self._points],
             'head': self._head_configs,
-            'thresholds': [None if t > 1 else max(t, 0.) for t in self._thresholds],  # of a confidence, the same
+            'thresholds': [None if t > 1 else max(t, 0.0) for t in self._thresholds],  # of a confidence, the same
         }
 
     @_model_args.setter

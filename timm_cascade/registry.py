@@ -3,6 +3,7 @@
 timm reads a module's `default_cfgs` when an entrypoint is registered, and takes the entrypoint's `__module__` as the
 model's home: that is why the closures live in a module of their own.
 """
+
 from __future__ import annotations
 
 from collections import deque
@@ -25,6 +26,7 @@ _NO_SOURCE = dict(url=None, file=None, state_dict=None, hf_hub_id=None, hf_hub_f
 def _entrypoint(base: str) -> Any:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         from .hub import create_cascade  # its imports are only needed once something is built
+
         return create_cascade(base, pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = PREFIX + base
@@ -39,8 +41,10 @@ def _cascade_cfgs(base: str) -> DefaultCfg | None:
     known = _model_default_cfgs.get(base)
     if known is None:
         return None
-    return DefaultCfg(tags=deque(known.tags), cfgs={
-        tag: replace(cfg, architecture=PREFIX + base, **_NO_SOURCE) for tag, cfg in known.cfgs.items()})
+    return DefaultCfg(
+        tags=deque(known.tags),
+        cfgs={tag: replace(cfg, architecture=PREFIX + base, **_NO_SOURCE) for tag, cfg in known.cfgs.items()},
+    )
 
 
 def register_all() -> None:

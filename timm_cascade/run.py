@@ -1,7 +1,8 @@
 """Runs a script that knows nothing of cascades with `cascade_*` names registered.
 
-    python -m timm_cascade.run validate.py --model cascade_resnet50 ...
+python -m timm_cascade.run validate.py --model cascade_resnet50 ...
 """
+
 from __future__ import annotations
 
 import runpy

@@ -1,4 +1,5 @@
 """The smallest model of every module file of timm, on small pictures: exits by default, and nobody answers wrongly."""
+
 import pytest
 import timm
 import torch
@@ -47,8 +48,9 @@ OTHER = {
 }
 FAMILIES = {**{n: dict(img_size=64) for n in SIZED}, **{n: picture(64) for n in FREE}, **OTHER}
 # what hooks cannot cut
-EXPORTED = set('coat_tiny deepseek_vit_412m gemma4_vit_167m nasnetalarge pnasnet5large qwen3_vit_88m twins_svt_small'
-               .split())
+EXPORTED = set(
+    'coat_tiny deepseek_vit_412m gemma4_vit_167m nasnetalarge pnasnet5large qwen3_vit_88m twins_svt_small'.split()
+)
 
 
 def module_file(name):

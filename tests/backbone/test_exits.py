@@ -50,15 +50,21 @@ def test_measuring_leaves_the_model_as_it_was():
     assert not any(m._forward_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize('name, layout', [
-    ('test_resnet', 'NCHW'), ('test_convnext', 'NCHW'), ('test_vit', 'NLC'), ('swin_tiny_patch4_window7_224', 'NHWC')])
+@pytest.mark.parametrize(
+    'name, layout',
+    [('test_resnet', 'NCHW'), ('test_convnext', 'NCHW'), ('test_vit', 'NLC'), ('swin_tiny_patch4_window7_224', 'NHWC')],
+)
 def test_layouts_agree_with_forward_intermediates(name, layout):
     model = timm.create_model(name).eval()
     point = resolve_exits(model, [0.5])[0]
     assert point.layout == layout
     if name != 'swin_tiny_patch4_window7_224':
-        sizes = {(t.shape[1], *t.shape[2:]) for t in model.forward_intermediates(
-            torch.randn(1, *model.pretrained_cfg['input_size']), intermediates_only=True)}
+        sizes = {
+            (t.shape[1], *t.shape[2:])
+            for t in model.forward_intermediates(
+                torch.randn(1, *model.pretrained_cfg['input_size']), intermediates_only=True
+            )
+        }
         assert (point.channels, *point.size) in sizes
 
 
@@ -120,19 +126,22 @@ def test_a_model_that_does_not_classify_is_refused():
             candidates(Net(num_classes=classes))
 
 
-@pytest.mark.parametrize('shape, attributes, want', [
-    ((64, 56, 56), {}, ('NCHW', 64, (56, 56), 0)),
-    ((56, 56, 64), {}, ('NHWC', 64, (56, 56), 0)),
-    ((56, 56, 56), {}, ('NCHW', 56, (56, 56), 0)),
-    ((56, 56, 56), {'output_fmt': 'NHWC'}, ('NHWC', 56, (56, 56), 0)),
-    ((196, 64), {}, ('NLC', 64, (14, 14), 0)),
-    ((197, 64), {'num_prefix_tokens': 1}, ('NLC', 64, (14, 14), 1)),
-    ((196, 64), {'num_prefix_tokens': 1}, ('NLC', 64, (14, 14), 0)),  # the class token comes later
-    ((206, 64), {'num_prefix_tokens': 10}, ('NLC', 64, (14, 14), 10)),
-    ((201, 64), {}, ('NLC', 64, (14, 14), 5)),
-    ((49, 196, 64), {}, None),  # blocks of tokens
-    ((64,), {}, None),
-])
+@pytest.mark.parametrize(
+    'shape, attributes, want',
+    [
+        ((64, 56, 56), {}, ('NCHW', 64, (56, 56), 0)),
+        ((56, 56, 64), {}, ('NHWC', 64, (56, 56), 0)),
+        ((56, 56, 56), {}, ('NCHW', 56, (56, 56), 0)),
+        ((56, 56, 56), {'output_fmt': 'NHWC'}, ('NHWC', 56, (56, 56), 0)),
+        ((196, 64), {}, ('NLC', 64, (14, 14), 0)),
+        ((197, 64), {'num_prefix_tokens': 1}, ('NLC', 64, (14, 14), 1)),
+        ((196, 64), {'num_prefix_tokens': 1}, ('NLC', 64, (14, 14), 0)),  # the class token comes later
+        ((206, 64), {'num_prefix_tokens': 10}, ('NLC', 64, (14, 14), 10)),
+        ((201, 64), {}, ('NLC', 64, (14, 14), 5)),
+        ((49, 196, 64), {}, None),  # blocks of tokens
+        ((64,), {}, None),
+    ],
+)
 def test_layouts_by_shape(shape, attributes, want):
     model = torch.nn.Module()
     for key, value in attributes.items():
@@ -141,8 +150,10 @@ def test_layouts_by_shape(shape, attributes, want):
     assert layout == (want and dict(zip(('layout', 'channels', 'size', 'prefix_tokens'), want, strict=True)))
 
 
-@pytest.mark.parametrize('shape, want', [
-    ((64, 32, 24), ('NCHW', (32, 24))), ((32, 24, 64), ('NHWC', (32, 24))), ((769, 64), ('NLC', (32, 24)))])
+@pytest.mark.parametrize(
+    'shape, want',
+    [((64, 32, 24), ('NCHW', (32, 24))), ((32, 24, 64), ('NHWC', (32, 24))), ((769, 64), ('NLC', (32, 24)))],
+)
 def test_layouts_of_pictures_that_are_not_square(shape, want):
     layout = find_layout(torch.nn.Module(), shape, (3, 512, 384))
     assert (layout['layout'], layout['size']) == want
@@ -150,7 +161,7 @@ def test_layouts_of_pictures_that_are_not_square(shape, want):
 
 def test_rows_of_several_tensors():
     point = ExitPoint('m', 'NLC', 2, (1, 1), 0, 1, 2, item=1, rows=(3, 1, 0))
-    output = (torch.arange(12.).reshape(12, 1), [torch.arange(4.).reshape(4, 1, 1), torch.zeros(7)], 'text')
+    output = (torch.arange(12.0).reshape(12, 1), [torch.arange(4.0).reshape(4, 1, 1), torch.zeros(7)], 'text')
     rows, (tap, shared), text = cut(output, torch.tensor([0, 2]), point)
     assert rows.flatten().tolist() == [0, 1, 2, 6, 7, 8] and tap.flatten().tolist() == [0, 2]
     assert shared is output[1][1] and text == 'text' and tap_of(output, point) is output[1][0]

@@ -24,8 +24,25 @@ def idx(tmp_path, images):
 def test_the_whole_path(capsys, idx, tmp_path):
     folder = tmp_path / 'release'
     status, result, _ = run(
-        capsys, 'train', '--model', 'cascade_cifar_resnet20', '--data', idx, '--split', 'train[:64]', '--val-split',
-        'train[64:]', '--out', folder, '--epochs', 2, '--exits', 'layer1,layer2', '--model-kwargs', 'in_chans=1')
+        capsys,
+        'train',
+        '--model',
+        'cascade_cifar_resnet20',
+        '--data',
+        idx,
+        '--split',
+        'train[:64]',
+        '--val-split',
+        'train[64:]',
+        '--out',
+        folder,
+        '--epochs',
+        2,
+        '--exits',
+        'layer1,layer2',
+        '--model-kwargs',
+        'in_chans=1',
+    )
     assert status == 0 and result['epoch'] == 2 and len(result['accuracy']) == 3 and result['processes'] == 1
 
     status, result, err = run(capsys, 'evaluate', folder, '--data', idx, '--split', 'test', '--max-drop', 0.1)
@@ -34,8 +51,9 @@ def test_the_whole_path(capsys, idx, tmp_path):
     status, result, _ = run(capsys, 'calibrate', folder, '--data', idx, '--split', 'train[64:]')
     assert status == 0 and result['n'] == 32 and len(result['accuracy']) == 3
 
-    status, result, _ = run(capsys, 'evaluate', folder, '--data', idx, '--split', 'test', '--max-drop', 0.1,
-                            '--rule', 'joint')
+    status, result, _ = run(
+        capsys, 'evaluate', folder, '--data', idx, '--split', 'test', '--max-drop', 0.1, '--rule', 'joint'
+    )
     assert status == 0 and result['n'] == 96 and result['point']['rule'] == 'joint'
 
     status, result, _ = run(capsys, 'info', folder)
@@ -56,15 +74,39 @@ def test_a_linear_probe_on_other_classes(capsys, tmp_path):
                 picture[..., k] += 150
                 as_png(picture, tmp_path / 'data' / split / name / f'{i}.png')
     (tmp_path / 'data' / 'train' / 'cat' / '9.png').write_text('no image')
-    argv = ['train', '--model', 'cascade_cifar_resnet20', '--data', tmp_path / 'data', '--val-split', 'test', '--out',
-            tmp_path / 'out', '--epochs', 30, '--views', 2, '--lr', 1e-2, '--grad-accum', 2, '--batch-size', 4]
+    argv = [
+        'train',
+        '--model',
+        'cascade_cifar_resnet20',
+        '--data',
+        tmp_path / 'data',
+        '--val-split',
+        'test',
+        '--out',
+        tmp_path / 'out',
+        '--epochs',
+        30,
+        '--views',
+        2,
+        '--lr',
+        1e-2,
+        '--grad-accum',
+        2,
+        '--batch-size',
+        4,
+    ]
     status, _, err = run(capsys, *argv)
     assert status == 2 and '9.png is no image' in err and not (tmp_path / 'out' / 'config.json').exists()
     assert not list((tmp_path / 'out').rglob('*.npy'))
     status, result, err = run(capsys, *argv, '--on-bad-image', 'skip')
     assert status == 0 and result['images'] == 24 and result['classifier_trained'] and result['accuracy'][-1] > 0.9
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == [
-        'README.md', 'config.json', 'model.safetensors', 'taps', 'training.jsonl']
+        'README.md',
+        'config.json',
+        'model.safetensors',
+        'taps',
+        'training.jsonl',
+    ]
     assert json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names'] == ['cat', 'dog', 'owl']
     status, result, _ = run(capsys, 'evaluate', tmp_path / 'out', '--data', tmp_path / 'data', '--split', 'test')
     assert status == 0 and result['full_accuracy'] > 0.9
@@ -75,16 +117,36 @@ def test_a_linear_probe_on_other_classes(capsys, tmp_path):
     assert not (tmp_path / 'out' / 'thresholds.json').exists()
 
 
-@pytest.mark.parametrize('flags, trained, said', [
-    ([], True, 'new, 4 classes; trained as the final exit'), (['--classifier', 'keep'], False, 'kept as it is, RANDOM'),
-    (['--checkpoint', 'backbone.pt'], False, 'kept as it is'),
-    (['--checkpoint', 'backbone.pt', '--classifier', 'train'], True, 'trained anew')])
+@pytest.mark.parametrize(
+    'flags, trained, said',
+    [
+        ([], True, 'new, 4 classes; trained as the final exit'),
+        (['--classifier', 'keep'], False, 'kept as it is, RANDOM'),
+        (['--checkpoint', 'backbone.pt'], False, 'kept as it is'),
+        (['--checkpoint', 'backbone.pt', '--classifier', 'train'], True, 'trained anew'),
+    ],
+)
 def test_which_classifier(capsys, caplog, idx, tmp_path, small, monkeypatch, flags, trained, said):
     monkeypatch.chdir(tmp_path)
     torch.save(small.backbone.state_dict(), 'backbone.pt')
     status, result, _ = run(
-        capsys, 'train', '--model', 'cascade_cifar_resnet20', '--data', idx, '--out', 'out', '--epochs', 1, '--exits',
-        'layer1', '--model-kwargs', 'in_chans=1', '--no-cache', *flags)
+        capsys,
+        'train',
+        '--model',
+        'cascade_cifar_resnet20',
+        '--data',
+        idx,
+        '--out',
+        'out',
+        '--epochs',
+        1,
+        '--exits',
+        'layer1',
+        '--model-kwargs',
+        'in_chans=1',
+        '--no-cache',
+        *flags,
+    )
     assert status == 0 and result['classifier_trained'] is trained
     assert any(m.startswith(f'classifier: {said}') for m in caplog.messages)
     backbone = timm_cascade.load('out').backbone.state_dict()
@@ -96,24 +158,44 @@ def test_which_classifier(capsys, caplog, idx, tmp_path, small, monkeypatch, fla
 def test_a_checkpoint_of_other_classes(capsys, idx, tmp_path, small):
     small.backbone.reset_classifier(5)
     torch.save(small.backbone.state_dict(), tmp_path / 'backbone.pt')
-    status, _, err = run(capsys, 'train', '--model', 'cascade_cifar_resnet20', '--data', idx, '--out', tmp_path / 'out',
-                         '--model-kwargs', 'in_chans=1', '--checkpoint', tmp_path / 'backbone.pt')
+    status, _, err = run(
+        capsys,
+        'train',
+        '--model',
+        'cascade_cifar_resnet20',
+        '--data',
+        idx,
+        '--out',
+        tmp_path / 'out',
+        '--model-kwargs',
+        'in_chans=1',
+        '--checkpoint',
+        tmp_path / 'backbone.pt',
+    )
     assert status == 2 and 'size mismatch' in err and 'backbone.pt' in err and not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('argv, message', [
-    (['info', 'no/such/folder'], 'neither a folder'),
-    (['calibrate', 'nowhere', '--data', 'x'], 'neither a folder'),
-    (['train', '--model', 'cascade_cifar_resnet20', '--data', '/no/where/at/all', '--out', 'x'], 'no IDX folder'),
-])
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (['info', 'no/such/folder'], 'neither a folder'),
+        (['calibrate', 'nowhere', '--data', 'x'], 'neither a folder'),
+        (['train', '--model', 'cascade_cifar_resnet20', '--data', '/no/where/at/all', '--out', 'x'], 'no IDX folder'),
+    ],
+)
 def test_requests_that_cannot_be_met(capsys, argv, message):
     status, _, err = run(capsys, *argv)
     assert status == 2 and message in err
 
 
-@pytest.mark.parametrize('model, message', [
-    ('cascade_nonesuch', 'Unknown model'), ('cascade_resnet50.bogus', 'Invalid pretrained tag'),
-    ('cifar_resnet20', 'cascade_cifar_resnet20')])
+@pytest.mark.parametrize(
+    'model, message',
+    [
+        ('cascade_nonesuch', 'Unknown model'),
+        ('cascade_resnet50.bogus', 'Invalid pretrained tag'),
+        ('cifar_resnet20', 'cascade_cifar_resnet20'),
+    ],
+)
 def test_names_that_are_no_cascade(capsys, idx, tmp_path, model, message):
     argv = ['train', '--model', model, '--data', idx, '--split', 'train', '--out', tmp_path / 'out']
     status, _, err = run(capsys, *argv)

@@ -29,9 +29,15 @@ def test_idx_and_slices(idx):
     assert data.name == folder.name and '/' not in data.name
 
 
-@pytest.mark.parametrize('split, message', [
-    (None, r"\['test', 'train'\]"), ('validation', r"\['test', 'train'\]"), ('train[a:b]', 'NAME'),
-    ('train[50:]', 'no images')])
+@pytest.mark.parametrize(
+    'split, message',
+    [
+        (None, r"\['test', 'train'\]"),
+        ('validation', r"\['test', 'train'\]"),
+        ('train[a:b]', 'NAME'),
+        ('train[50:]', 'no images'),
+    ],
+)
 def test_wrong_splits(idx, split, message):
     with pytest.raises(ValueError, match=message):
         load_data(idx[0], split)
@@ -41,7 +47,7 @@ def test_damaged_idx(idx):
     folder, pictures, _ = idx
     path = folder / 'train-images-idx3-ubyte.gz'
     whole = path.read_bytes()
-    path.write_bytes(whole[:len(whole) // 2])
+    path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match='truncated'):
         load_data(folder, 'train')
     write_idx(path, pictures[:5])
@@ -68,10 +74,12 @@ def test_image_folder(tmp_path):
 
 def test_parquet(tmp_path):
     import datasets
+
     features = datasets.Features(dict(image=datasets.Image(), label=datasets.ClassLabel(names=['x', 'y'])))
     pictures = [np.full((6, 5), 50 * k, np.uint8) for k in range(3)]
     datasets.Dataset.from_dict(dict(image=pictures, label=[0, 1, 1]), features=features).to_parquet(
-        tmp_path / 'a.parquet')
+        tmp_path / 'a.parquet'
+    )
     data = load_data(tmp_path / 'a.parquet')
     assert len(data) == 3 and data.class_names == ['x', 'y'] and data[2][1] == 1
     assert np.array_equal(np.asarray(data[2][0]), pictures[2])
@@ -134,7 +142,7 @@ def mixed(tmp_path_factory):
         for mode in ('L', 'P', 'RGBA', 'CMYK', '1'):
             Image.fromarray(noise).convert(mode).save(folder / name / f'{mode}.{"tif" if mode == "CMYK" else "png"}')
     whole = (folder / 'cat' / 'RGBA.png').read_bytes()
-    (folder / 'cat' / 'cut.png').write_bytes(whole[:len(whole) // 2])
+    (folder / 'cat' / 'cut.png').write_bytes(whole[: len(whole) // 2])
     (folder / 'dog' / 'text.png').write_text('no image')
     return folder
 
@@ -179,12 +187,18 @@ def test_a_class_folder_without_images(tmp_path):
     assert load_data(tmp_path, 'test').class_names == ['cat', 'dog', 'owl']
 
 
-@pytest.mark.parametrize('names, known, message', [
-    (list('abcd'), list('abc'), '4 classes, the model 3'),
-    (list('acb'), list('abc'), "class 1 is 'c' there and 'b' here; class 2 is 'b' there"),
-    (list('ax'), list('abc'), "class 1 is 'x' there"),
-    (list('ab'), list('abc'), None), (list('012'), list('abc'), None), (list('abc'), list('012'), None),
-    (list('abc'), None, None)])
+@pytest.mark.parametrize(
+    'names, known, message',
+    [
+        (list('abcd'), list('abc'), '4 classes, the model 3'),
+        (list('acb'), list('abc'), "class 1 is 'c' there and 'b' here; class 2 is 'b' there"),
+        (list('ax'), list('abc'), "class 1 is 'x' there"),
+        (list('ab'), list('abc'), None),
+        (list('012'), list('abc'), None),
+        (list('abc'), list('012'), None),
+        (list('abc'), None, None),
+    ],
+)
 def test_classes_of_data_and_model(names, known, message):
     data = ImageData(np.zeros((2, 4, 4), np.uint8), [0, 1], names, 'pictures')
     if message is None:

@@ -46,14 +46,26 @@ def client(server, tmp_path):
 
     def run(*code: str, cache: str = 'cache', token: str | None = 'owner-token', timeout: float = 300, **env: str):
         environment = {k: v for k, v in os.environ.items() if not k.startswith('HF_')} | dict(
-            HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / cache), HF_HUB_DISABLE_XET='1',
-            HF_HUB_ETAG_TIMEOUT='30', HF_HUB_DOWNLOAD_TIMEOUT='30',
-            HF_HUB_DISABLE_TELEMETRY='1', OMP_NUM_THREADS='1', **env)
+            HF_ENDPOINT=server.url,
+            HF_HOME=str(tmp_path / cache),
+            HF_HUB_DISABLE_XET='1',
+            HF_HUB_ETAG_TIMEOUT='30',
+            HF_HUB_DOWNLOAD_TIMEOUT='30',
+            HF_HUB_DISABLE_TELEMETRY='1',
+            OMP_NUM_THREADS='1',
+            **env,
+        )
         if token is not None:
             environment['HF_TOKEN'] = token
         script = '\n'.join([PRELUDE, *map(textwrap.dedent, code)]) + '\nprint("RESULT" + json.dumps(result))\n'
-        done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, env=environment,
-                              cwd=tmp_path, timeout=timeout)
+        done = subprocess.run(
+            [sys.executable, '-c', script],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=tmp_path,
+            timeout=timeout,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.rpartition('RESULT')[2])
 
@@ -64,6 +76,7 @@ def client(server, tmp_path):
 def release(small, images, tmp_path) -> Path:
     """A full release with table and calibration."""
     import timm_cascade
+
     timm_cascade.train_heads(small, images, epochs=4, batch_size=32, lr=1e-2)
     timm_cascade.calibrate(small, images)
     small.set_max_drop(0.1, rule='joint')

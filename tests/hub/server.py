@@ -6,6 +6,7 @@
 
 `python tests/hub/server.py` serves one by hand.
 """
+
 from __future__ import annotations
 
 import base64
@@ -145,8 +146,11 @@ class _Handler(BaseHTTPRequestHandler):
                     raise Refusal(401, 'Invalid credentials in Authorization header')
                 self._dispatch(request, body)
             except Refusal as e:
-                self._send(e.status, {'error': str(e)}, {
-                    'X-Error-Message': str(e), **({'X-Error-Code': e.code} if e.code else {})})
+                self._send(
+                    e.status,
+                    {'error': str(e)},
+                    {'X-Error-Message': str(e), **({'X-Error-Code': e.code} if e.code else {})},
+                )
 
     do_GET = do_HEAD = do_POST = do_PUT = _serve
 
@@ -173,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.damage == 'flip':
             content = content[:-1] + bytes([content[-1] ^ 1])
         if self.damage == 'cut':
-            self.wfile.write(content[:len(content) // 2])
+            self.wfile.write(content[: len(content) // 2])
             self.close_connection = True
             return
         self.wfile.write(content)
@@ -221,23 +225,47 @@ def info(h: _Handler, body: bytes, name: str, revision: str = 'main') -> None:
             entry.update(size=len(file.content), blobId=file.oid)
             if file.large:
                 entry['lfs'] = dict(sha256=file.sha256, size=len(file.content), pointerSize=130)
-    h._send(200, dict(_id=name, id=name, modelId=name, sha=oid, private=h.repository(name).private, tags=[],
-                      siblings=siblings, downloads=0, likes=0, gated=False, disabled=False))
+    h._send(
+        200,
+        dict(
+            _id=name,
+            id=name,
+            modelId=name,
+            sha=oid,
+            private=h.repository(name).private,
+            tags=[],
+            siblings=siblings,
+            downloads=0,
+            likes=0,
+            gated=False,
+            disabled=False,
+        ),
+    )
 
 
 def resolve(h: _Handler, body: bytes, name: str, revision: str, path: str) -> None:
     oid, files = h.repository(name).at(revision)
     if path not in files:
-        h._send(404, {'error': 'no such entry'}, {'X-Error-Code': 'EntryNotFound', 'X-Error-Message': 'no such entry',
-                                                  'X-Repo-Commit': oid})
+        h._send(
+            404,
+            {'error': 'no such entry'},
+            {'X-Error-Code': 'EntryNotFound', 'X-Error-Message': 'no such entry', 'X-Repo-Commit': oid},
+        )
         return
     file, headers = files[path], {'X-Repo-Commit': oid, 'ETag': f'"{files[path].etag}"', 'Accept-Ranges': 'bytes'}
     if not file.large:
         return h._send(200, file.content, headers)
     h.hub.uploads[file.sha256] = file.content
-    h._send(302, b'', headers | {
-        'X-Linked-Etag': f'"{file.sha256}"', 'X-Linked-Size': str(len(file.content)),
-        'Location': f'http://localhost:{h.hub.port}/storage/{file.sha256}'})  # elsewhere, as on the Hub
+    h._send(
+        302,
+        b'',
+        headers
+        | {
+            'X-Linked-Etag': f'"{file.sha256}"',
+            'X-Linked-Size': str(len(file.content)),
+            'Location': f'http://localhost:{h.hub.port}/storage/{file.sha256}',
+        },
+    )  # elsewhere, as on the Hub
 
 
 def storage(h: _Handler, body: bytes, sha: str) -> None:
@@ -251,16 +279,37 @@ def storage(h: _Handler, body: bytes, sha: str) -> None:
 def preupload(h: _Handler, body: bytes, name: str, revision: str) -> None:
     repo = h.repository(name, write='create_pr' not in h.query)
     repo.at(revision)
-    h._send(200, dict(files=[
-        dict(path=f['path'], uploadMode='lfs' if f['path'].endswith(LARGE) else 'regular', shouldIgnore=False)
-        for f in json.loads(body)['files']]))
+    h._send(
+        200,
+        dict(
+            files=[
+                dict(path=f['path'], uploadMode='lfs' if f['path'].endswith(LARGE) else 'regular', shouldIgnore=False)
+                for f in json.loads(body)['files']
+            ]
+        ),
+    )
 
 
 def lfs_batch(h: _Handler, body: bytes, name: str) -> None:
     objects = json.loads(body)['objects']
-    h._send(200, dict(transfer='basic', objects=[
-        dict(oid=o['oid'], size=o['size'], **({} if o['oid'] in h.hub.uploads else dict(actions=dict(
-            upload=dict(href=f'{h.hub.url}/upload/{o["oid"]}'))))) for o in objects]))
+    h._send(
+        200,
+        dict(
+            transfer='basic',
+            objects=[
+                dict(
+                    oid=o['oid'],
+                    size=o['size'],
+                    **(
+                        {}
+                        if o['oid'] in h.hub.uploads
+                        else dict(actions=dict(upload=dict(href=f'{h.hub.url}/upload/{o["oid"]}')))
+                    ),
+                )
+                for o in objects
+            ],
+        ),
+    )
 
 
 def upload(h: _Handler, body: bytes, sha: str) -> None:
@@ -290,8 +339,16 @@ def commit(h: _Handler, body: bytes, name: str, revision: str) -> None:
             del files[value['path']]
     repo.requests += request
     oid = repo.commit(f'refs/pr/{repo.requests}' if request else revision, files)
-    h._send(200, dict(success=True, commitOid=oid, commitUrl=f'{h.hub.url}/{name}/commit/{oid}', hookOutput='',
-                      **(dict(pullRequestUrl=f'{h.hub.url}/{name}/discussions/{repo.requests}') if request else {})))
+    h._send(
+        200,
+        dict(
+            success=True,
+            commitOid=oid,
+            commitUrl=f'{h.hub.url}/{name}/commit/{oid}',
+            hookOutput='',
+            **(dict(pullRequestUrl=f'{h.hub.url}/{name}/discussions/{repo.requests}') if request else {}),
+        ),
+    )
 
 
 def add_ref(h: _Handler, body: bytes, name: str, revision: str, branch: str | None = None) -> None:

@@ -1,4 +1,5 @@
 """A corpus of hostile and damaged releases: each is refused by a ReleaseError that names the file, and nothing runs."""
+
 from __future__ import annotations
 
 import json
@@ -20,8 +21,12 @@ def corpus(tmp_path_factory):
     """One sound release; tests work on copies."""
     torch.manual_seed(0)
     model = timm.create_model(
-        'cascade_cifar_resnet20', in_chans=1, num_classes=4, exits=['layer1', 'layer2'],
-        pretrained_cfg_overlay=dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,))).eval()
+        'cascade_cifar_resnet20',
+        in_chans=1,
+        num_classes=4,
+        exits=['layer1', 'layer2'],
+        pretrained_cfg_overlay=dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,)),
+    ).eval()
     images = torch.randint(0, 255, (64, 16, 16), dtype=torch.uint8).numpy()
     timm_cascade.calibrate(model, timm_cascade.ImageData(images, torch.arange(64).numpy() % 4, list('abcd'), 'noise'))
     model.label_names = list('abcd')
@@ -34,6 +39,7 @@ def config(edit):
         content = json.loads((folder / hub.CONFIG).read_text())
         edit(content)
         (folder / hub.CONFIG).write_text(json.dumps(content))
+
     return apply, hub.CONFIG
 
 
@@ -46,9 +52,13 @@ def entry(**values):
 
 
 def backbone(**values):
-    return entry(layout='heads', backbone=dict(
-        name='cifar_resnet20', hub_id='a/b', revision='0' * 40, filename='model.safetensors', digest='',
-        dtype='') | values)
+    return entry(
+        layout='heads',
+        backbone=dict(
+            name='cifar_resnet20', hub_id='a/b', revision='0' * 40, filename='model.safetensors', digest='', dtype=''
+        )
+        | values,
+    )
 
 
 def text(name, content):
@@ -60,6 +70,7 @@ def weights(edit):
         tensors = load_file(folder / hub.WEIGHTS)
         edit(tensors)
         save_file(tensors, folder / hub.WEIGHTS)
+
     return apply, hub.WEIGHTS
 
 
@@ -67,6 +78,7 @@ def header(content, data=b''):
     def apply(folder):
         head = json.dumps(content).encode()
         (folder / hub.WEIGHTS).write_bytes(struct.pack('<Q', len(head)) + head + data)
+
     return apply, hub.WEIGHTS
 
 
@@ -79,11 +91,12 @@ def table(edit):
         content = json.loads((folder / hub.TABLE).read_text())
         edit(content)
         (folder / hub.TABLE).write_text(json.dumps(content))
+
     return apply, hub.TABLE
 
 
 def flip(content, at):
-    return content[:at] + bytes([content[at] ^ 64]) + content[at + 1:]
+    return content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :]
 
 
 def set_nan(tensors):
@@ -96,17 +109,25 @@ def rename(old, new):
 
 DEEP = '[' * 100_000 + ']' * 100_000
 HOSTILE = {
-    'truncated weights': (raw(hub.WEIGHTS, lambda b: b[:len(b) // 2]), 'truncated'),
+    'truncated weights': (raw(hub.WEIGHTS, lambda b: b[: len(b) // 2]), 'truncated'),
     'empty weights': (raw(hub.WEIGHTS, lambda b: b''), 'truncated'),
     'a bit of a head flipped': (raw(hub.WEIGHTS, lambda b: flip(b, len(b) - 9)), 'damaged'),
     'a bit of the backbone flipped': (raw(hub.WEIGHTS, lambda b: flip(b, len(b) // 2)), 'damaged'),
     'a bit of the header flipped': (raw(hub.WEIGHTS, lambda b: flip(b, 20)), 'safetensors'),
     'NaN': (weights(set_nan), 'NaN'),
-    '2**62 numbers': (header({'heads.0.fc.weight': dict(dtype='F32', shape=[2**62], data_offsets=[0, 4])}, b'1234'),
-                      'overflow'),
-    '2**62 rows of nothing': (header({
-        'heads.0.fc.weight': dict(dtype='F32', shape=[2**62, 0], data_offsets=[0, 0]),
-        'backbone.conv1.weight': dict(dtype='F32', shape=[0], data_offsets=[0, 0])}), 'do not fit'),
+    '2**62 numbers': (
+        header({'heads.0.fc.weight': dict(dtype='F32', shape=[2**62], data_offsets=[0, 4])}, b'1234'),
+        'overflow',
+    ),
+    '2**62 rows of nothing': (
+        header(
+            {
+                'heads.0.fc.weight': dict(dtype='F32', shape=[2**62, 0], data_offsets=[0, 0]),
+                'backbone.conv1.weight': dict(dtype='F32', shape=[0], data_offsets=[0, 0]),
+            }
+        ),
+        'do not fit',
+    ),
     'a header of 2**60 bytes': (raw(hub.WEIGHTS, lambda b: struct.pack('<Q', 2**60) + b[8:]), 'header'),
     'a path for a name': (weights(rename('heads.0.fc.bias', '../../fc.bias')), r'\.\./\.\./fc\.bias'),
     'tensors of another model': (weights(rename('heads.0.fc.bias', 'heads.7.fc.bias')), 'do not fit'),
@@ -114,10 +135,12 @@ HOSTILE = {
     'another shape': (weights(lambda t: t.update({'heads.0.fc.bias': torch.zeros(5)})), 'do not fit'),
     'far too large': (raw(hub.WEIGHTS, lambda b: b + bytes(24 << 20)), 'at most'),
     'a million thresholds': (args(thresholds=[0.5] * 10**6), '1000000 thresholds for 2'),
-    'a threshold out of range': (args(thresholds=[7., 0.5]), '0..1'),
+    'a threshold out of range': (args(thresholds=[7.0, 0.5]), '0..1'),
     'NaN for a threshold': (raw(hub.CONFIG, lambda b: b.replace(b'0.89999', b'NaN, 0')), 'config'),
     'a million thresholds in the table': (
-        table(lambda t: t['points'][0].update(thresholds=[0.5] * 10**6)), 'thresholds'),
+        table(lambda t: t['points'][0].update(thresholds=[0.5] * 10**6)),
+        'thresholds',
+    ),
     'a table for other heads': (table(lambda t: t.update(heads_hash='0' * 16)), 'heads_hash'),
     'deep table': (text(hub.TABLE, '{"a":' + DEEP + '}'), 'not a threshold table'),
     'table of the future': (table(lambda t: t.update(format_version=99)), 'newer'),
@@ -136,17 +159,23 @@ HOSTILE = {
     'another architecture': (config(lambda c: c.update(architecture='resnet18')), 'no cascade'),
     'unknown architecture': (config(lambda c: c.update(architecture='cascade_../../x')), 'does not know'),
     'a path for an exit': (args(exits=['layer1/../../x', 'layer2']), r'layer1/\.\./\.\./x'),
-    'an argument that is not the model\'s to set': (args(checkpoint_path='/etc/passwd'), 'checkpoint_path'),
+    "an argument that is not the model's to set": (args(checkpoint_path='/etc/passwd'), 'checkpoint_path'),
     'an argument nobody knows': (args(frobnicate=1), 'frobnicate'),
     'giant width': (args(num_classes=2**40), 'model_args.num_classes'),
     'giant model': (args(depth=10**9), 'model_args.depth'),
-    'many classes': (config(lambda c: (c.update(num_classes=1_000_000, label_names=None),
-                                       c['model_args'].update(num_classes=1_000_000))), 'do not fit'),
+    'many classes': (
+        config(
+            lambda c: (c.update(num_classes=1_000_000, label_names=None), c['model_args'].update(num_classes=1_000_000))
+        ),
+        'do not fit',
+    ),
     'wrong head': (args(head='linear'), 'grid, hidden and norm'),
     'giant head': (args(head=[dict(grid=1, hidden=2**40, norm=True)] * 2), 'grid, hidden and norm'),
     'unknown key for timm': (config(lambda c: c['pretrained_cfg'].update(run='rm')), 'run'),
     'images of 10**9 pixels': (
-        config(lambda c: c['pretrained_cfg'].update(input_size=[1, 10**9, 10**9])), 'input_size'),
+        config(lambda c: c['pretrained_cfg'].update(input_size=[1, 10**9, 10**9])),
+        'input_size',
+    ),
     'a backbone by path': (backbone(hub_id='../../etc'), 'hub_id'),
     'a backbone by pickle': (backbone(filename='../x.bin'), 'safetensors'),
     'a backbone that is not pinned': (backbone(revision='main'), 'revision'),
@@ -173,6 +202,7 @@ def test_the_corpus_is_made_of_a_sound_release(corpus):
 
 def test_a_model_that_grows_without_end_is_stopped(corpus, tmp_path):
     from timm_cascade.hub.create import _bounded
+
     with pytest.raises(ReleaseError, match='not built'), _bounded(1000), torch.device('meta'):
         timm.create_model('cifar_resnet20')
     timm.create_model('cifar_resnet20')  # and the bound is off again

@@ -1,4 +1,5 @@
 """scripts/publish.py, and the same against the real Hub for whoever has a token."""
+
 from __future__ import annotations
 
 import json
@@ -18,7 +19,7 @@ SCRIPTS = str(Path(__file__).parents[2] / 'scripts')
 def test_publish_pushes_what_differs_and_shows_it_before(server, client, release, tmp_path):
     for name in ('one', 'two'):
         shutil.copytree(release, tmp_path / 'staged' / name)
-    result = client(f'''
+    result = client(f"""
         import contextlib, io
         sys.path.insert(0, {SCRIPTS!r})
         import publish
@@ -36,7 +37,7 @@ def test_publish_pushes_what_differs_and_shows_it_before(server, client, release
         model.thresholds = None
         timm_cascade.save(model, 'staged/one')
         result += [run()]
-    ''')
+    """)
     statuses, texts, errors = zip(*result, strict=True)
     assert statuses == (0, 0, 0, 0, 0, 0, 1)
     assert 'owner/one: README.md, calibration.safetensors' in texts[0] and '+' in texts[0]
@@ -51,16 +52,18 @@ def test_publish_pushes_what_differs_and_shows_it_before(server, client, release
 def test_heads_load_from_a_warm_cache_in_at_most_1_2_times_the_plain_backbone(server, client):
     import timm
     from safetensors.torch import save
+
     server.repos['timm/resnet18.a1_in1k'] = Repository()
     server.repos['timm/resnet18.a1_in1k'].put(model__safetensors=save(timm.create_model('resnet18').state_dict()))
-    client('''
+    client("""
         warnings.simplefilter('ignore')
         model = timm.create_model('cascade_resnet18.a1_in1k', pretrained=True, exits=3, head='linear')
         assert timm_cascade.push_to_hub(model, 'owner/heads').files
         timm.create_model('hf-hub:owner/heads', pretrained=True)
         result = 0
-    ''')
-    plain, cascade = client('''
+    """)
+    plain, cascade = client(
+        """
         import time
         def seconds(name):
             start = time.process_time()  # one thread and no network: whatever else runs here does not count
@@ -69,7 +72,9 @@ def test_heads_load_from_a_warm_cache_in_at_most_1_2_times_the_plain_backbone(se
         names = ('resnet18.a1_in1k', 'hf-hub:owner/heads')
         runs = [[seconds(name) for name in names] for _ in range(16)]
         result = [sorted(column)[len(runs) // 2] for column in zip(*runs[1:])]
-    ''', HF_HUB_OFFLINE='1')
+    """,
+        HF_HUB_OFFLINE='1',
+    )
     print(f'plain backbone {1000 * plain:.0f} ms, heads-only release {1000 * cascade:.0f} ms: {cascade / plain:.3f}')
     assert cascade <= 1.2 * plain
 
@@ -81,10 +86,13 @@ def test_the_real_hub(release, tmp_path):
     Makes a private repository there, publishes, loads in another process with an empty cache, and deletes it.
     """
     from .conftest import PRELUDE
+
     environment = {k: v for k, v in os.environ.items() if k != 'HF_HUB_OFFLINE'} | dict(HF_HOME=str(tmp_path / 'cache'))
     if 'HF_TOKEN' not in os.environ:
         environment['HF_TOKEN_PATH'] = os.environ.get('HF_TOKEN_PATH', str(Path.home() / '.cache/huggingface/token'))
-    code = PRELUDE + f'''
+    code = (
+        PRELUDE
+        + f"""
 import uuid
 from huggingface_hub import HfApi
 name = os.environ['TIMM_CASCADE_NAMESPACE'] + '/timm-cascade-test-' + uuid.uuid4().hex[:8]
@@ -105,7 +113,8 @@ finally:
     for made in (name, name + '-timm'):
         HfApi().delete_repo(made, missing_ok=True)
 print(json.dumps('done'))
-'''
+"""
+    )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == 'done'

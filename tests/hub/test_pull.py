@@ -1,4 +1,5 @@
 """Loading over HTTP with the genuine client: both layouts, offline, damage on the way and in the cache."""
+
 from __future__ import annotations
 
 import re
@@ -27,7 +28,9 @@ def downloads(server, name):
 
 
 def test_heads_only(server, client, published):
-    made = client(STATE, '''
+    made = client(
+        STATE,
+        """
         import numpy as np
         from timm_cascade import ImageData
         with warnings.catch_warnings():
@@ -50,7 +53,8 @@ def test_heads_only(server, client, published):
             warnings.simplefilter('ignore')
             adapted = timm.create_model('cascade_test_resnet', pretrained=True, num_classes=7)
         result += [model.published.to_dict(), done.files, adapted.published is None, adapted.base_model]
-    ''')
+    """,
+    )
     assert 'published checkpoint' in made[0][1] and 'no longer test_resnet' in made[1][1]
     assert made[2]['hub_id'] == BACKBONE and made[2]['revision'] == published.at('main')[0] and made[4]
     assert made[5] == BACKBONE
@@ -63,7 +67,7 @@ def test_heads_only(server, client, published):
     assert f'base_model: {BACKBONE}' in card and 'base_model_relation: adapter' in card and 'me/noise' in card
 
     server.log.clear()
-    check = STATE + textwrap.dedent('''
+    check = STATE + textwrap.dedent("""
         def check(name):
             with warnings.catch_warnings():
                 warnings.simplefilter('error')
@@ -72,11 +76,13 @@ def test_heads_only(server, client, published):
                 wanted = torch.load('logits.pt', weights_only=True)
                 same = [torch.equal(a, b) for a, b in zip(model.forward_exits(x), wanted)]
             return all(same) and model.any_open and model.table is not None and len(model.calibration.confidence) == 8
-    ''')
+    """)
     full = client(check, "result = check('owner/whole')", cache='whole')
     assert full is True and not downloads(server, BACKBONE)  # it would have been overwritten
 
-    fresh = client(check, '''
+    fresh = client(
+        check,
+        """
         result = [check('owner/heads')]
         import huggingface_hub
         result.append(timm_cascade.push_to_hub(timm_cascade.load('owner/heads'), 'owner/heads').files)
@@ -84,7 +90,9 @@ def test_heads_only(server, client, published):
             warnings.simplefilter('always')
             other = timm.create_model('hf-hub:owner/heads', pretrained=True, num_classes=5, in_chans=1)
         result += [[str(w.message) for w in said], other.num_classes, other.in_chans, other.any_open]
-    ''', cache='fresh')
+    """,
+        cache='fresh',
+    )
     assert fresh[:2] == [True, []] and fresh[3:] == [5, 1, False]
     assert len(fresh[2]) == 1 and 'heads and thresholds do not apply' in fresh[2][0]
     assert downloads(server, BACKBONE) == {'model.safetensors'}  # and never the pickle
@@ -92,18 +100,23 @@ def test_heads_only(server, client, published):
     published.put(model__safetensors=save(timm.create_model('test_resnet').state_dict()))  # timm changes its mind
     assert client(check, "result = check('owner/heads')", cache='later') is True  # pinned
     server.__exit__()
-    offline = client(check, '''
+    offline = client(
+        check,
+        """
         import socket
         def refuse(*args, **kwargs): raise AssertionError('a connection')
         socket.socket.connect = refuse
         result = [check('owner/heads'), error(timm_cascade.load, 'owner/never')]
-    ''', cache='fresh', HF_HUB_OFFLINE='1')
+    """,
+        cache='fresh',
+        HF_HUB_OFFLINE='1',
+    )
     assert offline[0] is True and offline[1][0] == 'HubUnavailableError'
     assert client(check, "result = check('owner/heads')", cache='fresh') is True  # without being told so
 
 
 def test_what_timm_pushes_and_damage_on_the_way(server, client, release):
-    client(f'''
+    client(f"""
         model = timm_cascade.load({str(release)!r}).eval()
         timm.models.push_to_hf_hub(model, 'owner/foreign')
         timm.models.push_to_hf_hub(model, 'owner/pickle', safe_serialization=False)
@@ -112,7 +125,7 @@ def test_what_timm_pushes_and_damage_on_the_way(server, client, release):
         with torch.no_grad():
             torch.save(model(x), 'logits.pt')
         result = 0
-    ''')
+    """)
     assert 'pytorch_model.bin' in server.repos['owner/foreign'].at('main')[1]
     sound = server.repos['owner/large'].at('main')[1]['model.safetensors'].content
     server.repos['owner/large'].put(model__safetensors=bytes(len(sound) + (20 << 20)))
@@ -125,7 +138,7 @@ def test_what_timm_pushes_and_damage_on_the_way(server, client, release):
         server.fault(f'GET /storage/{sha}', 'cut' if name == 'cut' else 'flip', 1 << 30 if name == 'flipped' else 1)
     server.fault('/owner/flaky/resolve/.*/model.safetensors', 503, times=1)
     server.log.clear()
-    result = client('''
+    result = client("""
         from timm_cascade.hub.download import Repository
         def logits(name):
             model = timm.create_model(f'hf-hub:owner/{name}', pretrained=True).eval()
@@ -141,7 +154,7 @@ def test_what_timm_pushes_and_damage_on_the_way(server, client, release):
         result['repaired'] = logits('cached')
         blob.write_bytes(blob.read_bytes()[:-1] + b'x')
         result['blob'] = str(blob)
-    ''')
+    """)
     right = ('foreign', 'good@v1', 'once', 'cut', 'flaky again', 'repaired')
     assert {name: result[name] for name in right} == dict.fromkeys(right, True)
     assert 'only pytorch_model.bin, a pickle' in result['pickle'][1]
@@ -153,7 +166,10 @@ def test_what_timm_pushes_and_damage_on_the_way(server, client, release):
     assert result['none'][0] == 'ReleaseError' and 'not on the Hub' in result['none'][1]
     assert result['no revision'][0] == 'ReleaseError' and 'v9' in result['no revision'][1]
 
-    damaged = client('''
+    damaged = client(
+        """
         result = error(timm.create_model, 'hf-hub:owner/cached', pretrained=True)
-    ''', HF_HUB_OFFLINE='1')
+    """,
+        HF_HUB_OFFLINE='1',
+    )
     assert damaged[0] == 'ReleaseError' and result['blob'] in damaged[1] and 'Delete the file' in damaged[1]

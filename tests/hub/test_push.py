@@ -1,4 +1,5 @@
 """Publishing over HTTP with the genuine client."""
+
 from __future__ import annotations
 
 import re
@@ -11,7 +12,7 @@ def commits(server):
 
 
 def test_publish_again_change_branch_tag_and_pull_request(server, client, release):
-    result = client(f'''
+    result = client(f"""
         folder, name = {str(release)!r}, {NAME!r}
         result = {{}}
         model = hub.load(folder)
@@ -34,14 +35,21 @@ def test_publish_again_change_branch_tag_and_pull_request(server, client, releas
         push('private', folder, name='owner/hidden', private=True)
         from timm_cascade.cli.main import main
         result['cli'] = main(['push', folder, 'owner/by_cli', '--message', 'hello'])
-    ''')
+    """)
     everything = ['config.json', 'model.safetensors', 'thresholds.json', 'calibration.safetensors', 'README.md']
     files = {key: value[0] for key, value in result.items() if key not in ('compared', 'cli')}
     assert files == {
-        'first': everything, 'same model': [], 'same folder': [], 'tagged': [], 'dial': ['config.json', 'README.md'],
-        'table': ['thresholds.json', 'README.md'], 'without calibration': ['README.md', 'calibration.safetensors'],
+        'first': everything,
+        'same model': [],
+        'same folder': [],
+        'tagged': [],
+        'dial': ['config.json', 'README.md'],
+        'table': ['thresholds.json', 'README.md'],
+        'without calibration': ['README.md', 'calibration.safetensors'],
         'branch': ['config.json', 'thresholds.json', 'calibration.safetensors', 'README.md'],
-        'request': ['config.json', 'thresholds.json', 'calibration.safetensors', 'README.md'], 'private': everything}
+        'request': ['config.json', 'thresholds.json', 'calibration.safetensors', 'README.md'],
+        'private': everything,
+    }
     assert result['compared'] == [[], sorted(everything)]
     assert result['cli'] == 0
     repo = server.repos[NAME]
@@ -58,7 +66,7 @@ def test_publish_again_change_branch_tag_and_pull_request(server, client, releas
 def test_refusals_have_names_and_publish_nothing(server, client, release):
     somebody_else_pushes(server)
     server.fault('/revision/broken', 500)
-    result = client(f'''
+    result = client(f"""
         folder, name = {str(release)!r}, {NAME!r}
         result = {{'first': timm_cascade.push_to_hub(folder, name).commit}}
         model = hub.load(folder)
@@ -76,23 +84,28 @@ def test_refusals_have_names_and_publish_nothing(server, client, release):
         result['no cascade'] = error(push, model.backbone, name)
         del os.environ['HF_TOKEN']
         result['no token'] = error(push, 'changed', 'owner/new_one')
-    ''')
+    """)
     expected = {
-        'race': ('PushConflictError', 'pushed meanwhile'), 'bad token': ('PushDeniedError', 'not valid'),
-        'reader': ('PushDeniedError', 'may not write'), 'not mine': ('PushDeniedError', 'may not write'),
-        '5xx': ('PushError', 'answered 500'), 'tag': ('PushError', 'exists already'),
+        'race': ('PushConflictError', 'pushed meanwhile'),
+        'bad token': ('PushDeniedError', 'not valid'),
+        'reader': ('PushDeniedError', 'may not write'),
+        'not mine': ('PushDeniedError', 'may not write'),
+        '5xx': ('PushError', 'answered 500'),
+        'tag': ('PushError', 'exists already'),
         'no token': ('PushDeniedError', 'there is no token'),
-        'nan': ('ReleaseError', 'NaN'), 'no release': ('ReleaseError', 'no config.json'),
-        'no cascade': ('ReleaseError', 'CifarResNet is no cascade')}
+        'nan': ('ReleaseError', 'NaN'),
+        'no release': ('ReleaseError', 'no config.json'),
+        'no cascade': ('ReleaseError', 'CifarResNet is no cascade'),
+    }
     for key, (name, text) in expected.items():
         assert result[key][0] == name and text in result[key][1], (key, result[key])
     files = server.repos[NAME].at('main')[1]
     assert files['someone.txt'].content == b'else' and len(server.repos[NAME].commits) == 3  # empty, ours, theirs
 
     server.__exit__()
-    result = client(f'''
+    result = client(f"""
         result = error(timm_cascade.push_to_hub, {str(release)!r}, {NAME!r})
-    ''')
+    """)
     assert result[0] == 'HubUnavailableError' and 'cannot be reached' in result[1]
 
 

@@ -35,8 +35,10 @@ def test_timm_loads_it_in_one_line_dial_included(release):
     assert torch.equal(loaded.thresholds, model.thresholds) and loaded.any_open
     assert loaded.label_names == ['a', 'b', 'c', 'd']
     assert loaded.set_max_drop(0.02, rule='joint') == model.set_max_drop(0.02, rule='joint')
-    configs = [{k: tuple(v) if isinstance(v, list) else v for k, v in timm.data.resolve_model_data_config(m).items()}
-               for m in (loaded, model)]
+    configs = [
+        {k: tuple(v) if isinstance(v, list) else v for k, v in timm.data.resolve_model_data_config(m).items()}
+        for m in (loaded, model)
+    ]
     assert configs[0] == configs[1]
     assert 'state_dict' not in loaded.backbone.pretrained_cfg
 
@@ -77,8 +79,10 @@ def test_other_channels_keep_the_heads_and_drop_the_table(release):
         other = timm.create_model(f'local-dir:{folder}', pretrained=True, in_chans=3).eval()
     assert len(said) == 1 and other.in_chans == 3 and not other.any_open
     assert other.table is None and other.calibration is None
-    assert all(torch.equal(a, b) for a, b in zip(
-        other.heads.state_dict().values(), model.heads.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(other.heads.state_dict().values(), model.heads.state_dict().values(), strict=True)
+    )
 
 
 def test_another_image_size_is_resampled_and_drops_the_table(tmp_path):
@@ -142,22 +146,25 @@ def other_heads(folder):
     save_file(tensors, folder / hub.WEIGHTS)
 
 
-@pytest.mark.parametrize('damage, message', [
-    (lambda f: (f / hub.WEIGHTS).unlink(), r'no model\.safetensors'),
-    (lambda f: (f / hub.WEIGHTS).write_bytes((f / hub.WEIGHTS).read_bytes()[:5000]), 'truncated'),
-    (lambda f: (f / hub.WEIGHTS).write_bytes(b''), 'truncated'),
-    (drop_heads, 'no heads'),
-    (other_heads, 'heads'),
-    (lambda f: change(f / hub.CONFIG, lambda c: c['model_args'].update(head='linear')), 'grid, hidden and norm'),
-    (lambda f: change(f / hub.CONFIG, lambda c: c['model_args'].update(thresholds=[0.5])), '1 thresholds for 2'),
-    (lambda f: change(f / hub.CONFIG, lambda c: c['model_args'].update(exits=['layer9', 'layer1'])), 'layer9'),
-    (lambda f: change(f / hub.CONFIG, lambda c: c.update(architecture='resnet18')), 'no cascade'),
-    (lambda f: (f / hub.CONFIG).write_text('{'), 'not a JSON'),
-    (lambda f: (f / hub.CONFIG).unlink(), 'no release'),
-    (lambda f: shutil.rmtree(f), 'neither a folder'),
-    (lambda f: (f / hub.TABLE).write_text('{"format_version": 99}'), 'version'),
-    (lambda f: (f / hub.CALIBRATION).write_bytes(b'zzz'), 'calibration'),
-])
+@pytest.mark.parametrize(
+    'damage, message',
+    [
+        (lambda f: (f / hub.WEIGHTS).unlink(), r'no model\.safetensors'),
+        (lambda f: (f / hub.WEIGHTS).write_bytes((f / hub.WEIGHTS).read_bytes()[:5000]), 'truncated'),
+        (lambda f: (f / hub.WEIGHTS).write_bytes(b''), 'truncated'),
+        (drop_heads, 'no heads'),
+        (other_heads, 'heads'),
+        (lambda f: change(f / hub.CONFIG, lambda c: c['model_args'].update(head='linear')), 'grid, hidden and norm'),
+        (lambda f: change(f / hub.CONFIG, lambda c: c['model_args'].update(thresholds=[0.5])), '1 thresholds for 2'),
+        (lambda f: change(f / hub.CONFIG, lambda c: c['model_args'].update(exits=['layer9', 'layer1'])), 'layer9'),
+        (lambda f: change(f / hub.CONFIG, lambda c: c.update(architecture='resnet18')), 'no cascade'),
+        (lambda f: (f / hub.CONFIG).write_text('{'), 'not a JSON'),
+        (lambda f: (f / hub.CONFIG).unlink(), 'no release'),
+        (lambda f: shutil.rmtree(f), 'neither a folder'),
+        (lambda f: (f / hub.TABLE).write_text('{"format_version": 99}'), 'version'),
+        (lambda f: (f / hub.CALIBRATION).write_bytes(b'zzz'), 'calibration'),
+    ],
+)
 def test_damaged_releases_are_refused_by_name(release, damage, message):
     _, folder = release
     damage(folder)
@@ -173,7 +180,7 @@ def test_a_full_disk_leaves_the_old_release(release, monkeypatch):
         path.write_bytes(b'half')
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr("timm_cascade.hub.release.save_file", full)
+    monkeypatch.setattr('timm_cascade.hub.release.save_file', full)
     with torch.no_grad():
         model.backbone.fc.bias += 1
     with pytest.raises(OSError, match='No space'):

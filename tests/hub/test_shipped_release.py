@@ -1,4 +1,5 @@
 """The release in the repository, on the test images in the repository."""
+
 import numpy as np
 import timm
 from helpers import ROOT
@@ -10,7 +11,8 @@ HUB = ROOT / 'hub'
 
 def test_it_does_what_its_card_says():
     model = timm.create_model(
-        f'local-dir:{HUB / "releases" / "cascade_cifar_resnet20.fashion_mnist"}', pretrained=True).eval()
+        f'local-dir:{HUB / "releases" / "cascade_cifar_resnet20.fashion_mnist"}', pretrained=True
+    ).eval()
     data = timm_cascade.load_data(HUB / 'samples' / 'fashion_mnist_test.parquet')
     assert model.any_open and model.label_names == data.class_names
     report = timm_cascade.evaluate(model, data)

@@ -1,4 +1,5 @@
 """Compiled stages. torch.compile's cheap backends show everything but the compiler's own work, which is slow."""
+
 import copy
 import os
 import pickle
@@ -27,7 +28,8 @@ class Plain(nn.Module):
         self.pretrained_cfg = dict(architecture='plain', input_size=(3, 16, 16))
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Sequential(nn.Conv2d(w, width, 3, padding=1), nn.BatchNorm2d(width)), nn.ReLU())
-            for w in (3, width, width))
+            for w in (3, width, width)
+        )
         self.fc = nn.Linear(width, num_classes)
         for m in self.modules():
             if isinstance(m, nn.BatchNorm2d):
@@ -71,7 +73,8 @@ def cascade():
 def agree(out, want, atol=1e-4):
     assert torch.equal(out.exit, want.exit)
     assert torch.allclose(out.logits, want.logits, atol=atol) and torch.allclose(
-        out.confidence, want.confidence, atol=atol)
+        out.confidence, want.confidence, atol=atol
+    )
 
 
 def stages_of(model):
@@ -91,7 +94,7 @@ def test_compiled_stages_answer_as_hooks_do(cascade):
         for n in (1, 2, 7):
             agree(model.predict(x[:n]), type(want)(*(t[:n] for t in want)))
         same(list(model.stream(x.split(5))), want)
-        model.thresholds = [0., None]
+        model.thresholds = [0.0, None]
         assert model.predict(x).exit.tolist() == [0] * 12
         model.thresholds = None
         assert torch.allclose(model(x), plain, atol=1e-4)  # exits off, and still compiled
@@ -257,11 +260,18 @@ def test_what_cannot_be_exported_runs_eagerly_and_says_why(cascade):
 
 
 def test_importing_the_package_imports_no_compiler():
-    code = ('import sys, timm; before = set(sys.modules); import timm_cascade; '
-            'print(*{"torch._dynamo", "torch._inductor", "torch.export", "accelerate", "datasets", "scipy"}'
-            '.intersection(set(sys.modules) - before))')
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)})
+    code = (
+        'import sys, timm; before = set(sys.modules); import timm_cascade; '
+        'print(*{"torch._dynamo", "torch._inductor", "torch.export", "accelerate", "datasets", "scipy"}'
+        '.intersection(set(sys.modules) - before))'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)},
+    )
     assert done.returncode == 0 and done.stdout.split() == [], done.stderr + done.stdout
 
 

@@ -1,4 +1,5 @@
 """Backbones that hooks cannot cut: the exported graph, split at the exits."""
+
 import copy
 import math
 import pickle
@@ -80,8 +81,9 @@ def test_copies_and_pickles_work_on_their_own(model, images):
 def test_channels_last_and_single_images(model, images):
     model.thresholds = [1.5] * 3
     want = model.backbone(images)
-    assert torch.allclose(model.to(memory_format=torch.channels_last)(
-        images.to(memory_format=torch.channels_last)), want, atol=1e-5)
+    assert torch.allclose(
+        model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last)), want, atol=1e-5
+    )
     assert torch.allclose(model(images[:1]), want[:1], atol=1e-5)
 
 

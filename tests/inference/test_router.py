@@ -1,4 +1,5 @@
 """Who leaves, who goes on, and that those who left are really gone."""
+
 import copy
 import threading
 
@@ -31,8 +32,14 @@ def test_every_image_gets_the_logits_of_the_exit_that_answers(cascade):
     scale = every[-1].std()
     for i, m in enumerate(out.exit.tolist()):
         assert torch.allclose(out.logits[i], every[m][i], atol=TOLERANCE * float(scale))
-        first = next((k for k in range(len(cascade.exits))
-                      if confidence(every[k][i:i + 1])[0] >= cascade.thresholds[k] - 1e-6), len(cascade.exits))
+        first = next(
+            (
+                k
+                for k in range(len(cascade.exits))
+                if confidence(every[k][i : i + 1])[0] >= cascade.thresholds[k] - 1e-6
+            ),
+            len(cascade.exits),
+        )
         assert m == first
     assert torch.allclose(out.confidence, confidence(out.logits))
     assert torch.equal(cascade(x), cascade.predict(x).logits)
@@ -44,8 +51,12 @@ def test_blocks_see_only_the_survivors(cascade):
     cascade.thresholds = split_thresholds(cascade, x)
     seen = {}
     modules = [p.module for p in cascade.exits]
-    handles = [cascade.backbone.get_submodule(name).register_forward_pre_hook(
-        lambda module, args, name=name: seen.__setitem__(name, len(args[0]))) for name in modules]
+    handles = [
+        cascade.backbone.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.__setitem__(name, len(args[0]))
+        )
+        for name in modules
+    ]
     exits = cascade.predict(x).exit
     for handle in handles:
         handle.remove()
@@ -72,7 +83,7 @@ def test_a_fresh_model_is_its_backbone_and_runs_no_head(cascade):
 @torch.no_grad()
 def test_everybody_leaves_at_the_first_exit(cascade):
     x = batch_for(cascade)
-    cascade.thresholds = [0.] * len(cascade.exits)
+    cascade.thresholds = [0.0] * len(cascade.exits)
     out = cascade.predict(x)
     assert out.exit.tolist() == [0] * len(x)
     assert torch.allclose(out.logits, cascade.forward_exits(x)[0], atol=1e-5)
@@ -94,7 +105,7 @@ def test_results_do_not_depend_on_the_batch(cascade):
     mixed = cascade.predict(x[order])
     assert torch.equal(mixed.exit, whole.exit[order])
     assert torch.allclose(mixed.logits, whole.logits[order], atol=1e-4)
-    ones = [cascade.predict(x[i:i + 1]) for i in range(len(x))]
+    ones = [cascade.predict(x[i : i + 1]) for i in range(len(x))]
     assert torch.equal(torch.cat([o.exit for o in ones]), whole.exit)
     assert torch.allclose(torch.cat([o.logits for o in ones]), whole.logits, atol=1e-4)
 
@@ -105,7 +116,7 @@ def test_nan_in_a_head_goes_on_to_the_end(cascade):
     broken = copy.deepcopy(cascade)
     for head in broken.heads:
         torch.nn.init.constant_(head.fc.weight, float('nan'))
-    broken.thresholds = [0.] * len(broken.exits)
+    broken.thresholds = [0.0] * len(broken.exits)
     assert broken.predict(x).exit.tolist() == [len(broken.exits)] * len(x)
     assert torch.allclose(broken(x), cascade.backbone(x), atol=1e-5)
 
@@ -121,8 +132,8 @@ def test_a_tie_leaves(cascade):
 @torch.no_grad()
 def test_closed_exits_run_no_head(cascade):
     x = batch_for(cascade)
-    cascade.thresholds = [None, *[0.] * (len(cascade.exits) - 1)]
-    handle = cascade.heads[0].register_forward_pre_hook(lambda *args: pytest.fail('the closed exit\'s head ran'))
+    cascade.thresholds = [None, *[0.0] * (len(cascade.exits) - 1)]
+    handle = cascade.heads[0].register_forward_pre_hook(lambda *args: pytest.fail("the closed exit's head ran"))
     assert cascade.predict(x).exit.tolist() == [1] * len(x)
     handle.remove()
 
@@ -153,7 +164,7 @@ def test_two_threads_get_their_own_results(cascade):
 def test_a_copy_and_its_original_do_not_meet(cascade):
     x = batch_for(cascade)
     twin = copy.deepcopy(cascade)
-    twin.thresholds = [0.] * len(twin.exits)
+    twin.thresholds = [0.0] * len(twin.exits)
     assert torch.equal(cascade(x), cascade.backbone(x))
     assert twin.predict(x).exit.tolist() == [0] * len(x)
     assert torch.equal(twin.backbone(x), cascade.backbone(x))
@@ -162,7 +173,7 @@ def test_a_copy_and_its_original_do_not_meet(cascade):
 @torch.no_grad()
 def test_detached_hooks_are_gone(small):
     small._router.remove_hooks()
-    small.thresholds = [0., 0.]
+    small.thresholds = [0.0, 0.0]
     assert small.predict(torch.randn(2, 1, 16, 16)).exit.tolist() == [2, 2]
     with pytest.raises(RoutingError, match='did not run its exits'):
         small.forward_exits(torch.randn(2, 1, 16, 16))
@@ -204,8 +215,16 @@ def test_gradients_flow_through_a_routed_batch(small):
 
 class Counted(TorchDispatchMode):
     """Operations for which the host has to wait for the device."""
-    WAITING = ('aten.nonzero', 'aten._local_scalar_dense', 'aten.item', 'aten.masked_select', 'aten.unique',
-               'aten.is_nonzero', 'aten.equal')
+
+    WAITING = (
+        'aten.nonzero',
+        'aten._local_scalar_dense',
+        'aten.item',
+        'aten.masked_select',
+        'aten.unique',
+        'aten.is_nonzero',
+        'aten.equal',
+    )
 
     def __init__(self):
         super().__init__()
@@ -216,15 +235,18 @@ class Counted(TorchDispatchMode):
         name = str(func)
         # rows picked by a mask wait too: how many there are is asked for
         mask = name.startswith('aten.index') and any(
-            isinstance(a, torch.Tensor) and a.dtype == torch.bool for arg in args if isinstance(arg, (list, tuple))
-            for a in arg)
+            isinstance(a, torch.Tensor) and a.dtype == torch.bool
+            for arg in args
+            if isinstance(arg, (list, tuple))
+            for a in arg
+        )
         if name.startswith(self.WAITING) or mask or (name.startswith('aten._to_copy') and 'device' in (kwargs or {})):
             self.waits.append(name)
         return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('min_leave', [0., 1.])
+@pytest.mark.parametrize('min_leave', [0.0, 1.0])
 def test_one_synchronisation_an_exit_and_no_loop_over_samples(cascade, min_leave):
     calls = []
     try:
@@ -251,9 +273,10 @@ def test_a_batch_that_is_not_worth_cutting_goes_on_whole(cascade):
     assert len(want.exit.unique()) > 1
     seen = []
     handle = cascade.backbone.get_submodule(cascade.exits[-1].module).register_forward_hook(
-        lambda module, args, out: seen.append(len(args[0])))
+        lambda module, args, out: seen.append(len(args[0]))
+    )
     try:
-        for share in (0., 0.3, 0.6, 1.):
+        for share in (0.0, 0.3, 0.6, 1.0):
             cascade.min_leave = share
             out = cascade.predict(x)
             assert torch.equal(out.exit, want.exit)
@@ -270,8 +293,8 @@ def test_a_batch_that_is_not_worth_cutting_goes_on_whole(cascade):
 def test_a_sample_answers_once_though_it_flies_on(small):
     """Later heads are sure of everybody; who left keeps the first answer."""
     x = torch.randn(10, 1, 16, 16)
-    small.thresholds = [float(confidence(small.forward_exits(x)[0]).median()), 0.]
-    small.min_leave = 1.
+    small.thresholds = [float(confidence(small.forward_exits(x)[0]).median()), 0.0]
+    small.min_leave = 1.0
     out = small.predict(x)
     first = small.forward_exits(x)[0]
     assert set(out.exit.tolist()) == {0, 1}

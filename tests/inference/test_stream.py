@@ -1,4 +1,5 @@
 """Bulk inference: whatever is merged on the way, every sample gets what it gets in `predict`."""
+
 import gc
 import math
 import subprocess
@@ -24,8 +25,11 @@ def cascade(request):
     torch.manual_seed(1)
     if request.param == 'stubborn':  # cut by export
         return CascadeModel(Stubborn().eval(), 3).eval()
-    return timm.create_model(f'cascade_{request.param}', num_classes=7, img_size=64).eval() if (
-        request.param == 'test_vit') else timm.create_model(f'cascade_{request.param}', num_classes=7).eval()
+    return (
+        timm.create_model(f'cascade_{request.param}', num_classes=7, img_size=64).eval()
+        if (request.param == 'test_vit')
+        else timm.create_model(f'cascade_{request.param}', num_classes=7).eval()
+    )
 
 
 def pictures(model, n=N):
@@ -42,7 +46,8 @@ def sizes_seen(model):
     seen = {p.module: [] for p in model.exits}
     for name, sizes in seen.items():
         model.backbone.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, sizes=sizes: sizes.append(len(args[0])))
+            lambda module, args, sizes=sizes: sizes.append(len(args[0]))
+        )
     return seen
 
 
@@ -63,13 +68,13 @@ def test_samples_get_what_they_get_in_predict(cascade):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('thresholds', [0., 1.5, None])
+@pytest.mark.parametrize('thresholds', [0.0, 1.5, None])
 def test_all_leave_at_once_or_nobody_does(cascade, thresholds):
     x = pictures(cascade)
     cascade.thresholds = [thresholds] * len(cascade.exits)
     results = list(cascade.stream(x.split(BATCH)))
     same(results, cascade.predict(x))
-    assert torch.cat([r.exit for r in results]).unique().tolist() == [0 if thresholds == 0. else len(cascade.exits)]
+    assert torch.cat([r.exit for r in results]).unique().tolist() == [0 if thresholds == 0.0 else len(cascade.exits)]
 
 
 @torch.no_grad()
@@ -183,8 +188,10 @@ def test_an_exception_in_the_input_loses_nothing(cascade):
 def test_what_is_no_batch_of_images_is_said_after_the_rest_is_answered(small):
     x = torch.randn(6, 1, 16, 16)
     small.thresholds = [0.3, 0.3]
-    for wrong, error, message in ((torch.randn(2, 3, 16, 16), ValueError, r'images are \(2, 3, 16, 16\)'),
-                                  ('cat.png', TypeError, 'a batch is str')):
+    for wrong, error, message in (
+        (torch.randn(2, 3, 16, 16), ValueError, r'images are \(2, 3, 16, 16\)'),
+        ('cat.png', TypeError, 'a batch is str'),
+    ):
         results = []
         with pytest.raises(error, match=message):
             for result in small.stream([x, wrong, x]):
@@ -226,7 +233,7 @@ def test_loaders_nan_ties_and_the_order_of_the_input(small):
     mixed = whole(small.stream(x[order].split(5)))
     assert torch.equal(mixed[2], small.predict(x).exit[order])
     torch.nn.init.constant_(small.heads[0].fc.weight, float('nan'))
-    small.thresholds = [0., 1.5]
+    small.thresholds = [0.0, 1.5]
     assert whole(small.stream(loader))[2].tolist() == [2] * 24
 
 
@@ -251,7 +258,7 @@ def test_gradients_are_not_kept_and_the_mode_outside_stays(small):
         assert torch.is_grad_enabled() and not result.logits.requires_grad
 
 
-SCRIPT = '''
+SCRIPT = """
 import sys, timm, torch, timm_cascade
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
@@ -289,7 +296,7 @@ except (OSError, RuntimeError) as e:
     assert ('my disk' in str(e)) and (type(e) is OSError) == (accelerator.process_index == 1)
     print(f'process {accelerator.process_index} is well')
 torch.distributed.destroy_process_group()
-'''
+"""
 
 
 @pytest.mark.slow
@@ -298,6 +305,10 @@ def test_each_process_answers_its_share_and_all_fail_together(tmp_path):
     script.write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(script)],
-        capture_output=True, text=True, timeout=300, cwd=ROOT)
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(line for line in done.stdout.splitlines() if line) == ['process 0 is well', 'process 1 is well']

@@ -84,7 +84,7 @@ def test_evaluate_counts_what_happened(trained, images):
 
 
 def test_closed_exits_cost_no_head(trained, images):
-    trained.thresholds = [None, 0.]
+    trained.thresholds = [None, 0.0]
     report = timm_cascade.evaluate(trained, images)
     assert report.macs == trained.exits[1].macs + trained.head_macs()[1]
     trained.thresholds = None

@@ -1,4 +1,5 @@
 """Seconds as costs."""
+
 import json
 import time
 import warnings
@@ -32,8 +33,16 @@ def trained(small, images):
 def made(model, stages, heads, **kwargs):
     """A profile of this machine with these seconds."""
     measured = timm_cascade.profile(model, batch_size=2, repeats=1)
-    model.profiles = [replace(measured, stage_seconds=stages, head_seconds=heads, cut_seconds=(0., 0.),
-                              backbone_seconds=sum(stages), **kwargs)]
+    model.profiles = [
+        replace(
+            measured,
+            stage_seconds=stages,
+            head_seconds=heads,
+            cut_seconds=(0.0, 0.0),
+            backbone_seconds=sum(stages),
+            **kwargs,
+        )
+    ]
     return model.profiles[0]
 
 
@@ -45,7 +54,8 @@ def test_what_takes_longer_is_seen_to(small):
     handles = [
         small.backbone.layer1.register_forward_pre_hook(sleeping(0.02)),
         small.backbone.layer3.register_forward_pre_hook(sleeping(0.06)),
-        small.heads[1].register_forward_pre_hook(sleeping(0.04))]
+        small.heads[1].register_forward_pre_hook(sleeping(0.04)),
+    ]
     small.train()
     p = timm_cascade.profile(small, batch_size=2, repeats=3)
     for h in handles:
@@ -63,10 +73,10 @@ def test_what_takes_longer_is_seen_to(small):
 
 
 def test_shares_from_which_an_exit_pays(small):
-    p = made(small, (4., 3., 1.), (1., 2.))
-    assert p.rest.tolist() == [4., 1.]
-    assert p.break_even.tolist() == [0.25, 2.]  # a head of 1 before a rest of 4; one of 2 before a rest of 1
-    p = replace(p, cut_seconds=(1., 1.))
+    p = made(small, (4.0, 3.0, 1.0), (1.0, 2.0))
+    assert p.rest.tolist() == [4.0, 1.0]
+    assert p.break_even.tolist() == [0.25, 2.0]  # a head of 1 before a rest of 4; one of 2 before a rest of 1
+    p = replace(p, cut_seconds=(1.0, 1.0))
     assert np.allclose(p.cut_share, [1 / 5, 1 / 2]) and np.allclose(p.break_even, [2 / 5, 3 / 2])
 
 
@@ -80,10 +90,16 @@ def test_the_dial_saves_time(trained):
     made(trained, (1e-3, 1e-3, 1e-3), (9e-3, 1e-5))
     assert np.isinf(trained.set_max_drop(0.05, rule='joint', cost='time').thresholds[0])
     calibration = in_time(trained.calibration, trained.profiles[0])
-    best = outcome(calibration.confidence, calibration.correct, calibration.stage_cost, trained.thresholds.numpy(),
-                   calibration.head_cost)
-    macs = outcome(calibration.confidence, calibration.correct, calibration.stage_cost, in_macs.thresholds,
-                   calibration.head_cost)
+    best = outcome(
+        calibration.confidence,
+        calibration.correct,
+        calibration.stage_cost,
+        trained.thresholds.numpy(),
+        calibration.head_cost,
+    )
+    macs = outcome(
+        calibration.confidence, calibration.correct, calibration.stage_cost, in_macs.thresholds, calibration.head_cost
+    )
     assert best.cost <= macs.cost
     point = trained.set_cost(0.9, cost='time')
     assert point.cost_share <= 0.9 + 1e-9
@@ -141,19 +157,42 @@ def test_profiles_travel_with_the_release(capsys, trained, tmp_path):
 
 
 def bad(change):
-    p = dict(device='d', dtype='float32', batch_size=2, compiled=False, exits=['a'], stage_seconds=[1., 1.],
-             head_seconds=[0.1], cut_seconds=[0.], backbone_seconds=2., repeats=1, versions={})
+    p = dict(
+        device='d',
+        dtype='float32',
+        batch_size=2,
+        compiled=False,
+        exits=['a'],
+        stage_seconds=[1.0, 1.0],
+        head_seconds=[0.1],
+        cut_seconds=[0.0],
+        backbone_seconds=2.0,
+        repeats=1,
+        versions={},
+    )
     p.update(change)
     return json.dumps(dict(format_version=1, profiles=[p]))
 
 
-@pytest.mark.parametrize('text, message', [
-    ('[' * 100_000, 'no profiles'), ('{}', 'no list'), ('{"format_version": 2, "profiles": []}', 'format version 2'),
-    (bad(dict(stage_seconds=[1.])), 'stage_seconds'), (bad(dict(stage_seconds=[0., 0.])), 'no time'),
-    (bad(dict(head_seconds=[-1.])), 'head_seconds'), (bad(dict(head_seconds=[True])), 'head_seconds'),
-    (bad(dict(backbone_seconds=float('nan'))), 'backbone_seconds'), (bad(dict(exits=[])), 'exits'),
-    (bad(dict(batch_size=0)), 'batch_size'), (bad(dict(batch_size=2.5)), 'batch_size'), (bad(dict(new=1)), 'object'),
-    (bad(dict(versions={'a': 1})), 'versions'), (bad(dict(device=3)), 'device')])
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('[' * 100_000, 'no profiles'),
+        ('{}', 'no list'),
+        ('{"format_version": 2, "profiles": []}', 'format version 2'),
+        (bad(dict(stage_seconds=[1.0])), 'stage_seconds'),
+        (bad(dict(stage_seconds=[0.0, 0.0])), 'no time'),
+        (bad(dict(head_seconds=[-1.0])), 'head_seconds'),
+        (bad(dict(head_seconds=[True])), 'head_seconds'),
+        (bad(dict(backbone_seconds=float('nan'))), 'backbone_seconds'),
+        (bad(dict(exits=[])), 'exits'),
+        (bad(dict(batch_size=0)), 'batch_size'),
+        (bad(dict(batch_size=2.5)), 'batch_size'),
+        (bad(dict(new=1)), 'object'),
+        (bad(dict(versions={'a': 1})), 'versions'),
+        (bad(dict(device=3)), 'device'),
+    ],
+)
 def test_damaged_profiles_are_refused(small, tmp_path, text, message):
     with pytest.raises(TableFormatError, match=message):
         profiles_from_json(text)

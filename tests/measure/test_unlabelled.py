@@ -1,4 +1,5 @@
 """Heads that learn from the frozen network's answers, where images have no labels."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,5 @@
 """scripts/ablation.py on a tiny pair: the base row is the library's training, and every switch does what it says."""
+
 from __future__ import annotations
 
 import copy
@@ -85,7 +86,7 @@ def test_combined_answers_start_as_the_average_and_learn(pooled):
 
 
 def test_samples_that_a_sure_exit_has_answered_count_less():
-    logits = [torch.tensor([[9., 0], [0, 0], [0, 0]]), torch.tensor([[0., 0], [9, 0], [0, 0]]), torch.zeros(3, 2)]
+    logits = [torch.tensor([[9.0, 0], [0, 0], [0, 0]]), torch.tensor([[0.0, 0], [9, 0], [0, 0]]), torch.zeros(3, 2)]
     first, second, third = ablation_heads._weights(logits, Row('weigh', weigh=True))
     assert first.tolist() == [1, 1, 1]
     assert second[0] < 0.5 < second[1] == second[2]
@@ -97,8 +98,8 @@ def test_distillation_alone_needs_no_labels(pooled, monkeypatch):
     taps, labels = pooled
     teacher, wrong = 5 * F.one_hot((labels + 1) % 4, 4).float(), torch.full_like(labels, 3)
     monkeypatch.setattr(ablation_heads, 'BATCH', 8)
-    heads = make(Row('distil', distil=1.))
-    fit(heads, Row('distil', distil=1.), taps, wrong, teacher, seed=0)
+    heads = make(Row('distil', distil=1.0))
+    fit(heads, Row('distil', distil=1.0), taps, wrong, teacher, seed=0)
     assert (heads(taps)[2].argmax(1) == (labels + 1) % 4).float().mean() > 0.9
 
 
@@ -107,7 +108,7 @@ def test_savings_are_read_where_the_realised_loss_is_what_was_said():
     confidence = np.stack([np.linspace(0.5, 1, 1000), np.ones(1000)], 1)
     correct = np.stack([np.arange(1000) >= 200, np.ones(1000, bool)], 1)
     samples = confidence, correct
-    found = ablation.measure(samples, samples, np.array([10., 90.]), np.array([1.]), 99., 2)
+    found = ablation.measure(samples, samples, np.array([10.0, 90.0]), np.array([1.0]), 99.0, 2)
     # those who stay pay head and backbone; the grid of thresholds is 256 wide
     for drop, lost in ((0.0025, 2.5), (0.005, 5), (0.01, 10)):
         leave = 0.8 + lost / 1000
@@ -120,13 +121,25 @@ def test_savings_are_read_where_the_realised_loss_is_what_was_said():
 def test_a_tiny_pair_from_backbone_to_page(images, tmp_path, monkeypatch):
     recipe = dict(
         data=dict(name='quarters', train='a', calibration='b', test='c'),
-        model=dict(base='cifar_resnet20', create=dict(in_chans=1, num_classes=4, pretrained_cfg_overlay=dict(
-            input_size=[1, 32, 32], mean=[0.5], std=[0.25]))),
-        backbone=dict(epochs=1, batch_size=32, lr=0.05, weight_decay=5e-4, seed=0, pad=1, flip=False,
-                      mixed_precision='no'))
+        model=dict(
+            base='cifar_resnet20',
+            create=dict(
+                in_chans=1, num_classes=4, pretrained_cfg_overlay=dict(input_size=[1, 32, 32], mean=[0.5], std=[0.25])
+            ),
+        ),
+        backbone=dict(
+            epochs=1, batch_size=32, lr=0.05, weight_decay=5e-4, seed=0, pad=1, flip=False, mixed_precision='no'
+        ),
+    )
     (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
-    pair = dict(recipe=str(tmp_path / 'recipe.yaml'), input_size=[1, 16, 16], views=1, images=64,
-                exits=['layer1.0', 'layer1', 'layer2', 'layer3.0'], stages=['layer1', 'layer2'])
+    pair = dict(
+        recipe=str(tmp_path / 'recipe.yaml'),
+        input_size=[1, 16, 16],
+        views=1,
+        images=64,
+        exits=['layer1.0', 'layer1', 'layer2', 'layer3.0'],
+        stages=['layer1', 'layer2'],
+    )
     for module in (ablation, ablation_taps):
         monkeypatch.setattr(module, 'ROOT', tmp_path)
     monkeypatch.setitem(ablation_taps.PAIRS, 'tiny', pair)
@@ -163,7 +176,9 @@ def test_a_tiny_pair_from_backbone_to_page(images, tmp_path, monkeypatch):
     assert taps.pooled['train', 'layer1', 4].shape == (96, 16 * 16)
     np.testing.assert_allclose(  # every grid is pooled from the tap itself; 8 divides into all of them
         taps.pooled['test', 'layer2', 4].reshape(96, 32, 2, 2, 2, 2).mean((3, 5)).reshape(96, -1),
-        taps.pooled['test', 'layer2', 2], atol=2e-3)
+        taps.pooled['test', 'layer2', 2],
+        atol=2e-3,
+    )
     assert not np.array_equal(taps.pooled['train', 'layer1', 4], taps.pooled['view0', 'layer1', 4])
     assert ablation.exits_of(ablation.ROWS[0], 'tiny', taps) == ['layer1', 'layer2']
     table = json.loads((tmp_path / 'docs' / 'ablation.json').read_text())['rows']

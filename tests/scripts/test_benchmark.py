@@ -1,4 +1,5 @@
 """The benchmark's own arithmetic, and a tiny run that writes its page. Times need an idle machine: none is checked."""
+
 from __future__ import annotations
 
 import json
@@ -33,14 +34,18 @@ def test_in_turns_times_each_contestant_as_often_and_reverses_the_order():
 
 
 def test_ratios_are_formed_within_a_repetition():
-    runs = timing.Runs(dict(a=np.array([1., 4., 9.]), b=np.array([1., 2., 3.])), {})
-    assert runs.ratio('a', 'b') == dict(median=2., low=1.5, high=2.5, n=3)
+    runs = timing.Runs(dict(a=np.array([1.0, 4.0, 9.0]), b=np.array([1.0, 2.0, 3.0])), {})
+    assert runs.ratio('a', 'b') == dict(median=2.0, low=1.5, high=2.5, n=3)
 
 
 def test_the_ideal_takes_every_stage_at_the_batch_size_that_comes_to_it():
     batches = [[4, 3, 1], [4, 4, 0]]
     assert timing.occurring(batches) == [(2, 1), (1, 3), (1, 4)]
-    stages = {4: np.array([[10., 20.], [11., 21.]]), 3: np.array([[7., 8.], [7., 9.]]), 1: np.array([[1., 2., 3.]] * 2)}
+    stages = {
+        4: np.array([[10.0, 20.0], [11.0, 21.0]]),
+        3: np.array([[7.0, 8.0], [7.0, 9.0]]),
+        1: np.array([[1.0, 2.0, 3.0]] * 2),
+    }
     assert timing.ideal_seconds(batches, stages).tolist() == [10 + 8 + 3 + 10 + 20, 11 + 9 + 3 + 11 + 21]
 
 
@@ -52,7 +57,7 @@ def test_stages_are_timed_up_to_the_one_asked_for(model):
     assert len(first) == 2 and (first > 0).all()
 
 
-@pytest.mark.parametrize(['share', 'expected'], [(0., [20, 20, 20, 20]), (0.4, [20, 12, 7, 4]), (0.6, [20, 8, 3, 1])])
+@pytest.mark.parametrize(['share', 'expected'], [(0.0, [20, 20, 20, 20]), (0.4, [20, 12, 7, 4]), (0.6, [20, 8, 3, 1])])
 def test_forced_shares_leave_and_no_others(model, share, expected):
     images = bench_plain.pictures(20, (3, 32, 32))
     model.thresholds = bench_plain.forced(bench_plain.observe(model, [images]), share)
@@ -105,18 +110,41 @@ def test_static_networks_that_were_measured_stay():
 
 
 def test_a_missed_target_says_so():
-    assert bench_page.verdict(dict(median=1.2, low=1., high=1.3), 1.05) == '1.20 (1.00 to 1.30) **missed** (<= 1.05)'
-    assert bench_page.verdict(dict(median=1.2, low=1., high=1.3), 1.5, at_least=True).endswith('**missed** (>= 1.50)')
-    assert 'missed' not in bench_page.verdict(dict(median=1.04, low=1., high=1.3), 1.05)
+    assert bench_page.verdict(dict(median=1.2, low=1.0, high=1.3), 1.05) == '1.20 (1.00 to 1.30) **missed** (<= 1.05)'
+    assert bench_page.verdict(dict(median=1.2, low=1.0, high=1.3), 1.5, at_least=True).endswith('**missed** (>= 1.50)')
+    assert 'missed' not in bench_page.verdict(dict(median=1.04, low=1.0, high=1.3), 1.05)
 
 
 def test_a_tiny_run_writes_its_section_and_leaves_others(tmp_path, capsys):
     machine = dict(device='a machine', torch='2', timm='1')
-    overhead = dict(command='python x', quick=False, machine=machine, first=[], off=[], memory=[], imports=dict(
-        ours=dict(median=0.2, low=0.2, high=0.2), timm=dict(median=3., low=3., high=3.)))
+    overhead = dict(
+        command='python x',
+        quick=False,
+        machine=machine,
+        first=[],
+        off=[],
+        memory=[],
+        imports=dict(ours=dict(median=0.2, low=0.2, high=0.2), timm=dict(median=3.0, low=3.0, high=3.0)),
+    )
     (tmp_path / 'benchmark.json').write_text(json.dumps(dict(overhead=overhead)))
-    benchmark.main(['plain', '--networks', 'resnet18', '--batch', '2', '--size', '32', '--modes', 'eager', '--quick',
-                    '--device', 'cpu', '--out', str(tmp_path)])
+    benchmark.main(
+        [
+            'plain',
+            '--networks',
+            'resnet18',
+            '--batch',
+            '2',
+            '--size',
+            '32',
+            '--modes',
+            'eager',
+            '--quick',
+            '--device',
+            'cpu',
+            '--out',
+            str(tmp_path),
+        ]
+    )
     sections = json.loads((tmp_path / 'benchmark.json').read_text())
     assert list(sections) == ['plain', 'overhead']
     assert [r['share'] for r in sections['plain']['rows']] == list(bench_plain.SHARES)

@@ -1,4 +1,5 @@
 """scripts/demo.py and scripts/honesty.py on a tiny release."""
+
 from __future__ import annotations
 
 import json
@@ -49,8 +50,20 @@ def test_honesty_reads_losses_off_the_whole_population(tiny, images, tmp_path, m
     recipe.write_text(yaml.safe_dump(dict(data=dict(name='quarters', calibration='a', test='b'))))
     monkeypatch.setitem(honesty.DATA, 'quarters', lambda split: images)
     monkeypatch.setattr(honesty, 'ROOT', tmp_path)
-    argv = ['honesty.py', str(tiny), '--recipe', str(recipe), '--n', '40', '80', '--out', str(tmp_path / 'docs'),
-            '--processes', '1', '--draws']
+    argv = [
+        'honesty.py',
+        str(tiny),
+        '--recipe',
+        str(recipe),
+        '--n',
+        '40',
+        '80',
+        '--out',
+        str(tmp_path / 'docs'),
+        '--processes',
+        '1',
+        '--draws',
+    ]
     monkeypatch.setattr('sys.argv', [*argv, '2'])
     honesty.main()
     log = next((tmp_path / 'runs').glob('*.jsonl'))

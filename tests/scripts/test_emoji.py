@@ -1,4 +1,5 @@
 """scripts/emoji.py on small fake packages: no network, no npm."""
+
 from __future__ import annotations
 
 import importlib.util

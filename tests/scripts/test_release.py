@@ -1,4 +1,5 @@
 """scripts/release.py on a tiny recipe: whole path, interruption, resumption, card."""
+
 from __future__ import annotations
 
 import backbones
@@ -17,21 +18,29 @@ def recipe(images, monkeypatch):
     return dict(
         name='cascade_cifar_resnet20.quarters',
         data=dict(name='quarters', dataset='me/quarters', licence='mit', train='a', calibration='b', test='c'),
-        model=dict(base='cifar_resnet20', licence='apache-2.0', exits=['layer1', 'layer2'],
-                   head=dict(grid=2, hidden=8, norm=True),
-                   create=dict(in_chans=1, num_classes=4, pretrained_cfg_overlay=dict(
-                       input_size=[1, 16, 16], mean=[0.5], std=[0.25]))),
-        backbone=dict(epochs=3, batch_size=32, lr=0.05, weight_decay=5e-4, seed=0, pad=1, flip=False,
-                      mixed_precision='no'),
+        model=dict(
+            base='cifar_resnet20',
+            licence='apache-2.0',
+            exits=['layer1', 'layer2'],
+            head=dict(grid=2, hidden=8, norm=True),
+            create=dict(
+                in_chans=1, num_classes=4, pretrained_cfg_overlay=dict(input_size=[1, 16, 16], mean=[0.5], std=[0.25])
+            ),
+        ),
+        backbone=dict(
+            epochs=3, batch_size=32, lr=0.05, weight_decay=5e-4, seed=0, pad=1, flip=False, mixed_precision='no'
+        ),
         heads=dict(epochs=2, batch_size=32, lr=1e-2, weight_decay=0.05, seed=0),
-        dial=dict(rule='joint', max_drop=0.05, table=[0, 0.05, 0.2]))
+        dial=dict(rule='joint', max_drop=0.05, table=[0, 0.05, 0.2]),
+    )
 
 
 def run(recipe, tmp_path, monkeypatch, name):
     path = tmp_path / 'recipe.yaml'
     path.write_text(yaml.safe_dump(recipe))
-    monkeypatch.setattr('sys.argv', ['release.py', str(path), '--out', str(tmp_path / name), '--work',
-                                     str(tmp_path / f'{name}-work')])
+    monkeypatch.setattr(
+        'sys.argv', ['release.py', str(path), '--out', str(tmp_path / name), '--work', str(tmp_path / f'{name}-work')]
+    )
     release.main()
     return tmp_path / name / recipe['name']
 
@@ -39,7 +48,13 @@ def run(recipe, tmp_path, monkeypatch, name):
 def test_an_interrupted_release_continues_to_the_same_weights(recipe, tmp_path, monkeypatch):
     whole = run(recipe, tmp_path, monkeypatch, 'whole')
     assert {p.name for p in whole.iterdir()} == {
-        'config.json', 'model.safetensors', 'thresholds.json', 'calibration.safetensors', 'README.md', 'tradeoff.png'}
+        'config.json',
+        'model.safetensors',
+        'thresholds.json',
+        'calibration.safetensors',
+        'README.md',
+        'tradeoff.png',
+    }
 
     accuracy, calls = backbones.accuracy, []
 

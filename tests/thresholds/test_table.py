@@ -26,9 +26,17 @@ def make(n=2000, count=3, **changes):
     agreement = r == r[:, -1:]
     stage = np.ones(count + 1)
     arguments = dict(
-        confidence=c, correct=r, agreement=agreement, stage_cost=stage, head_cost=np.full(count, .05),
-        backbone_cost=stage.sum() - .05 * count, exits=tuple(f'layer{m}' for m in range(count)), num_classes=10,
-        heads_hash='abc', provenance={'input_size': [3, 32, 32], 'data': 'a "set" [1,\n 2]', 'split': 'validation'})
+        confidence=c,
+        correct=r,
+        agreement=agreement,
+        stage_cost=stage,
+        head_cost=np.full(count, 0.05),
+        backbone_cost=stage.sum() - 0.05 * count,
+        exits=tuple(f'layer{m}' for m in range(count)),
+        num_classes=10,
+        heads_hash='abc',
+        provenance={'input_size': [3, 32, 32], 'data': 'a "set" [1,\n 2]', 'split': 'validation'},
+    )
     return Calibration(**{**arguments, **changes})
 
 
@@ -46,32 +54,33 @@ def table(calibration):
 
 def test_points_say_what_to_expect(calibration):
     for rule in ('per_exit', 'joint', 'certified'):
-        point = calibration.point(.02, rule=rule)
-        assert point.rule == rule and point.max_drop == .02 and point.certified == (rule == 'certified')
-        assert point.level == (.9 if rule == 'certified' else None)
+        point = calibration.point(0.02, rule=rule)
+        assert point.rule == rule and point.max_drop == 0.02 and point.certified == (rule == 'certified')
+        assert point.level == (0.9 if rule == 'certified' else None)
         assert point.drop == pytest.approx(point.full_accuracy - point.accuracy)
         assert point.drop_interval[0] <= point.drop <= point.drop_interval[1]
         assert sum(point.exit_shares) == pytest.approx(1) and len(point.exit_shares) == 4
         assert 0 < point.cost_share < 1 and point.n == 2000
         assert 'drop' in str(point) and 'n = 2000' in str(point)
         assert OperatingPoint.from_dict(json.loads(json.dumps(point.to_dict()))) == point
-    agreeing = calibration.point(.02, rule='joint', reference='backbone')
+    agreeing = calibration.point(0.02, rule='joint', reference='backbone')
     assert agreeing.full_accuracy == 1 and agreeing.reference == 'backbone' and 'agreement' in str(agreeing)
     with pytest.raises(ThresholdError, match='expected certified, joint or per_exit'):
-        calibration.point(.02, rule='magic')
+        calibration.point(0.02, rule='magic')
     with pytest.raises(ThresholdError, match='labels or backbone'):
-        calibration.point(.02, reference='teacher')
+        calibration.point(0.02, reference='teacher')
 
 
 def test_cost_dial(calibration):
-    point = calibration.at_cost(.7)
-    assert point.rule == 'cost' and point.max_drop is None and point.cost_share <= .7
+    point = calibration.at_cost(0.7)
+    assert point.rule == 'cost' and point.max_drop is None and point.cost_share <= 0.7
     got = outcome(
-        calibration.confidence, calibration.correct, calibration.stage_cost, point.thresholds, calibration.head_cost)
-    assert got.cost <= .7 * calibration.backbone_cost * (1 + 1e-9)
+        calibration.confidence, calibration.correct, calibration.stage_cost, point.thresholds, calibration.head_cost
+    )
+    assert got.cost <= 0.7 * calibration.backbone_cost * (1 + 1e-9)
     assert OperatingPoint.from_dict(point.to_dict()) == point
     with pytest.raises(ThresholdError, match='out of reach'):
-        calibration.at_cost(.1)
+        calibration.at_cost(0.1)
 
 
 def test_calibration_travels(calibration, tmp_path):
@@ -88,17 +97,20 @@ def test_calibration_travels(calibration, tmp_path):
         Calibration.load(path)
 
 
-@pytest.mark.parametrize(('changes', 'message'), [
-    (dict(confidence=np.full((2000, 4), 3.)), 'between 0 and 1'),
-    (dict(correct=np.ones((2000, 3), bool)), 'must agree'),
-    (dict(agreement=np.zeros((2000, 4), bool)), 'agrees with itself'),
-    (dict(exits=('a', 'b')), '2 exits for 4 columns'),
-    (dict(stage_cost=np.ones(3)), r'expected \(4,\)'),
-    (dict(backbone_cost=np.nan), 'above 0'),
-    (dict(num_classes=0), 'at least 1'),
-    (dict(provenance={'x': np.nan}), 'JSON values'),
-    (dict(provenance={'x': object()}), 'JSON values'),
-])
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(confidence=np.full((2000, 4), 3.0)), 'between 0 and 1'),
+        (dict(correct=np.ones((2000, 3), bool)), 'must agree'),
+        (dict(agreement=np.zeros((2000, 4), bool)), 'agrees with itself'),
+        (dict(exits=('a', 'b')), '2 exits for 4 columns'),
+        (dict(stage_cost=np.ones(3)), r'expected \(4,\)'),
+        (dict(backbone_cost=np.nan), 'above 0'),
+        (dict(num_classes=0), 'at least 1'),
+        (dict(provenance={'x': np.nan}), 'JSON values'),
+        (dict(provenance={'x': object()}), 'JSON values'),
+    ],
+)
 def test_a_calibration_that_cannot_be_right_is_refused(changes, message):
     with pytest.raises(ThresholdError, match=message):
         make(**changes)
@@ -112,25 +124,26 @@ def test_table_travels(table):
     again = json.loads(ThresholdTable.from_json(json.dumps(content)).to_json())
     assert again == content
     assert any(None in p['thresholds'] for p in content['points']) or all(
-        np.isfinite(p.thresholds).all() for p in table.points)
+        np.isfinite(p.thresholds).all() for p in table.points
+    )
 
 
 def test_table_gives_the_next_stricter_point(table):
     start = time.process_time()
-    point = table.point(.015)
-    assert time.process_time() - start < .05
-    assert point.max_drop == .01 and point.rule == 'certified'
-    assert table.point(.02, rule='joint').max_drop == .02
+    point = table.point(0.015)
+    assert time.process_time() - start < 0.05
+    assert point.max_drop == 0.01 and point.rule == 'certified'
+    assert table.point(0.02, rule='joint').max_drop == 0.02
     with pytest.raises(PointNotFoundError, match=r'It has: certified at level 0.9 \(labels\): 0.0025, 0.005'):
-        table.point(.001)
+        table.point(0.001)
     with pytest.raises(PointNotFoundError):
-        table.point(.01, level=.95)
+        table.point(0.01, level=0.95)
     with pytest.raises(LookupError):
-        table.point(.01, reference='backbone')
-    best = table.at_cost(.9)
-    assert best.cost_share <= .9
+        table.point(0.01, reference='backbone')
+    best = table.at_cost(0.9)
+    assert best.cost_share <= 0.9
     with pytest.raises(PointNotFoundError, match='costs at most'):
-        table.at_cost(.01)
+        table.at_cost(0.01)
 
 
 def test_table_of_other_heads_is_refused(table):
@@ -141,30 +154,33 @@ def test_table_of_other_heads_is_refused(table):
             table.check(**{**right, name: value})
 
 
-@pytest.mark.parametrize(('change', 'message'), [
-    (lambda t: t.update(format_version=2), 'newer'),
-    (lambda t: t.update(format_version='1'), 'format_version'),
-    (lambda t: t.pop('format_version'), 'no format_version'),
-    (lambda t: t.pop('points'), 'points is missing'),
-    (lambda t: t.update(exits='layer0'), 'exits is str'),
-    (lambda t: t.update(exits=[]), 'at least one'),
-    (lambda t: t.update(num_classes=True), 'num_classes'),
-    (lambda t: t.update(input_size=['a']), 'input_size'),
-    (lambda t: t.update(points=t['points'] * 1000), 'at most 10000'),
-    (lambda t: t['points'].append(3), 'must be an object'),
-    (lambda t: t['points'][0].pop('drop'), 'lacks drop'),
-    (lambda t: t['points'][0]['thresholds'].pop(), 'do not fit'),
-    (lambda t: [t['points'][0][k].pop() for k in ('thresholds', 'exit_shares')], '2 thresholds for 3 exits'),
-    (lambda t: t['points'][0]['thresholds'].__setitem__(0, 1.5), 'from 0 to 1'),
-    (lambda t: t['points'][0]['thresholds'].__setitem__(0, '0.5'), 'finite number'),
-    (lambda t: t['points'][0]['thresholds'].__setitem__(0, float('nan')), 'NaN'),
-    (lambda t: t['points'][0]['thresholds'].__setitem__(0, float('inf')), 'Infinity'),
-    (lambda t: t['points'][0].update(thresholds=.5), 'must be a list'),
-    (lambda t: t['points'][0].update(rule='magic'), 'rule'),
-    (lambda t: t['points'][0].update(max_drop=None), 'max_drop'),
-    (lambda t: t['points'][0].update(certified=True), 'level'),
-    (lambda t: t['points'][0].update(n=-1), 'count'),
-])
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda t: t.update(format_version=2), 'newer'),
+        (lambda t: t.update(format_version='1'), 'format_version'),
+        (lambda t: t.pop('format_version'), 'no format_version'),
+        (lambda t: t.pop('points'), 'points is missing'),
+        (lambda t: t.update(exits='layer0'), 'exits is str'),
+        (lambda t: t.update(exits=[]), 'at least one'),
+        (lambda t: t.update(num_classes=True), 'num_classes'),
+        (lambda t: t.update(input_size=['a']), 'input_size'),
+        (lambda t: t.update(points=t['points'] * 1000), 'at most 10000'),
+        (lambda t: t['points'].append(3), 'must be an object'),
+        (lambda t: t['points'][0].pop('drop'), 'lacks drop'),
+        (lambda t: t['points'][0]['thresholds'].pop(), 'do not fit'),
+        (lambda t: [t['points'][0][k].pop() for k in ('thresholds', 'exit_shares')], '2 thresholds for 3 exits'),
+        (lambda t: t['points'][0]['thresholds'].__setitem__(0, 1.5), 'from 0 to 1'),
+        (lambda t: t['points'][0]['thresholds'].__setitem__(0, '0.5'), 'finite number'),
+        (lambda t: t['points'][0]['thresholds'].__setitem__(0, float('nan')), 'NaN'),
+        (lambda t: t['points'][0]['thresholds'].__setitem__(0, float('inf')), 'Infinity'),
+        (lambda t: t['points'][0].update(thresholds=0.5), 'must be a list'),
+        (lambda t: t['points'][0].update(rule='magic'), 'rule'),
+        (lambda t: t['points'][0].update(max_drop=None), 'max_drop'),
+        (lambda t: t['points'][0].update(certified=True), 'level'),
+        (lambda t: t['points'][0].update(n=-1), 'count'),
+    ],
+)
 def test_hostile_tables_are_refused(table, change, message):
     content = json.loads(table.to_json())
     change(content)

@@ -91,8 +91,11 @@ def test_the_key_knows_what_changes_the_taps(small, images, accelerator):
     small.pretrained_cfg['mean'] = small.backbone.pretrained_cfg['mean'] = (0.4,)
     keys.append(key())
     create = dict(in_chans=1, num_classes=4, pretrained_cfg_overlay=dict(input_size=(1, 16, 16)))
-    for variant in (dict(exits=['layer1', 'layer3']), dict(exits=['layer1', 'layer2'], head=dict(grid=2)),
-                    dict(exits=['layer1', 'layer2'])):
+    for variant in (
+        dict(exits=['layer1', 'layer3']),
+        dict(exits=['layer1', 'layer2'], head=dict(grid=2)),
+        dict(exits=['layer1', 'layer2']),
+    ):
         torch.manual_seed(0)
         keys.append(key(timm.create_model('cascade_cifar_resnet20', **variant, **create).eval()))
     with torch.no_grad():
@@ -224,6 +227,7 @@ def anonymous_memory():
 
 class Sized(Dataset):
     """Of a length only."""
+
     images = labels = None
 
     def __init__(self, n):
@@ -252,8 +256,14 @@ def test_memory_does_not_grow_with_the_data(small, accelerator, tmp_path):
         thread.start()
         taps = StoredTaps(tmp_path / str(n))
         moments([taps], accelerator, 4)
-        Trainer(Heads([ExitHead(2048, (1, 1), 4, hidden=8)]), [taps], accelerator,
-                Recipe(1, 256, 1e-3, 0., 0), [taps], 30.).run(None, [], None)
+        Trainer(
+            Heads([ExitHead(2048, (1, 1), 4, hidden=8)]),
+            [taps],
+            accelerator,
+            Recipe(1, 256, 1e-3, 0.0, 0),
+            [taps],
+            30.0,
+        ).run(None, [], None)
         running[0] = False
         thread.join()
         peaks.append(peak[0])

@@ -1,4 +1,5 @@
 """Killed at any time, a training continues; and on two processes it is the same."""
+
 import json
 import multiprocessing
 import os
@@ -34,8 +35,18 @@ class Slow(ImageData):
 
 def work(model, data, where, epochs):
     timm_cascade.train_heads(
-        model, data, data, epochs=epochs, batch_size=16, cache=where / 'taps', state=where / 'state', save_every=0,
-        log=where / 'log.jsonl', classifier=True, views=2)
+        model,
+        data,
+        data,
+        epochs=epochs,
+        batch_size=16,
+        cache=where / 'taps',
+        state=where / 'state',
+        save_every=0,
+        log=where / 'log.jsonl',
+        classifier=True,
+        views=2,
+    )
 
 
 def in_a_fork(*args):
@@ -106,7 +117,7 @@ def test_the_state_of_another_training_is_not_continued(small, images, tmp_path,
     assert all(torch.equal(found[k], expected[k]) for k in found)
 
 
-TWO = '''
+TWO = """
     import os, signal, sys
     from pathlib import Path
     import numpy as np, timm, torch, timm_cascade
@@ -141,7 +152,7 @@ TWO = '''
                 os.kill(os.getpid(), signal.SIGKILL)
         Trainer._save = dies
     train('killed', state=folder / 'state', save_every=0)
-'''
+"""
 
 
 def test_two_processes_killed_and_continued_are_as_one(tmp_path):
@@ -159,8 +170,13 @@ def test_two_processes_killed_and_continued_are_as_one(tmp_path):
     rng = np.random.default_rng(0)
     data = ImageData(rng.integers(0, 255, (45, 16, 16), dtype=np.uint8), np.arange(45) % 4, list('abcd'))
     torch.manual_seed(0)
-    small = timm.create_model('cascade_cifar_resnet20', in_chans=1, num_classes=4, exits=['layer1', 'layer2'],
-                              pretrained_cfg_overlay=dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,)))
+    small = timm.create_model(
+        'cascade_cifar_resnet20',
+        in_chans=1,
+        num_classes=4,
+        exits=['layer1', 'layer2'],
+        pretrained_cfg_overlay=dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,)),
+    )
     timm_cascade.train_heads(small, data, data, epochs=3, batch_size=16, classifier=True)
     calibration = timm_cascade.calibrate(small, data, batch_size=16)
     assert close({**small.state_dict(), 'confidence': torch.tensor(calibration.confidence)}, whole)
@@ -175,17 +191,36 @@ def command(tmp_path_factory):
     write_idx(folder / 'train-labels-idx1-ubyte.gz', generator.integers(0, 4, 3000, dtype=np.uint8))
 
     def arguments(out):
-        return [sys.executable, '-m', 'timm_cascade', 'train', '--model', 'cascade_cifar_resnet20', '--data',
-                str(folder), '--out', str(out), '--epochs', '100', '--model-kwargs', 'in_chans=1', '--save-every',
-                '0.1', '--views', '2', '--json']
+        return [
+            sys.executable,
+            '-m',
+            'timm_cascade',
+            'train',
+            '--model',
+            'cascade_cifar_resnet20',
+            '--data',
+            str(folder),
+            '--out',
+            str(out),
+            '--epochs',
+            '100',
+            '--model-kwargs',
+            'in_chans=1',
+            '--save-every',
+            '0.1',
+            '--views',
+            '2',
+            '--json',
+        ]
 
     subprocess.run(arguments(folder / 'whole'), check=True, capture_output=True)
     return arguments, folder / 'whole'
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('sign', ['taps/*.part/tap0.npy', 'taps/????????????????????????', 'unfinished.pt',
-                                  'model.safetensors'])
+@pytest.mark.parametrize(
+    'sign', ['taps/*.part/tap0.npy', 'taps/????????????????????????', 'unfinished.pt', 'model.safetensors']
+)
 def test_the_command_is_killed_and_given_again(command, tmp_path, sign):
     """In the first pass, the second, the epochs, while saving: afterwards the release has the bytes of the other."""
     arguments, whole = command
@@ -199,4 +234,9 @@ def test_the_command_is_killed_and_given_again(command, tmp_path, sign):
     for name in ('model.safetensors', 'config.json'):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith('.')) == [
-        'README.md', 'config.json', 'model.safetensors', 'taps', 'training.jsonl']
+        'README.md',
+        'config.json',
+        'model.safetensors',
+        'taps',
+        'training.jsonl',
+    ]

@@ -27,8 +27,9 @@ def forget_accelerators():
 def test_heads_learn_and_the_backbone_does_not_change(small, images, tmp_path):
     before = {k: v.clone() for k, v in small.backbone.state_dict().items()}
     small.train()
-    history = timm_cascade.train_heads(small, images, images, epochs=12, batch_size=32, lr=1e-2,
-                                       log=tmp_path / 'log.jsonl')
+    history = timm_cascade.train_heads(
+        small, images, images, epochs=12, batch_size=32, lr=1e-2, log=tmp_path / 'log.jsonl'
+    )
     assert small.training
     assert all(torch.equal(v, before[k]) for k, v in small.backbone.state_dict().items())
     assert history[-1]['loss'] < 0.5 * history[0]['loss']
@@ -71,6 +72,7 @@ def test_training_drops_a_calibration_for_the_old_heads(small, images):
 
 def test_grey_images_for_a_colour_model():
     import timm
+
     model = timm.create_model('cascade_test_resnet', num_classes=2, exits=1)
     data = ImageData(np.random.default_rng(0).integers(0, 255, (6, 20, 20), dtype=np.uint8), [0, 1] * 3, ['a', 'b'])
     assert np.isfinite(timm_cascade.train_heads(model, data, epochs=1)[0]['loss'])
@@ -83,16 +85,18 @@ def test_grey_images_for_a_colour_model():
 def test_a_new_classifier_is_trained_and_nothing_else_of_the_backbone(small, images, tmp_path, cache):
     before = {k: v.clone() for k, v in small.backbone.state_dict().items()}
     small.label_names = images.class_names
-    history = timm_cascade.train_heads(small, images, images, epochs=12, batch_size=32, lr=1e-2, classifier=True,
-                                       cache=cache)
+    history = timm_cascade.train_heads(
+        small, images, images, epochs=12, batch_size=32, lr=1e-2, classifier=True, cache=cache
+    )
     after = small.backbone.state_dict()
     assert {k for k in after if not torch.equal(after[k], before[k])} == {'fc.weight', 'fc.bias'}
     assert len(history[-1]['train_accuracy']) == 3 and history[-1]['accuracy'][-1] > 0.9
     transform = timm_cascade.data.eval_transform(small)
     x = torch.stack([transform(images[i][0]) for i in range(96)])
     answers = small(x).argmax(1)
-    assert (answers == torch.from_numpy(images.labels)).float().mean() == pytest.approx(history[-1]['accuracy'][-1],
-                                                                                         abs=1e-4)
+    assert (answers == torch.from_numpy(images.labels)).float().mean() == pytest.approx(
+        history[-1]['accuracy'][-1], abs=1e-4
+    )
     timm_cascade.save(small, tmp_path)
     again = timm_cascade.load(tmp_path).eval()
     assert torch.equal(again(x), small(x)) and again.label_names == list('abcd')
@@ -120,9 +124,13 @@ def test_classifiers_of_other_families(name):
     assert len(names) == 2 and {k for k in after if not torch.equal(after[k], before[k])} == names
 
 
-@pytest.mark.parametrize('classifier, message', [
-    (lambda n: nn.Sequential(nn.Linear(n, 4)), 'is Sequential, not one linear'),
-    (None, 'does more than its classifier')])
+@pytest.mark.parametrize(
+    'classifier, message',
+    [
+        (lambda n: nn.Sequential(nn.Linear(n, 4)), 'is Sequential, not one linear'),
+        (None, 'does more than its classifier'),
+    ],
+)
 def test_a_classifier_that_is_no_linear_layer(small, images, classifier, message):
     if classifier:
         small.backbone.fc = classifier(64)
@@ -140,17 +148,20 @@ def test_a_classifier_that_is_no_linear_layer(small, images, classifier, message
 
 def test_data_that_cannot_be_learned(small, images, tmp_path):
     def data(labels, names):
-        return ImageData(images.images[:len(labels)], labels, names, 'pictures', 'train')
+        return ImageData(images.images[: len(labels)], labels, names, 'pictures', 'train')
 
     small.label_names = list('abcd')
     before = {k: v.clone() for k, v in small.state_dict().items()}
-    for wrong, message in ((data([0, 0], ['a']), "one class only, 'a'"),
-                           (data([0, 2], list('abcd')), 'no image of 2 of its 4 classes: b, d'),
-                           (data([0, 1, 2, 3], list('abdc')), "class 2 is 'd' there and 'c' here"),
-                           (data([0, 1, 2, 3, 4], list('abcde')), '5 classes, the model 4')):
+    for wrong, message in (
+        (data([0, 0], ['a']), "one class only, 'a'"),
+        (data([0, 2], list('abcd')), 'no image of 2 of its 4 classes: b, d'),
+        (data([0, 1, 2, 3], list('abdc')), "class 2 is 'd' there and 'c' here"),
+        (data([0, 1, 2, 3, 4], list('abcde')), '5 classes, the model 4'),
+    ):
         with pytest.raises(ValueError, match=message):
-            timm_cascade.train_heads(small, wrong, epochs=1, cache=tmp_path / 'taps', state=tmp_path / 'state',
-                                     log=tmp_path / 'log')
+            timm_cascade.train_heads(
+                small, wrong, epochs=1, cache=tmp_path / 'taps', state=tmp_path / 'state', log=tmp_path / 'log'
+            )
     with pytest.raises(ValueError, match="class 2 is 'd' there"):
         timm_cascade.train_heads(small, images, data([0, 1, 2, 3], list('abdc')), epochs=1, cache=tmp_path / 'taps')
     assert not list(tmp_path.iterdir())

@@ -33,24 +33,32 @@ def test_a_tracker_that_is_not_there():
         create_accelerator(log_with=['nonesuch'])
 
 
-WORK = '''
+WORK = """
 from timm_cascade.utils.distributed import create_accelerator
 accelerator = create_accelerator()
 print('processes', accelerator.num_processes, accelerator.device)
 accelerator.end_training()
-'''
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('launcher, answer', [
-    ('accelerate.commands.accelerate_cli launch --cpu --num_processes 2 --num_machines 1', 'started one'),
-    ('accelerate.commands.accelerate_cli launch --cpu --num_processes 1 --num_machines 1', 'processes 1'),
-    ('accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0',
-     'processes 2'),
-    ('torch.distributed.run --standalone --nproc_per_node 2', 'processes 2')])
+@pytest.mark.parametrize(
+    'launcher, answer',
+    [
+        ('accelerate.commands.accelerate_cli launch --cpu --num_processes 2 --num_machines 1', 'started one'),
+        ('accelerate.commands.accelerate_cli launch --cpu --num_processes 1 --num_machines 1', 'processes 1'),
+        (
+            'accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --num_machines 1 '
+            '--main_process_port 0',
+            'processes 2',
+        ),
+        ('torch.distributed.run --standalone --nproc_per_node 2', 'processes 2'),
+    ],
+)
 def test_real_launches(tmp_path, launcher, answer):
     (tmp_path / 'work.py').write_text(WORK)
-    done = subprocess.run([sys.executable, '-m', *launcher.split(), str(tmp_path / 'work.py')], capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, '-m', *launcher.split(), str(tmp_path / 'work.py')], capture_output=True, text=True
+    )
     assert answer in done.stdout + done.stderr
     assert (done.returncode == 0) == answer.startswith('processes')

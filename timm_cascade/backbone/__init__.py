@@ -1,17 +1,24 @@
 """timm models as backbones: where exits may sit, the layout of their taps, MACs; and the paper's CIFAR ResNets."""
+
 from ..errors import BackboneError, ExitError
 from . import cifar_resnet
-from .exits import (
-    ExitPoint,
-    candidates,
-    cut,
-    input_size_of,
-    resolve_exits,
-    tap_of,
-)
+from .exits import ExitPoint, candidates, cut, input_size_of, resolve_exits, tap_of
 from .groups import nested_groups
 from .probe import backbone_macs
 from .rows import merge_rows, select_rows
 
-__all__ = ['BackboneError', 'ExitError', 'ExitPoint', 'backbone_macs', 'candidates', 'cifar_resnet', 'cut',
-           'input_size_of', 'merge_rows', 'nested_groups', 'resolve_exits', 'select_rows', 'tap_of']
+__all__ = [
+    'BackboneError',
+    'ExitError',
+    'ExitPoint',
+    'backbone_macs',
+    'candidates',
+    'cifar_resnet',
+    'cut',
+    'input_size_of',
+    'merge_rows',
+    'nested_groups',
+    'resolve_exits',
+    'select_rows',
+    'tap_of',
+]

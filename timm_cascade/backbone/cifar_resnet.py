@@ -4,6 +4,7 @@ He et al. 2016 (arXiv 1512.03385), section 4.2: 6n+2 layers, three groups of n b
 channels, shortcuts without parameters. Berestizshevsky & Even 2019 (arXiv 1805.10982) build CI-ResNet(n) on it;
 as in their code the shortcut that halves the resolution is an average pool, padded with zero channels.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -47,15 +48,15 @@ class CifarResNet(nn.Module):
     """
 
     def __init__(
-            self,
-            depth: int,
-            width: int = 16,
-            num_classes: int = 10,
-            in_chans: int = 3,
-            global_pool: str = 'avg',
-            drop_rate: float = 0.,
-            device=None,
-            dtype=None,
+        self,
+        depth: int,
+        width: int = 16,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        drop_rate: float = 0.0,
+        device=None,
+        dtype=None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
@@ -101,8 +102,11 @@ class CifarResNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
         self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool or self.global_pool.pool_type,
-            **get_device_dtype(self))
+            self.num_features,
+            num_classes,
+            pool_type=global_pool or self.global_pool.pool_type,
+            **get_device_dtype(self),
+        )
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.fc.train(self.training)
 
@@ -113,13 +117,13 @@ class CifarResNet(nn.Module):
         return checkpoint_seq(group, x) if self.grad_checkpointing and not torch.jit.is_scripting() else group(x)
 
     def forward_intermediates(
-            self,
-            x: Tensor,
-            indices: int | list[int] | None = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
@@ -149,9 +153,16 @@ class CifarResNet(nn.Module):
 
 
 _cfg = dict(
-    num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, interpolation='bilinear',
-    mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
-    first_conv='conv1', classifier='fc', license='apache-2.0',
+    num_classes=10,
+    input_size=(3, 32, 32),
+    pool_size=(8, 8),
+    crop_pct=1.0,
+    interpolation='bilinear',
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
+    first_conv='conv1',
+    classifier='fc',
+    license='apache-2.0',
 )
 default_cfgs = generate_default_cfgs({f'cifar_resnet{layers}': dict(_cfg) for layers in (20, 32, 44, 56, 110)})
 

@@ -1,4 +1,5 @@
 """Where exits may sit in a timm model, what their taps look like and what the network costs up to them."""
+
 from __future__ import annotations
 
 import re
@@ -17,8 +18,7 @@ from .layouts import find_layout
 from .probe import PROBE_BATCH, meta_pass
 from .rows import select_rows
 
-__all__ = ['ExitPoint', 'candidates', 'cut', 'input_size_of', 'resolve_exits',
-           'tap_of']
+__all__ = ['ExitPoint', 'candidates', 'cut', 'input_size_of', 'resolve_exits', 'tap_of']
 
 # an exit that hooks can cut is preferred to one that needs the exported graph, unless it lies this much farther away
 # from the share of the cost that was asked for
@@ -42,6 +42,7 @@ class ExitPoint:
         item: Which tensor of the module's output is the tap, where it returns several.
         rows: Rows that each tensor of the output has for one sample; 0 for one that all samples share.
     """
+
     module: str
     layout: str
     channels: int
@@ -56,7 +57,7 @@ class ExitPoint:
     @property
     def fraction(self) -> float:
         """Share of the backbone's cost that is spent up to here."""
-        return self.macs / self.total if self.total else 0.
+        return self.macs / self.total if self.total else 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,8 +101,11 @@ def _block_names(backbone: nn.Module) -> list[str]:
     for name, module in modules.items():
         if _is_list(module):
             # a list of layers without children of their own is the inside of a block, not a list of blocks
-            names.update(f'{name}.{child}'.lstrip('.') for child, m in module.named_children()
-                         if _has_children(m) and re.search(r'\d', child))
+            names.update(
+                f'{name}.{child}'.lstrip('.')
+                for child, m in module.named_children()
+                if _has_children(m) and re.search(r'\d', child)
+            )
     # block1, block2, ...; cell_0, cell_1, ...; Mixed_5b, Mixed_5c, ...
     series: dict[str, list[str]] = {}
     for child, m in backbone.named_children():
@@ -144,6 +148,7 @@ def _places(backbone: nn.Module) -> list[ExitPoint]:
     def record(name: str) -> Callable:
         def hook(macs: int, output: Any) -> None:
             seen.setdefault(name, []).append((macs, [t.shape for t in _tensors(output)]))
+
         return hook
 
     input_size = input_size_of(backbone)
@@ -155,8 +160,12 @@ def _places(backbone: nn.Module) -> list[ExitPoint]:
         if len(calls) != 1 or not 0 < macs < total:
             continue
         rows = tuple(s[0] // PROBE_BATCH if s and s[0] % PROBE_BATCH == 0 else 0 for s in shapes)
-        layouts = {i: layout for i, (s, r) in enumerate(zip(shapes, rows, strict=True)) if r == 1
-                   if (layout := find_layout(backbone, tuple(s[1:]), input_size)) is not None}
+        layouts = {
+            i: layout
+            for i, (s, r) in enumerate(zip(shapes, rows, strict=True))
+            if r == 1
+            if (layout := find_layout(backbone, tuple(s[1:]), input_size)) is not None
+        }
         if not layouts:
             continue
         item = max(layouts, key=lambda i: (layouts[i]['channels'], i))  # of several scales the one that tells most
@@ -170,12 +179,13 @@ def _check_classifier(backbone: nn.Module, output: Any) -> None:
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     # with num_classes=0 a classifier gives features; what can never have classes is none
     logits = isinstance(output, Tensor) and (output.ndim == 2 if classes else hasattr(backbone, 'reset_classifier'))
-    if classes is None or not logits or found[:len(want)] != want:
+    if classes is None or not logits or found[: len(want)] != want:
         name = (getattr(backbone, 'pretrained_cfg', None) or {}).get('architecture') or type(backbone).__name__
         shape = ('N', *found[1:]) if isinstance(found, tuple) else found
         raise BackboneError(
             f'{name} is an encoder without a classifier: it returns {shape} where a cascade needs logits (N, '
-            f'num_classes). Choose a model that classifies; timm often has the same encoder with a head.')
+            f'num_classes). Choose a model that classifies; timm often has the same encoder with a head.'
+        )
 
 
 def _survives(backbone: nn.Module, points: Sequence[ExitPoint], leaving: int) -> bool:
@@ -188,6 +198,7 @@ def _survives(backbone: nn.Module, points: Sequence[ExitPoint], leaving: int) ->
                 raise ValueError('a tap has other rows than samples')
             reached.append(reached[-1] - leaving)
             return cut(output, torch.empty(reached[-1], dtype=torch.long, device='meta'), point)
+
         return hook
 
     try:
@@ -199,7 +210,7 @@ def _survives(backbone: nn.Module, points: Sequence[ExitPoint], leaving: int) ->
 
 def _in_sequence(backbone: nn.Module, points: Sequence[ExitPoint]) -> bool:
     step = PROBE_BATCH - 2  # more exits than images are tried in parts
-    return all(_survives(backbone, points[i:i + step], 1) for i in range(0, len(points), step))
+    return all(_survives(backbone, points[i : i + step], 1) for i in range(0, len(points), step))
 
 
 def _kind(name: str) -> str:
@@ -222,8 +233,10 @@ class _Cuts:
         """`hook`, `export`, or None: inside a block, where something else of it is still to be added."""
         name = point.module
         if name not in self.known:
-            inside = any(name.startswith(f'{p.module}.') and not _is_list(self.backbone.get_submodule(p.module))
-                         for p in self.points)
+            inside = any(
+                name.startswith(f'{p.module}.') and not _is_list(self.backbone.get_submodule(p.module))
+                for p in self.points
+            )
             # where two of a kind could not be cut, such as the branches of a block, the others are not tried
             kind = re.sub(r'\d+', '#', name) if inside else _kind(name)
             if self.failed[kind] < 2 and _survives(self.backbone, [point], 7):
@@ -277,8 +290,10 @@ def _by_name(names: list[str], points: Sequence[ExitPoint], cuts: _Cuts) -> list
         return chosen
     wrong = [p.module for p in chosen if cuts.at(p) is None]
     if wrong:
-        raise ExitError(f'the batch cannot be cut at {wrong}, inside a residual branch; choose others from (module, '
-                        f'share of the cost): {cuts.listing()}')
+        raise ExitError(
+            f'the batch cannot be cut at {wrong}, inside a residual branch; choose others from (module, '
+            f'share of the cost): {cuts.listing()}'
+        )
     return _one_way(chosen, cuts)
 
 
@@ -292,6 +307,7 @@ def _by_fraction(fractions: list[float], points: Sequence[ExitPoint], cuts: _Cut
         return picked
     picked = []
     for fraction in fractions:
+
         def distance(p: ExitPoint, fraction: float = fraction) -> float:
             return abs(p.fraction - fraction)
 
@@ -305,8 +321,10 @@ def _by_fraction(fractions: list[float], points: Sequence[ExitPoint], cuts: _Cut
             if way == 'hook':
                 break
         if best is None:
-            raise ExitError(f'{len(fractions)} exits asked for, {len(picked)} found; the backbone can have them at: '
-                            f'{cuts.listing()}')
+            raise ExitError(
+                f'{len(fractions)} exits asked for, {len(picked)} found; the backbone can have them at: '
+                f'{cuts.listing()}'
+            )
         picked.append(best)
     return _one_way(sorted(picked, key=lambda p: p.macs), cuts)
 

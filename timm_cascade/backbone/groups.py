@@ -1,4 +1,5 @@
 """timm's parameter groups (layer decay, freezing) for a backbone that stands inside another module."""
+
 from __future__ import annotations
 
 import math
@@ -20,6 +21,7 @@ def nested_groups(matcher: Callable[..., Any], prefix: str) -> Callable[..., Any
         matcher: The backbone's own, called as matcher(coarse=...).
         prefix: Name of the backbone in the outer module, with the dot: `backbone.`
     """
+
     def renamed(pattern: str) -> str:
         # timm matches from the start of a name, so anchors say nothing; behind a prefix they would never hold
         return rf'^{re.escape(prefix)}(?:{_ANCHOR.sub("", pattern)})'
@@ -30,6 +32,7 @@ def nested_groups(matcher: Callable[..., Any], prefix: str) -> Callable[..., Any
             return lambda name: groups(name.removeprefix(prefix)) if name.startswith(prefix) else math.inf
         return {
             key: renamed(spec) if isinstance(spec, str) else spec and [(renamed(p), order) for p, order in spec]
-            for key, spec in groups.items()}
+            for key, spec in groups.items()
+        }
 
     return group

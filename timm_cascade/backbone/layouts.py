@@ -1,4 +1,5 @@
 """What a tap's dimensions mean."""
+
 from __future__ import annotations
 
 import math

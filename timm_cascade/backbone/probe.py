@@ -1,4 +1,5 @@
 """Passes of a model over the meta device: nothing is computed, no weight is touched or copied."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +39,8 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
         for attributes, key, tensors in owned:
             attributes[key] = {
                 name: t if t is None else lent.setdefault(t, torch.empty_like(t, device='meta'))
-                for name, t in tensors.items()}
+                for name, t in tensors.items()
+            }
         yield
     finally:
         for attributes, key, tensors in owned:
@@ -46,10 +48,7 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
 
 
 def meta_pass(
-        model: nn.Module,
-        input_size: tuple[int, ...],
-        hooks: Mapping[str, Callable[[int, Any], Any]],
-        count: bool = True,
+    model: nn.Module, input_size: tuple[int, ...], hooks: Mapping[str, Callable[[int, Any], Any]], count: bool = True
 ) -> tuple[Any, int]:
     """Runs `model` on PROBE_BATCH meta images (or taps) of `input_size`, with forward hooks on named modules.
 

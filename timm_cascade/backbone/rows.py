@@ -3,6 +3,7 @@
 Convolutions run on channels-last memory, and an exported graph holds views of the memory it was exported with: what is
 taken out of a tensor or put together from several keeps their order.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

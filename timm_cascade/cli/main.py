@@ -1,4 +1,5 @@
 """The command line: train, calibrate, evaluate, profile, info, push."""
+
 from __future__ import annotations
 
 import argparse
@@ -46,12 +47,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='timm-cascade', description='Early exits for every timm model.')
     commands = parser.add_subparsers(dest='command', required=True)
     data = argparse.ArgumentParser(add_help=False)
-    data.add_argument('--data', required=True, nargs='+',
-                      help='Hub data set id, image folder, parquet file(s), or a folder of IDX files')
+    data.add_argument(
+        '--data',
+        required=True,
+        nargs='+',
+        help='Hub data set id, image folder, parquet file(s), or a folder of IDX files',
+    )
     data.add_argument('--batch-size', type=int, default=256, help='over all processes together')
     data.add_argument('--workers', type=int, default=0, help='processes that decode images')
-    data.add_argument('--on-bad-image', default='fail', choices=['fail', 'skip'],
-                      help='images that cannot be read: stop, or decode all images once more, name and leave those out')
+    data.add_argument(
+        '--on-bad-image',
+        default='fail',
+        choices=['fail', 'skip'],
+        help='images that cannot be read: stop, or decode all images once more, name and leave those out',
+    )
     out = argparse.ArgumentParser(add_help=False)
     out.add_argument('--json', action='store_true', help='print the result as JSON')
 
@@ -61,24 +70,33 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument('--split', default='train', help='training images, such as train or train[:50000]')
     train.add_argument('--val-split', help='images to report accuracy on')
     train.add_argument('--checkpoint', help='weights of your fine-tuned backbone')
-    train.add_argument('--classifier', default='auto', choices=['auto', 'train', 'keep'],
-                       help='the backbone\'s own: by default it is trained, as the final exit\'s head, where the data '
-                            'has other classes than the published weights and there is no --checkpoint')
+    train.add_argument(
+        '--classifier',
+        default='auto',
+        choices=['auto', 'train', 'keep'],
+        help="the backbone's own: by default it is trained, as the final exit's head, where the data "
+        'has other classes than the published weights and there is no --checkpoint',
+    )
     train.add_argument('--no-pretrained', action='store_true', help='do not load published backbone weights')
-    train.add_argument('--exits', type=_exits, default=3, help='how many, cost fractions, or module names: 3 or '
-                                                               '0.25,0.5 or layer1,layer2')
+    train.add_argument(
+        '--exits',
+        type=_exits,
+        default=3,
+        help='how many, cost fractions, or module names: 3 or 0.25,0.5 or layer1,layer2',
+    )
     train.add_argument('--head', type=_value, default='enhanced', help='linear, enhanced, paper or a JSON description')
     train.add_argument('--model-kwargs', nargs='*', default=[], metavar='KEY=VALUE', help='for the backbone')
     train.add_argument('--epochs', type=int, default=20)
     train.add_argument('--lr', type=float, default=2e-3)
     train.add_argument('--weight-decay', type=float, default=0.05)
     train.add_argument('--seed', type=int, default=0)
-    train.add_argument('--views', type=int, default=1, help='looks at each image: the first as in evaluation, the '
-                                                            'others augmented')
+    train.add_argument(
+        '--views', type=int, default=1, help='looks at each image: the first as in evaluation, the others augmented'
+    )
     cache = train.add_mutually_exclusive_group()
     cache.add_argument('--cache', type=Path, help=f'folder for what the backbone computes, by default OUT/{TAPS}')
     cache.add_argument('--no-cache', action='store_true', help='keep nothing: the backbone runs in every epoch')
-    train.add_argument('--save-every', type=float, default=30., help='seconds between two states to continue from')
+    train.add_argument('--save-every', type=float, default=30.0, help='seconds between two states to continue from')
     train.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'])
     train.add_argument('--grad-accum', type=int, default=1, help='batches to a step')
     train.add_argument('--log-with', nargs='*', default=[], help='trackers that Accelerate knows: tensorboard, ...')
@@ -93,11 +111,14 @@ def _parser() -> argparse.ArgumentParser:
     ev = commands.add_parser('evaluate', parents=[data, out], help='accuracy, MACs, exits and time on test images')
     ev.add_argument('where', metavar='FOLDER|REPO')
     ev.add_argument('--split', help='test images')
-    ev.add_argument('--max-drop', type=float, help='turn the dial first; else the release\'s active thresholds')
+    ev.add_argument('--max-drop', type=float, help="turn the dial first; else the release's active thresholds")
     ev.add_argument('--rule', default='certified', choices=['certified', 'joint', 'per_exit'])
     ev.add_argument('--level', type=float, default=0.9)
-    ev.add_argument('--every-exit', action='store_true', help='accuracy and AUROC of each exit on all images, and the '
-                                                              'best any policy could do')
+    ev.add_argument(
+        '--every-exit',
+        action='store_true',
+        help='accuracy and AUROC of each exit on all images, and the best any policy could do',
+    )
     ev.set_defaults(run=_evaluate)
 
     prof = commands.add_parser('profile', parents=[out], help='what stages, heads and cuts cost by the clock here')
@@ -131,25 +152,47 @@ def _load_data(args: argparse.Namespace, split: str | None, labels: bool = True)
 def _create(args: argparse.Namespace, num_classes: int) -> tuple[CascadeModel, bool]:
     """The cascade, and whether its classifier is new and to be trained."""
     kwargs = {key: _value(value) for key, _, value in (item.partition('=') for item in args.model_kwargs)}
-    pretrained = not args.no_pretrained and args.checkpoint is None and timm.models.is_model_pretrained(
-        args.model.removeprefix('cascade_'))
+    pretrained = (
+        not args.no_pretrained
+        and args.checkpoint is None
+        and timm.models.is_model_pretrained(args.model.removeprefix('cascade_'))
+    )
     try:
         model = timm.create_model(
-            args.model, pretrained=pretrained, num_classes=num_classes, exits=args.exits, head=args.head,
-            checkpoint_path=args.checkpoint, **kwargs)
+            args.model,
+            pretrained=pretrained,
+            num_classes=num_classes,
+            exits=args.exits,
+            head=args.head,
+            checkpoint_path=args.checkpoint,
+            **kwargs,
+        )
     except RuntimeError as e:  # timm's word for an unknown name or tag, torch's for weights that do not fit
-        raise ValueError(f'--model {args.model}{f" --checkpoint {args.checkpoint}" if args.checkpoint else ""}: '
-                         f'{e}') from e
+        raise ValueError(
+            f'--model {args.model}{f" --checkpoint {args.checkpoint}" if args.checkpoint else ""}: {e}'
+        ) from e
     published = pretrained and model.backbone.pretrained_cfg.get('num_classes') == num_classes
     fits = published or args.checkpoint is not None
     train = args.classifier == 'train' or (args.classifier == 'auto' and not fits)
-    weights = (f'from {args.checkpoint}' if args.checkpoint else
-               'the published ones' if pretrained else 'random: none are published, or none were wanted')
+    weights = (
+        f'from {args.checkpoint}'
+        if args.checkpoint
+        else 'the published ones'
+        if pretrained
+        else 'random: none are published, or none were wanted'
+    )
     _logger.info('backbone: weights %s', weights)
-    _logger.info('classifier: %s', f'new, {num_classes} classes; trained as the final exit\'s head (linear probe), the '
-                 'rest of the backbone is not changed' if train and not fits else
-                 'trained anew (linear probe)' if train else
-                 'kept as it is' if fits else 'kept as it is, RANDOM')
+    _logger.info(
+        'classifier: %s',
+        f"new, {num_classes} classes; trained as the final exit's head (linear probe), the "
+        'rest of the backbone is not changed'
+        if train and not fits
+        else 'trained anew (linear probe)'
+        if train
+        else 'kept as it is'
+        if fits
+        else 'kept as it is, RANDOM',
+    )
     return model, train
 
 
@@ -159,8 +202,11 @@ def _train(args: argparse.Namespace) -> dict[str, Any] | None:
     if not args.model.startswith('cascade_'):
         raise ValueError(f'--model {args.model} is no cascade; did you mean cascade_{args.model}?')
     accelerator = create_accelerator(
-        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.grad_accum,
-        log_with=args.log_with or None, project_dir=str(args.out))
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.grad_accum,
+        log_with=args.log_with or None,
+        project_dir=str(args.out),
+    )
     logging.getLogger(__package__).setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     set_seed(args.seed)  # fresh heads are part of the recipe
     train = _load_data(args, args.split)
@@ -173,10 +219,23 @@ def _train(args: argparse.Namespace) -> dict[str, Any] | None:
     if args.log_with:
         accelerator.init_trackers('timm-cascade', {k: str(v) for k, v in vars(args).items() if k != 'run'})
     history = train_heads(
-        model, train, val, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
-        weight_decay=args.weight_decay, workers=args.workers, views=args.views, classifier=classifier,
-        cache=False if args.no_cache else args.cache or args.out / TAPS, state=args.out / STATE,
-        save_every=args.save_every, log=args.out / LOG, accelerator=accelerator)
+        model,
+        train,
+        val,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        seed=args.seed,
+        weight_decay=args.weight_decay,
+        workers=args.workers,
+        views=args.views,
+        classifier=classifier,
+        cache=False if args.no_cache else args.cache or args.out / TAPS,
+        state=args.out / STATE,
+        save_every=args.save_every,
+        log=args.out / LOG,
+        accelerator=accelerator,
+    )
     main_process, processes = accelerator.is_main_process, accelerator.num_processes
     if main_process:
         hub.save(model, args.out)
@@ -184,8 +243,9 @@ def _train(args: argparse.Namespace) -> dict[str, Any] | None:
     accelerator.end_training()
     if not main_process:
         return None
-    return dict(folder=str(args.out), processes=processes, images=len(train), classifier_trained=classifier,
-                **history[-1])
+    return dict(
+        folder=str(args.out), processes=processes, images=len(train), classifier_trained=classifier, **history[-1]
+    )
 
 
 def _calibrate(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -193,8 +253,7 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any] | None:
     model = hub.load(args.folder)
     data = _load_data(args, args.split, labels=not args.no_labels)
     check_classes(data, model.num_classes, model.label_names)
-    calibration = calibrate(
-        model, data, batch_size=args.batch_size, workers=args.workers, accelerator=accelerator)
+    calibration = calibrate(model, data, batch_size=args.batch_size, workers=args.workers, accelerator=accelerator)
     main_process = accelerator.is_main_process
     if main_process:
         hub.save(model, args.folder)
@@ -202,8 +261,12 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any] | None:
     if not main_process:
         return None
     accuracy = calibration.correct.mean(0)
-    return dict(folder=args.folder, n=len(data), exits=list(calibration.exits),
-                **{'agreement' if args.no_labels else 'accuracy': [round(float(a), 4) for a in accuracy]})
+    return dict(
+        folder=args.folder,
+        n=len(data),
+        exits=list(calibration.exits),
+        **{'agreement' if args.no_labels else 'accuracy': [round(float(a), 4) for a in accuracy]},
+    )
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -232,40 +295,80 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
         hub.save_profiles(model, folder)
     time, macs = np.cumsum(p.stage_seconds), [x.fraction for x in model.exits]
     return dict(
-        device=p.device, dtype=p.dtype, batch_size=p.batch_size, compiled=p.compiled,
-        backbone_ms=round(1e3 * p.backbone_seconds, 4), stages_over_backbone=round(time[-1] / p.backbone_seconds, 3),
-        exits=[dict(module=x.module, macs_share=round(macs[i], 3), time_share=round(time[i] / time[-1], 3),
-                    head_ms=round(1e3 * p.head_seconds[i], 4), cut_ms=round(1e3 * p.cut_seconds[i], 4),
-                    pays_from=round(p.break_even[i], 4), cut_pays_from=round(p.cut_share[i], 4))
-               for i, x in enumerate(model.exits)],
+        device=p.device,
+        dtype=p.dtype,
+        batch_size=p.batch_size,
+        compiled=p.compiled,
+        backbone_ms=round(1e3 * p.backbone_seconds, 4),
+        stages_over_backbone=round(time[-1] / p.backbone_seconds, 3),
+        exits=[
+            dict(
+                module=x.module,
+                macs_share=round(macs[i], 3),
+                time_share=round(time[i] / time[-1], 3),
+                head_ms=round(1e3 * p.head_seconds[i], 4),
+                cut_ms=round(1e3 * p.cut_seconds[i], 4),
+                pays_from=round(p.break_even[i], 4),
+                cut_pays_from=round(p.cut_share[i], 4),
+            )
+            for i, x in enumerate(model.exits)
+        ],
         saved=str(folder) if folder.is_dir() else None,
-        notes=model.exits_without_time() + [
-            f'exit {x} can save no time here, whoever leaves' for x, b in zip(p.exits, p.break_even, strict=True)
-            if b >= 1])
+        notes=model.exits_without_time()
+        + [
+            f'exit {x} can save no time here, whoever leaves'
+            for x, b in zip(p.exits, p.break_even, strict=True)
+            if b >= 1
+        ],
+    )
 
 
 def _info(args: argparse.Namespace) -> dict[str, Any]:
     model = hub.load(args.where)
     return dict(
         architecture=model.pretrained_cfg['architecture'],
-        backbone=None if model.published is None else model.published.to_dict(), num_classes=model.num_classes,
-        label_names=model.label_names, input_size=list(hub.binding(model)['input_size']),
-        exits=[dict(module=p.module, fraction=round(p.fraction, 4), layout=p.layout, channels=p.channels, cut=p.cut)
-               for p in model.exits],
-        stage_macs=model.stage_macs().tolist(), backbone_macs=model.exits[-1].total, heads_hash=model.heads_hash(),
+        backbone=None if model.published is None else model.published.to_dict(),
+        num_classes=model.num_classes,
+        label_names=model.label_names,
+        input_size=list(hub.binding(model)['input_size']),
+        exits=[
+            dict(module=p.module, fraction=round(p.fraction, 4), layout=p.layout, channels=p.channels, cut=p.cut)
+            for p in model.exits
+        ],
+        stage_macs=model.stage_macs().tolist(),
+        backbone_macs=model.exits[-1].total,
+        heads_hash=model.heads_hash(),
         thresholds=[None if t == float('inf') else t for t in model.thresholds.tolist()],
-        calibrated_on=None if model.calibration is None else
-        dict(n=len(model.calibration.confidence), **model.calibration.provenance),
-        table=None if model.table is None else
-        [dict(rule=p.rule, max_drop=p.max_drop, drop=round(p.drop, 4), macs=round(p.cost_share, 4),
-              exit_shares=[round(s, 3) for s in p.exit_shares], n=p.measured_on, certified=p.certified)
-         for p in model.table.points])
+        calibrated_on=None
+        if model.calibration is None
+        else dict(n=len(model.calibration.confidence), **model.calibration.provenance),
+        table=None
+        if model.table is None
+        else [
+            dict(
+                rule=p.rule,
+                max_drop=p.max_drop,
+                drop=round(p.drop, 4),
+                macs=round(p.cost_share, 4),
+                exit_shares=[round(s, 3) for s in p.exit_shares],
+                n=p.measured_on,
+                certified=p.certified,
+            )
+            for p in model.table.points
+        ],
+    )
 
 
 def _push(args: argparse.Namespace) -> dict[str, Any]:
     done = hub.push_to_hub(
-        args.folder, args.repo, private=args.private, revision=args.revision, create_pr=args.create_pr, tag=args.tag,
-        commit_message=args.message)
+        args.folder,
+        args.repo,
+        private=args.private,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        tag=args.tag,
+        commit_message=args.message,
+    )
     return dict(commit=done.url, files=list(done.files), pull_request=done.pull_request)
 
 

@@ -1,4 +1,5 @@
 """Images with labels, in memory or in a data set's column."""
+
 from __future__ import annotations
 
 import hashlib
@@ -35,13 +36,13 @@ class ImageData(Dataset):
     """
 
     def __init__(
-            self,
-            images: Any,
-            labels: Sequence[int] | np.ndarray | None,
-            class_names: Sequence[str] = (),
-            source: str = '',
-            split: str = '',
-            transform: Callable[[Image.Image], Any] | None = None,
+        self,
+        images: Any,
+        labels: Sequence[int] | np.ndarray | None,
+        class_names: Sequence[str] = (),
+        source: str = '',
+        split: str = '',
+        transform: Callable[[Image.Image], Any] | None = None,
     ) -> None:
         self.images = images
         self.labels = np.asarray([UNLABELLED] * len(images) if labels is None else labels, dtype=np.int64)
@@ -55,7 +56,8 @@ class ImageData(Dataset):
         if labels is not None and (low < 0 or high >= len(self.class_names)):
             raise ValueError(
                 f'{source} {split} has labels from {low} to {high}, but there are {len(self.class_names)} classes '
-                f'(0..{len(self.class_names) - 1}). Give every image one of these classes.')
+                f'(0..{len(self.class_names) - 1}). Give every image one of these classes.'
+            )
 
     @property
     def name(self) -> str:
@@ -72,8 +74,10 @@ class ImageData(Dataset):
                 image = Image.fromarray(np.asarray(image))
             image.load()
         except Exception as e:  # decoders raise whatever they like
-            raise BadImageError(f'{self.name_of(index)} is no image that can be read ({e}). Remove or replace it, or '
-                                f'leave all such images out: --on-bad-image skip, on_bad_image="skip".') from e
+            raise BadImageError(
+                f'{self.name_of(index)} is no image that can be read ({e}). Remove or replace it, or '
+                f'leave all such images out: --on-bad-image skip, on_bad_image="skip".'
+            ) from e
         return (image if self.transform is None else self.transform(image)), int(self.labels[index])
 
     def name_of(self, index: int) -> str:
@@ -104,9 +108,14 @@ class ImageData(Dataset):
         good = [i for i, error in enumerate(errors) if error is None]
         if len(good) == len(errors):
             return self
-        _logger.warning('%d of %d images of %s %s cannot be read and are left out: %s', len(errors) - len(good),
-                        len(errors), self.source, self.split,
-                        ', '.join(self.name_of(i) for i, error in enumerate(errors) if error is not None))
+        _logger.warning(
+            '%d of %d images of %s %s cannot be read and are left out: %s',
+            len(errors) - len(good),
+            len(errors),
+            self.source,
+            self.split,
+            ', '.join(self.name_of(i) for i, error in enumerate(errors) if error is not None),
+        )
         images = self.images.select(good) if isinstance(self.images, Column) else [self.images[i] for i in good]
         labels = None if (self.labels == UNLABELLED).all() else self.labels[good]
         return ImageData(images, labels, self.class_names, self.source, self.split, self.transform)

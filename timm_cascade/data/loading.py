@@ -1,4 +1,5 @@
 """Opens a Hub data set, parquet files, an image folder or IDX files."""
+
 from __future__ import annotations
 
 import gzip
@@ -18,11 +19,11 @@ SPLIT = re.compile(r'(?P<name>[\w.-]+?)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$')
 
 
 def load_data(
-        source: str | Path | Sequence[str | Path],
-        split: str | None = None,
-        labels: bool = True,
-        on_bad_image: str = 'fail',
-        workers: int = 0,
+    source: str | Path | Sequence[str | Path],
+    split: str | None = None,
+    labels: bool = True,
+    on_bad_image: str = 'fail',
+    workers: int = 0,
 ) -> ImageData:
     """Opens a data set.
 
@@ -84,14 +85,14 @@ def read_idx(path: Path) -> np.ndarray:
         ValueError: Not an IDX file of bytes, or shorter than its header says.
     """
     try:
-        with (gzip.open(path) if path.suffix == '.gz' else open(path, 'rb')) as f:
+        with gzip.open(path) if path.suffix == '.gz' else open(path, 'rb') as f:
             data = f.read()
     except (EOFError, gzip.BadGzipFile) as e:
         raise ValueError(f'{path} is truncated or damaged ({e}); fetch it again.') from e
     if len(data) < 4 or data[:3] != b'\0\0\x08':
         raise ValueError(f'{path} is not an IDX file of unsigned bytes; fetch it again.')
     dims = data[3]
-    shape = np.frombuffer(data[4:4 + 4 * dims], dtype='>u4').astype(int)
+    shape = np.frombuffer(data[4 : 4 + 4 * dims], dtype='>u4').astype(int)
     body = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * dims)
     if len(shape) != dims or body.size != int(np.prod(shape)):
         raise ValueError(f'{path} holds {body.size} bytes where its header says {shape.tolist()}; fetch it again.')
@@ -107,7 +108,7 @@ def _load_datasets(paths: list[Path], split: str | None, labels: bool) -> ImageD
         if missing:
             raise FileNotFoundError(f'no such file: {", ".join(missing)}.')
         kind = dict(path='parquet', data_files=[str(p) for p in paths])
-        split = f'train{split[split.index("["):]}' if split and '[' in split else 'train'
+        split = f'train{split[split.index("[") :]}' if split and '[' in split else 'train'
     elif len(paths) == 1 and paths[0].is_dir():
         kind = dict(path='imagefolder', data_dir=str(paths[0]), drop_labels=not labels)
         if labels:
@@ -116,7 +117,8 @@ def _load_datasets(paths: list[Path], split: str | None, labels: bool) -> ImageD
         kind = dict(path=str(paths[0]))
     else:
         raise FileNotFoundError(
-            f'{", ".join(map(str, paths))} is no IDX folder, no image folder, no parquet file and no Hub data set id.')
+            f'{", ".join(map(str, paths))} is no IDX folder, no image folder, no parquet file and no Hub data set id.'
+        )
     loaded = datasets.load_dataset(**kind, split=split)
     if isinstance(loaded, dict):
         if len(loaded) > 1:
@@ -128,20 +130,24 @@ def _load_datasets(paths: list[Path], split: str | None, labels: bool) -> ImageD
     if len(image) != 1 or (labels and len(label) != 1):
         raise ValueError(
             f'{paths[0]} needs one image column{" and one class label column" if labels else ""}; it has '
-            f'{dict(features)}.')
+            f'{dict(features)}.'
+        )
     if not labels:
         return ImageData(Column(loaded, image[0]), None, source=str(paths[0]), split=str(split))
-    return ImageData(
-        Column(loaded, image[0]), loaded[label[0]][:], features[label[0]].names, str(paths[0]), str(split))
+    return ImageData(Column(loaded, image[0]), loaded[label[0]][:], features[label[0]].names, str(paths[0]), str(split))
 
 
 def _no_empty_folders(root: Path) -> None:
     """The reader of image folders passes over a class without files in silence."""
     used = {file.parent for file in root.rglob('*') if file.is_file() and not file.name.startswith('.')}
     names = {folder.name for folder in used}
-    empty = sorted(str(folder) for parent in {folder.parent for folder in used if folder != root}
-                   for folder in parent.iterdir()
-                   if folder.is_dir() and folder.name not in names and not any(p.is_file() for p in folder.rglob('*')))
+    empty = sorted(
+        str(folder)
+        for parent in {folder.parent for folder in used if folder != root}
+        for folder in parent.iterdir()
+        if folder.is_dir() and folder.name not in names and not any(p.is_file() for p in folder.rglob('*'))
+    )
     if empty:
-        raise ValueError(f'{len(empty)} class folders hold no files: {", ".join(empty[:5])}. Add images or remove the '
-                         f'folders.')
+        raise ValueError(
+            f'{len(empty)} class folders hold no files: {", ".join(empty[:5])}. Add images or remove the folders.'
+        )

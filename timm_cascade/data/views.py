@@ -1,4 +1,5 @@
 """How the model sees images: timm's transforms, views that repeat, batches."""
+
 from __future__ import annotations
 
 import random

@@ -1,4 +1,5 @@
 """The model card of a release, from card_template.md: one for `save`, `push_to_hub` and scripts/release.py."""
+
 from __future__ import annotations
 
 import math
@@ -21,13 +22,13 @@ GENERATED = '<!-- written by timm_cascade, anew at every save; take this line ou
 
 
 def render(
-        model: CascadeModel,
-        layout: str = 'full',
-        name: str | None = None,
-        picture: str | None = None,
-        results: list[EvalResult] | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        **measured: Any,
+    model: CascadeModel,
+    layout: str = 'full',
+    name: str | None = None,
+    picture: str | None = None,
+    results: list[EvalResult] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    **measured: Any,
 ) -> str:
     """README.md from what the model knows: exits, table, calibration, where the backbone is from.
 
@@ -50,40 +51,70 @@ def render(
     dial = next((p for p in certified if p.max_drop == 0.01), usual)
     active = [None if math.isinf(t) else t for t in model.thresholds.tolist()]
     accuracy = [None] * (len(active) + 1) if model.calibration is None else model.calibration.correct.mean(0).tolist()
-    exits = [dict(module=p.module, fraction=p.fraction, threshold=t, accuracy=a)
-             for p, t, a in zip(model.exits, active, accuracy, strict=False)]
-    exits.append(dict(module='the whole network', fraction=1., threshold=0., accuracy=accuracy[-1]))
+    exits = [
+        dict(module=p.module, fraction=p.fraction, threshold=t, accuracy=a)
+        for p, t, a in zip(model.exits, active, accuracy, strict=False)
+    ]
+    exits.append(dict(module='the whole network', fraction=1.0, threshold=0.0, accuracy=accuracy[-1]))
     versions = provenance.get('versions') or dict(timm_cascade=__version__, timm=timm.__version__)
     if results is None and data:
         results = [
             EvalResult(
-                task_type='image-classification', dataset_type=_hub_id(data) or 'calibration', dataset_name=data,
-                dataset_split=str(provenance.get('split') or '') or None, metric_type=kind,
-                metric_name=f'{what}, {p.rule}, max_drop {p.max_drop:g}, expected', metric_value=round(100 * value, 2))
-            for p in points if p.max_drop is not None
-            for kind, what, value in (('accuracy', 'top-1 %', p.accuracy),
-                                      ('macs', 'MACs % of backbone', p.cost_share))]
+                task_type='image-classification',
+                dataset_type=_hub_id(data) or 'calibration',
+                dataset_name=data,
+                dataset_split=str(provenance.get('split') or '') or None,
+                metric_type=kind,
+                metric_name=f'{what}, {p.rule}, max_drop {p.max_drop:g}, expected',
+                metric_value=round(100 * value, 2),
+            )
+            for p in points
+            if p.max_drop is not None
+            for kind, what, value in (('accuracy', 'top-1 %', p.accuracy), ('macs', 'MACs % of backbone', p.cost_share))
+        ]
     fields: dict[str, Any] = dict(
-        library_name='timm', pipeline_tag='image-classification', license=model.pretrained_cfg.get('license'),
+        library_name='timm',
+        pipeline_tag='image-classification',
+        license=model.pretrained_cfg.get('license'),
         tags=['image-classification', 'timm', 'timm-cascade', 'early-exit'],
-        datasets=[data] if _hub_id(data) else None, metrics=['accuracy'], model_name=name, eval_results=results or None)
+        datasets=[data] if _hub_id(data) else None,
+        metrics=['accuracy'],
+        model_name=name,
+        eval_results=results or None,
+    )
     if model.base_model:
         fields.update(base_model=model.base_model, base_model_relation='adapter' if layout == 'heads' else 'finetune')
     sizes = provenance.get('input_size')
     values: dict[str, Any] = dict(
-        name=name, base=base, repo=PLACEHOLDER, picture=picture, marker=f'{GENERATED}\n', exits=exits, points=points,
-        num_classes=model.num_classes, dial=dial, published=model.published if layout == 'heads' else None,
-        backbone_macs=model.exits[-1].total, calibrated=model.calibration is not None,
-        calibration_n=points[0].n if points else 0, level=(dial.level if dial and dial.level else 0.9),
+        name=name,
+        base=base,
+        repo=PLACEHOLDER,
+        picture=picture,
+        marker=f'{GENERATED}\n',
+        exits=exits,
+        points=points,
+        num_classes=model.num_classes,
+        dial=dial,
+        published=model.published if layout == 'heads' else None,
+        backbone_macs=model.exits[-1].total,
+        calibrated=model.calibration is not None,
+        calibration_n=points[0].n if points else 0,
+        level=(dial.level if dial and dial.level else 0.9),
         interval=100 * (dial.level if dial and dial.level else 0.9),
         data=f'{data} {provenance.get("split") or ""}'.strip(),
         transform='x'.join(map(str, sizes)) + f' in {provenance.get("dtype")}' if sizes else 'unknown transform',
         versions=', '.join(f'{k} {v}' for k, v in sorted(versions.items())),
-        loaded_as='No exit fires until you set the dial.' if all(t is None for t in active) else
-        'It loads with the thresholds set that stand below.', report=None, recipe=None)
+        loaded_as='No exit fires until you set the dial.'
+        if all(t is None for t in active)
+        else 'It loads with the thresholds set that stand below.',
+        report=None,
+        recipe=None,
+    )
     content = ModelCard.from_template(
-        ModelCardData(**{**fields, **(metadata or {})}), **{**values, **measured},
-        template_str=files(__package__).joinpath('card_template.md').read_text(encoding='utf-8')).content
+        ModelCardData(**{**fields, **(metadata or {})}),
+        **{**values, **measured},
+        template_str=files(__package__).joinpath('card_template.md').read_text(encoding='utf-8'),
+    ).content
     return re.sub(r'\n{3,}', '\n\n', content).rstrip() + '\n'
 
 

@@ -3,6 +3,7 @@
 The file is timm's own, so timm's loader opens it. What this library adds stands under `cascade`; a repository that
 timm's own `push_to_hf_hub` made has no such key, and loads too.
 """
+
 from __future__ import annotations
 
 import json
@@ -26,9 +27,26 @@ OWN_ARGS = ('exits', 'head', 'thresholds')  # model_args that are the cascade's 
 SOURCE_KEYS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
 # What a release must not decide: these are the caller's, or timm's own between its functions.
 _NOT_ARGS = {
-    'model_name', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args', 'cache_dir',
-    'checkpoint_path', 'scriptable', 'exportable', 'no_jit', 'features_only', 'out_indices', 'feature_cls',
-    'feature_cfg', 'pretrained_strict', 'pretrained_filter_fn', 'kwargs_filter', 'device', 'dtype'}
+    'model_name',
+    'pretrained',
+    'pretrained_cfg',
+    'pretrained_cfg_overlay',
+    'pretrained_model_args',
+    'cache_dir',
+    'checkpoint_path',
+    'scriptable',
+    'exportable',
+    'no_jit',
+    'features_only',
+    'out_indices',
+    'feature_cls',
+    'feature_cfg',
+    'pretrained_strict',
+    'pretrained_filter_fn',
+    'kwargs_filter',
+    'device',
+    'dtype',
+}
 MAX_DEPTH = 6
 MAX_LENGTH = 1000  # of lists and texts in model_args and pretrained_cfg
 MAX_NUMBER = 1 << 20
@@ -54,6 +72,7 @@ class ReleaseConfig:
         published: The backbone of a release of heads only.
         base_model: Hub id of what the backbone was made from, if that is known.
     """
+
     base: str
     num_classes: int
     model_args: dict[str, Any]
@@ -76,18 +95,21 @@ class ReleaseConfig:
 
 
 def cascade_entry(
-        layout: str,
-        points: Sequence[ExitPoint],
-        heads_hash: str,
-        digest: str | None,
-        published: Published | None,
-        base_model: str | None,
+    layout: str,
+    points: Sequence[ExitPoint],
+    heads_hash: str,
+    digest: str | None,
+    published: Published | None,
+    base_model: str | None,
 ) -> dict[str, Any]:
     """What a release's config.json holds under `cascade`."""
     return dict(
-        format_version=FORMAT_VERSION, layout=layout, exits=[asdict(p) for p in points],
+        format_version=FORMAT_VERSION,
+        layout=layout,
+        exits=[asdict(p) for p in points],
         heads_hash=heads_hash,
-        backbone=dict(digest=digest, base_model=base_model) if published is None else published.to_dict())
+        backbone=dict(digest=digest, base_model=base_model) if published is None else published.to_dict(),
+    )
 
 
 def parse_config(text: str) -> ReleaseConfig:
@@ -125,11 +147,20 @@ def parse_config(text: str) -> ReleaseConfig:
     if points is not None and [p.module for p in points] != args['exits']:
         raise ReleaseError(f'has the exits {[p.module for p in points]} in one place and {args["exits"]} in another')
     return ReleaseConfig(
-        base=base, num_classes=num_classes, model_args=args, layout=ours.get('layout', 'full'),
-        pretrained_cfg={**{k: v for k, v in cfg.items() if k not in SOURCE_KEYS},
-                        **{k: v for k, v in labels.items() if v}},
-        points=points, heads_hash=ours.get('heads_hash'), digest=ours.get('digest'), published=ours.get('published'),
-        base_model=ours.get('base_model'))
+        base=base,
+        num_classes=num_classes,
+        model_args=args,
+        layout=ours.get('layout', 'full'),
+        pretrained_cfg={
+            **{k: v for k, v in cfg.items() if k not in SOURCE_KEYS},
+            **{k: v for k, v in labels.items() if v},
+        },
+        points=points,
+        heads_hash=ours.get('heads_hash'),
+        digest=ours.get('digest'),
+        published=ours.get('published'),
+        base_model=ours.get('base_model'),
+    )
 
 
 def _refuse(constant: str) -> float:
@@ -170,16 +201,30 @@ def _check_pretrained_cfg(cfg: Any) -> None:
     if unknown:
         raise ReleaseError(f'has keys in pretrained_cfg that timm does not know: {str(unknown)[:200]}')
     size = cfg.get('input_size')
-    _expect(isinstance(size, list) and len(size) == 3 and all(_is_count(s, MAX_SIDE, 1) for s in size), 'input_size',
-            size, f'[channels, height, width], each 1 to {MAX_SIDE}')
+    _expect(
+        isinstance(size, list) and len(size) == 3 and all(_is_count(s, MAX_SIDE, 1) for s in size),
+        'input_size',
+        size,
+        f'[channels, height, width], each 1 to {MAX_SIDE}',
+    )
     for key in ('mean', 'std'):
         value = cfg.get(key)
-        _expect(isinstance(value, list) and 1 <= len(value) <= MAX_LENGTH and all(map(_is_number, value)), key, value,
-                'a list of numbers')
+        _expect(
+            isinstance(value, list) and 1 <= len(value) <= MAX_LENGTH and all(map(_is_number, value)),
+            key,
+            value,
+            'a list of numbers',
+        )
     for key in ('first_conv', 'classifier'):
         value = cfg.get(key)
-        _expect(value is None or isinstance(value, str) or (
-            isinstance(value, list) and all(isinstance(v, str) for v in value)), key, value, 'names of modules')
+        _expect(
+            value is None
+            or isinstance(value, str)
+            or (isinstance(value, list) and all(isinstance(v, str) for v in value)),
+            key,
+            value,
+            'names of modules',
+        )
     for key, value in cfg.items():
         if key not in ('label_names', 'label_descriptions', 'description', 'notes'):
             _expect(_is_simple(value), f'pretrained_cfg.{key}'[:100], value, 'a short value')
@@ -188,19 +233,42 @@ def _check_pretrained_cfg(cfg: Any) -> None:
 def _check_args(args: Any) -> None:
     _expect(isinstance(args, dict) and len(args) <= 100, 'model_args', args, 'an object')
     for key, value in args.items():
-        _expect(key.isidentifier() and key not in _NOT_ARGS and len(key) < 100, 'the model argument', key,
-                'an argument of the backbone')
+        _expect(
+            key.isidentifier() and key not in _NOT_ARGS and len(key) < 100,
+            'the model argument',
+            key,
+            'an argument of the backbone',
+        )
         if key not in ('head', 'thresholds'):
-            _expect(_is_simple(value), f'model_args.{key}', value, f'a short text, a number up to {MAX_NUMBER}, or a '
-                                                                   f'short list of these')
+            _expect(
+                _is_simple(value),
+                f'model_args.{key}',
+                value,
+                f'a short text, a number up to {MAX_NUMBER}, or a short list of these',
+            )
     exits, head, thresholds = (args.get(key) for key in OWN_ARGS)
-    _expect(isinstance(exits, list) and 1 <= len(exits) <= MAX_EXITS and all(isinstance(e, str) for e in exits),
-            'exits', exits, f'names of modules, 1 to {MAX_EXITS}')
+    _expect(
+        isinstance(exits, list) and 1 <= len(exits) <= MAX_EXITS and all(isinstance(e, str) for e in exits),
+        'exits',
+        exits,
+        f'names of modules, 1 to {MAX_EXITS}',
+    )
     assert isinstance(exits, list)
-    _expect(isinstance(head, list) and len(head) == len(exits) and all(
-        isinstance(h, dict) and set(h) == {'grid', 'hidden', 'norm'} and _is_count(h['grid'], 1000, 1)
-        and _is_count(h['hidden'], 1 << 16) and isinstance(h['norm'], bool) for h in head),
-        'head', head, 'grid, hidden and norm for each exit')
+    _expect(
+        isinstance(head, list)
+        and len(head) == len(exits)
+        and all(
+            isinstance(h, dict)
+            and set(h) == {'grid', 'hidden', 'norm'}
+            and _is_count(h['grid'], 1000, 1)
+            and _is_count(h['hidden'], 1 << 16)
+            and isinstance(h['norm'], bool)
+            for h in head
+        ),
+        'head',
+        head,
+        'grid, hidden and norm for each exit',
+    )
     if not isinstance(thresholds, list) or len(thresholds) != len(exits):
         given = len(thresholds) if isinstance(thresholds, list) else type(thresholds).__name__
         raise ReleaseError(f'has {given} thresholds for {len(exits)} exits')
@@ -215,11 +283,19 @@ def _check_labels(names: Any, descriptions: Any, num_classes: int) -> None:
             raise ReleaseError(f'has {len(names)} label_names for {num_classes} classes')
         texts = list(names)
     else:
-        _expect(names is None or (isinstance(names, dict) and len(names) <= num_classes), 'label_names', names,
-                'a name for each class')
+        _expect(
+            names is None or (isinstance(names, dict) and len(names) <= num_classes),
+            'label_names',
+            names,
+            'a name for each class',
+        )
         texts = list((names or {}).values())
-    _expect(descriptions is None or (isinstance(descriptions, dict) and len(descriptions) <= MAX_CLASSES),
-            'label_descriptions', descriptions, 'a text for each name')
+    _expect(
+        descriptions is None or (isinstance(descriptions, dict) and len(descriptions) <= MAX_CLASSES),
+        'label_descriptions',
+        descriptions,
+        'a text for each name',
+    )
     texts += list((descriptions or {}).values())
     for text in texts:
         _expect(isinstance(text, str) and len(text) <= 10 * MAX_LENGTH, 'the label', text, 'a text')
@@ -231,8 +307,10 @@ def _check_cascade(entry: Any, base: str) -> Mapping[str, Any]:
     _expect(isinstance(entry, dict), 'cascade', entry, 'an object')
     version = entry.get('format_version')
     if not _is_count(version, FORMAT_VERSION, 1):
-        raise ReleaseError(f'has format_version {str(version)[:50]}, known here is {FORMAT_VERSION}; upgrade '
-                           f'timm_cascade, or ask for a release in the older format')
+        raise ReleaseError(
+            f'has format_version {str(version)[:50]}, known here is {FORMAT_VERSION}; upgrade '
+            f'timm_cascade, or ask for a release in the older format'
+        )
     layout, heads_hash, backbone = (entry.get(key) for key in ('layout', 'heads_hash', 'backbone'))
     _expect(layout in LAYOUTS, 'layout', layout, ' or '.join(LAYOUTS))
     _expect(isinstance(heads_hash, str) and len(heads_hash) == 16, 'heads_hash', heads_hash, '16 hex digits')
@@ -244,8 +322,12 @@ def _check_cascade(entry: Any, base: str) -> Mapping[str, Any]:
     _expect(macs == sorted(macs), 'cascade.exits', macs, 'exits in order of cost')
     if layout == 'full':
         base_model = backbone.get('base_model')
-        _expect(base_model is None or (isinstance(base_model, str) and len(base_model) < 200), 'base_model', base_model,
-                'a Hub id')
+        _expect(
+            base_model is None or (isinstance(base_model, str) and len(base_model) < 200),
+            'base_model',
+            base_model,
+            'a Hub id',
+        )
         return {**result, 'digest': backbone.get('digest'), 'base_model': base_model}
     published = Published.from_dict(backbone, base)
     return {**result, 'published': published, 'base_model': published.hub_id}
@@ -255,12 +337,22 @@ def _exit_point(entry: Any) -> ExitPoint:
     names = [f.name for f in fields(ExitPoint)]
     _expect(isinstance(entry, dict) and sorted(entry) == sorted(names), 'the exit', entry, f'an object with {names}')
     size = entry['size']
-    right = (isinstance(entry['module'], str) and entry['layout'] in ('NCHW', 'NHWC', 'NLC')
-             and isinstance(size, list) and len(size) == 2 and all(_is_count(s, MAX_SIDE * MAX_SIDE, 1) for s in size)
-             and _is_count(entry['channels'], MAX_NUMBER, 1) and _is_count(entry['prefix_tokens'], MAX_NUMBER)
-             and entry['cut'] in ('hook', 'export') and _is_count(entry['item'], MAX_ITEMS)
-             and isinstance(entry['rows'], list) and entry['item'] < len(entry['rows']) <= MAX_ITEMS
-             and all(_is_count(r, MAX_NUMBER) for r in entry['rows']) and entry['rows'][entry['item']] == 1
-             and _is_count(entry['macs'], 1 << 60, 1) and _is_count(entry['total'], 1 << 60, entry['macs']))
+    right = (
+        isinstance(entry['module'], str)
+        and entry['layout'] in ('NCHW', 'NHWC', 'NLC')
+        and isinstance(size, list)
+        and len(size) == 2
+        and all(_is_count(s, MAX_SIDE * MAX_SIDE, 1) for s in size)
+        and _is_count(entry['channels'], MAX_NUMBER, 1)
+        and _is_count(entry['prefix_tokens'], MAX_NUMBER)
+        and entry['cut'] in ('hook', 'export')
+        and _is_count(entry['item'], MAX_ITEMS)
+        and isinstance(entry['rows'], list)
+        and entry['item'] < len(entry['rows']) <= MAX_ITEMS
+        and all(_is_count(r, MAX_NUMBER) for r in entry['rows'])
+        and entry['rows'][entry['item']] == 1
+        and _is_count(entry['macs'], 1 << 60, 1)
+        and _is_count(entry['total'], 1 << 60, entry['macs'])
+    )
     _expect(right, 'the exit', entry, f'{names} in range')
     return ExitPoint(**{**entry, 'size': tuple(size), 'rows': tuple(entry['rows'])})

@@ -1,4 +1,5 @@
 """From a name to a cascade: what `timm.create_model('cascade_...')` and the loading of releases come down to."""
+
 from __future__ import annotations
 
 import warnings
@@ -28,16 +29,16 @@ MAX_TENSORS, MAX_MODULES, MAX_NUMBERS = 20_000, 100_000, 50_000_000_000  # timm'
 
 
 def create_cascade(
-        base: str,
-        pretrained: bool = False,
-        pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
-        pretrained_cfg_overlay: dict[str, Any] | None = None,
-        cache_dir: str | Path | None = None,
-        exits: int | Sequence[float] | Sequence[str] = 3,
-        head: HeadSpec = 'enhanced',
-        thresholds: Any = None,
-        pretrained_model_args: dict[str, Any] | None = None,
-        **kwargs: Any,
+    base: str,
+    pretrained: bool = False,
+    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    exits: int | Sequence[float] | Sequence[str] = 3,
+    head: HeadSpec = 'enhanced',
+    thresholds: Any = None,
+    pretrained_model_args: dict[str, Any] | None = None,
+    **kwargs: Any,
 ) -> CascadeModel:
     """What `timm.create_model('cascade_<base>', ...)` calls.
 
@@ -54,8 +55,10 @@ def create_cascade(
     """
     for key in ('features_only', 'out_indices'):
         if kwargs.get(key):
-            raise ValueError(f'{key} asks for features, but a cascade classifies. Create timm\'s "{base}" with it, or '
-                             f'use model.backbone.')
+            raise ValueError(
+                f'{key} asks for features, but a cascade classifies. Create timm\'s "{base}" with it, or '
+                f'use model.backbone.'
+            )
     cfg = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
     if isinstance(cfg, dict) and cfg.get('source') in ('local-dir', 'hf-hub'):
         source = Folder(cfg['file']) if cfg['source'] == 'local-dir' else Repository(cfg['hf_hub_id'], cache_dir)
@@ -65,14 +68,22 @@ def create_cascade(
         return _load_release(Release(source), base, pretrained, pretrained_cfg_overlay, cache_dir, request)
 
     backbone = timm.create_model(
-        base, pretrained, pretrained_cfg=cfg, pretrained_cfg_overlay=pretrained_cfg_overlay, cache_dir=cache_dir,
-        **kwargs)
+        base,
+        pretrained,
+        pretrained_cfg=cfg,
+        pretrained_cfg_overlay=pretrained_cfg_overlay,
+        cache_dir=cache_dir,
+        **kwargs,
+    )
     model = CascadeModel(backbone, exits, head, thresholds)
     if pretrained:
         model.published = identify(backbone, cache_dir)
         model.base_model = str(backbone.pretrained_cfg.get('hf_hub_id') or '').partition('@')[0] or None
-        warnings.warn(f'cascade_{base}: the backbone has its published weights, but nobody has published heads '
-                      f'for it. No exit fires until they are trained and calibrated.', stacklevel=4)
+        warnings.warn(
+            f'cascade_{base}: the backbone has its published weights, but nobody has published heads '
+            f'for it. No exit fires until they are trained and calibrated.',
+            stacklevel=4,
+        )
     return model
 
 
@@ -101,12 +112,12 @@ def load(where: str | Path, **kwargs: Any) -> CascadeModel:
 
 
 def _load_release(
-        release: Release,
-        base: str,
-        pretrained: bool,
-        overlay: Mapping[str, Any] | None,
-        cache_dir: str | Path | None,
-        request: dict[str, Any],
+    release: Release,
+    base: str,
+    pretrained: bool,
+    overlay: Mapping[str, Any] | None,
+    cache_dir: str | Path | None,
+    request: dict[str, Any],
 ) -> CascadeModel:
     """The release with what `request` (arguments of create_model) asks for otherwise."""
     config = release.config
@@ -124,14 +135,21 @@ def _load_release(
     state = release.weights(shapes)
     if config.published is None:
         source = dict.fromkeys(SOURCE_KEYS) | dict(
-            custom_load=False, state_dict={k.removeprefix('backbone.'): v for k, v in state.items()
-                                           if k.startswith('backbone.')})
+            custom_load=False,
+            state_dict={k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')},
+        )
     else:
         source = config.published.source
     with _described_by(release), _bounded():
         backbone = timm.create_model(
-            base, pretrained=True, pretrained_cfg=cfg, pretrained_cfg_overlay={**(overlay or {}), **source},
-            pretrained_model_args=config.backbone_args, cache_dir=cache_dir, **request)
+            base,
+            pretrained=True,
+            pretrained_cfg=cfg,
+            pretrained_cfg_overlay={**(overlay or {}), **source},
+            pretrained_model_args=config.backbone_args,
+            cache_dir=cache_dir,
+            **request,
+        )
     backbone.pretrained_cfg.pop('state_dict', None)
 
     same_input = input_size_of(backbone) == config.input_size
@@ -144,8 +162,11 @@ def _load_release(
         model.published = config.published
     model.base_model = config.base_model
     heads = {k.removeprefix('heads.'): v for k, v in state.items() if k.startswith('heads.')}
-    fit = same_classes and same_exits and (
-        {k: v.shape for k, v in heads.items()} == {k: v.shape for k, v in model.heads.state_dict().items()})
+    fit = (
+        same_classes
+        and same_exits
+        and ({k: v.shape for k, v in heads.items()} == {k: v.shape for k, v in model.heads.state_dict().items()})
+    )
     if fit:
         model.heads.load_state_dict(heads)
     if fit and same_input:
@@ -154,13 +175,20 @@ def _load_release(
         if own['thresholds'] is not None:
             model.thresholds = own['thresholds']
     else:
-        asked = (f'{backbone.num_classes} classes' if not same_classes else
-                 f'images of {input_size_of(backbone)}' if not same_input else
-                 'other exits or heads')
+        asked = (
+            f'{backbone.num_classes} classes'
+            if not same_classes
+            else f'images of {input_size_of(backbone)}'
+            if not same_input
+            else 'other exits or heads'
+        )
         lost = 'calibration and thresholds do not' if fit else 'heads and thresholds do not'
-        warnings.warn(f'{release} was made for {config.num_classes} classes and images of {config.input_size}; asked '
-                      f'are {asked}: its {lost} apply. No exit fires until the cascade is '
-                      f'{"calibrated" if fit else "trained and calibrated"}.', stacklevel=5)
+        warnings.warn(
+            f'{release} was made for {config.num_classes} classes and images of {config.input_size}; asked '
+            f'are {asked}: its {lost} apply. No exit fires until the cascade is '
+            f'{"calibrated" if fit else "trained and calibrated"}.',
+            stacklevel=5,
+        )
     return model
 
 
@@ -180,8 +208,11 @@ def _plan(release: Release, size: int | None) -> tuple[Sequence[ExitPoint], dict
         points = config.points or resolve_exits(backbone, args['exits'])
         heads = create_heads(points, config.num_classes, head_configs(args['head'], len(points)))
     modules = {'heads': heads} if config.layout == 'heads' else {'backbone': backbone, 'heads': heads}
-    return points, {f'{group}.{name}': tuple(t.shape)
-                    for group, module in modules.items() for name, t in module.state_dict().items()}
+    return points, {
+        f'{group}.{name}': tuple(t.shape)
+        for group, module in modules.items()
+        for name, t in module.state_dict().items()
+    }
 
 
 @contextmanager
@@ -192,8 +223,10 @@ def _described_by(release: Release) -> Iterator[None]:
     except ReleaseError:
         raise
     except Exception as e:  # a stranger's arguments in a model's constructor: anything may come
-        raise ReleaseError(f'{release}: the model that {CONFIG} and your arguments describe cannot be built, or does '
-                           f'not fit {WEIGHTS}: {type(e).__name__}: {e}') from e
+        raise ReleaseError(
+            f'{release}: the model that {CONFIG} and your arguments describe cannot be built, or does '
+            f'not fit {WEIGHTS}: {type(e).__name__}: {e}'
+        ) from e
 
 
 @contextmanager
@@ -217,11 +250,15 @@ def _bounded(most: int = MAX_NUMBERS) -> Iterator[None]:
 
     def check() -> None:
         if tensors > MAX_TENSORS or modules > MAX_MODULES or numbers > most:
-            raise ReleaseError(f'{CONFIG} describes a model with more than {MAX_TENSORS:,} tensors, {MAX_MODULES:,} '
-                               f'modules or {most:,} numbers; it is not built.')
+            raise ReleaseError(
+                f'{CONFIG} describes a model with more than {MAX_TENSORS:,} tensors, {MAX_MODULES:,} '
+                f'modules or {most:,} numbers; it is not built.'
+            )
 
-    handles = [torch_module.register_module_parameter_registration_hook(parameter),
-               torch_module.register_module_module_registration_hook(child)]
+    handles = [
+        torch_module.register_module_parameter_registration_hook(parameter),
+        torch_module.register_module_module_registration_hook(child),
+    ]
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 A file is only ever asked for by one of the format's fixed names. From the Hub its size is checked before it is
 downloaded and its hash after; the client checks neither.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -137,16 +138,17 @@ class Repository:
         _check_size(f'{name} of {self}', size, limit)
         return self._download(name, revision)
 
-    def _download(
-            self, name: str, revision: str | None, force: bool = False, damaged: Path | None = None) -> Path:
+    def _download(self, name: str, revision: str | None, force: bool = False, damaged: Path | None = None) -> Path:
         try:
-            path = Path(hf_hub_download(
-                self.repo, name, revision=revision, cache_dir=self.cache_dir, force_download=force))
+            path = Path(
+                hf_hub_download(self.repo, name, revision=revision, cache_dir=self.cache_dir, force_download=force)
+            )
         except (HTTPError, OSError, ValueError) as e:  # ValueError: a new download while offline
             if damaged is not None:
                 raise ReleaseError(
                     f'{damaged} ({name} of {self}) is damaged: its hash is not the one the Hub gave. Delete the file '
-                    f'and load again; a new download failed ({e}).') from e
+                    f'and load again; a new download failed ({e}).'
+                ) from e
             raise self._unavailable(name, e) from e
         if _is_intact(path):
             return path
@@ -154,7 +156,8 @@ class Repository:
             return self._download(name, revision, force=True)
         raise ReleaseError(
             f'{path.resolve()} ({name} of {self}) came with another hash than the Hub announced, twice. Delete the '
-            f'file and load again later; do not use it.')
+            f'file and load again later; do not use it.'
+        )
 
     def _unavailable(self, name: str, e: Exception) -> ReleaseError:
         if isinstance(e, (RepositoryNotFoundError, RevisionNotFoundError)):
@@ -164,7 +167,8 @@ class Repository:
         reason = 'cannot be reached' if not isinstance(e, LocalEntryNotFoundError) else 'could not be asked'
         return HubUnavailableError(
             f'{name} of {self} is not in the cache, and the Hub {reason} ({type(e).__name__}: {e}). Load it once '
-            f'while online, without HF_HUB_OFFLINE.')
+            f'while online, without HF_HUB_OFFLINE.'
+        )
 
     def _not_found(self, name: str, e: Exception) -> str:
         if isinstance(e, GatedRepoError):
@@ -172,8 +176,10 @@ class Repository:
         if isinstance(e, RevisionNotFoundError):
             return f'{self.repo} has no revision {self.revision!r}; check the name after the @.'
         if isinstance(e, RepositoryNotFoundError):
-            return (f'{self} is not on the Hub, or is private to others. Check the name; for a private repository log '
-                    f'in, or set HF_TOKEN.')
+            return (
+                f'{self} is not on the Hub, or is private to others. Check the name; for a private repository log '
+                f'in, or set HF_TOKEN.'
+            )
         return f'{self} is no release: it has no {name}.'
 
 

@@ -1,4 +1,5 @@
 """Which published checkpoint a backbone is, exactly; and getting that checkpoint again."""
+
 from __future__ import annotations
 
 import hashlib
@@ -38,6 +39,7 @@ class Published:
         digest: Of the weights as timm loads them (`weights_digest`).
         dtype: That they had when the digest was taken.
     """
+
     name: str
     hub_id: str | None
     revision: str | None
@@ -64,23 +66,25 @@ class Published:
         for key, value in values.items():
             nullable = key in ('hub_id', 'revision', 'filename')
             if not (isinstance(value, str) and len(value) < 200) and not (value is None and nullable):
-                raise ReleaseError(f'the backbone\'s {key} is {str(value)[:200]!r}; expected a short text.')
+                raise ReleaseError(f"the backbone's {key} is {str(value)[:200]!r}; expected a short text.")
         result = cls(**values)
         if result.name.split('.')[0] != base:
             raise ReleaseError(f'the backbone is {result.name!r}; expected {base} with or without a tag.')
         if result.hub_id is None:
             if not result.registered.get('url'):
-                raise ReleaseError(f'the backbone {result.name!r} has no published weights that this version of timm '
-                                   f'knows, and no Hub repository is named. Upgrade timm.')
+                raise ReleaseError(
+                    f'the backbone {result.name!r} has no published weights that this version of timm '
+                    f'knows, and no Hub repository is named. Upgrade timm.'
+                )
             return result
         try:
             validate_repo_id(result.hub_id)
         except HFValidationError as e:
-            raise ReleaseError(f'the backbone\'s hub_id is {result.hub_id!r}: {e}') from e
+            raise ReleaseError(f"the backbone's hub_id is {result.hub_id!r}: {e}") from e
         if result.revision is None or not COMMIT.fullmatch(result.revision):
-            raise ReleaseError(f'the backbone\'s revision is {result.revision!r}; expected a commit, 40 hex digits.')
+            raise ReleaseError(f"the backbone's revision is {result.revision!r}; expected a commit, 40 hex digits.")
         if not re.fullmatch(r'\w[\w.-]*\.safetensors', result.filename or ''):
-            raise ReleaseError(f'the backbone\'s file is {result.filename!r}; only a .safetensors file is loaded.')
+            raise ReleaseError(f"the backbone's file is {result.filename!r}; only a .safetensors file is loaded.")
         return result
 
     @property
@@ -92,14 +96,18 @@ class Published:
     def is_plain(self, args: Mapping[str, Any], num_classes: int, input_size: tuple[int, ...]) -> bool:
         """Whether arguments for the backbone ask for nothing but the model as timm registered it."""
         cfg = self.registered
-        return bool(cfg) and set(args) <= {'num_classes', 'in_chans', 'img_size', 'global_pool'} and (
-            num_classes == cfg['num_classes'] and input_size == tuple(cfg['input_size']))
+        return (
+            bool(cfg)
+            and set(args) <= {'num_classes', 'in_chans', 'img_size', 'global_pool'}
+            and (num_classes == cfg['num_classes'] and input_size == tuple(cfg['input_size']))
+        )
 
     @property
     def source(self) -> dict[str, Any]:
         """Overlay for timm's pretrained_cfg that makes it load this checkpoint."""
-        nothing: dict[str, Any] = dict(url=None, file=None, state_dict=None, source=None, custom_load=False,
-                                       hf_hub_id=None, hf_hub_filename=None)
+        nothing: dict[str, Any] = dict(
+            url=None, file=None, state_dict=None, source=None, custom_load=False, hf_hub_id=None, hf_hub_filename=None
+        )
         if self.hub_id is None:
             return {**nothing, 'url': self.registered['url']}
         own_name = None if self.filename == 'model.safetensors' else self.filename
@@ -116,8 +124,9 @@ class Published:
             raise ReleaseError(
                 f'{what} was made for a backbone {self.name} with the weights {self.digest}; '
                 f'{self.hub_id or "timm"} gave {found}. Its heads and thresholds would not do what they promise. '
-                f'Delete the backbone\'s file from the cache if it may be damaged, or ask for a release that holds '
-                f'its backbone (layout="full").')
+                f"Delete the backbone's file from the cache if it may be damaged, or ask for a release that holds "
+                f'its backbone (layout="full").'
+            )
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
@@ -130,7 +139,7 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
         octets = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         words = octets.view(np.uint64) if len(octets) % 8 == 0 else octets
         digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)} {np.bitwise_xor.reduce(words)} '.encode())
-        digest.update(words[::max(1, len(words) // 64)].tobytes())
+        digest.update(words[:: max(1, len(words) // 64)].tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -138,8 +147,7 @@ def identify(backbone: nn.Module, cache_dir: str | Path | None = None) -> Publis
     """The published checkpoint that a backbone just loaded, with nothing adapted; None if there is none like it."""
     cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
     name = '.'.join(str(part) for part in (cfg['architecture'], cfg.get('tag')) if part)
-    adapted = (backbone.num_classes != cfg['num_classes'] or
-               input_size_of(backbone) != tuple(cfg['input_size']))
+    adapted = backbone.num_classes != cfg['num_classes'] or input_size_of(backbone) != tuple(cfg['input_size'])
     if adapted or cfg.get('state_dict') or cfg.get('file') or cfg.get('label_offset'):
         return None
     hub_id = revision = filename = None
@@ -172,7 +180,8 @@ def fetch_published(published: Published, cache_dir: str | Path | None = None) -
         return None
     assert published.filename is not None and published.revision is not None
     cached = try_to_load_from_cache(
-        published.hub_id, published.filename, cache_dir=cache_dir, revision=published.revision)
+        published.hub_id, published.filename, cache_dir=cache_dir, revision=published.revision
+    )
     if isinstance(cached, str):  # checked when it was downloaded; its digest is compared once it is loaded
         return Path(cached).stat().st_size
     repository = Repository(f'{published.hub_id}@{published.revision}', cache_dir)

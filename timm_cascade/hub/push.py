@@ -1,4 +1,5 @@
 """Publishing a release: one commit with the files that differ, or none."""
+
 from __future__ import annotations
 
 import tempfile
@@ -37,6 +38,7 @@ class Pushed:
         files: Names of the files that were uploaded or deleted; empty where nothing differed.
         pull_request: Address of the pull request, if one was opened.
     """
+
     url: str
     commit: str
     files: tuple[str, ...]
@@ -44,17 +46,17 @@ class Pushed:
 
 
 def push_to_hub(
-        what: nn.Module | str | Path,
-        repo_id: str,
-        *,
-        private: bool = False,
-        revision: str | None = None,
-        create_pr: bool = False,
-        tag: str | None = None,
-        token: str | None = None,
-        layout: str | None = None,
-        card: str | None = None,
-        commit_message: str | None = None,
+    what: nn.Module | str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+    token: str | None = None,
+    layout: str | None = None,
+    card: str | None = None,
+    commit_message: str | None = None,
 ) -> Pushed:
     """Publishes a cascade, or the folder it was saved in, in one commit; files that do not differ stay as they are.
 
@@ -80,8 +82,15 @@ def push_to_hub(
         with tempfile.TemporaryDirectory() as saved:
             save(what, saved, layout, card)
             return push_to_hub(
-                saved, repo_id, private=private, revision=revision, create_pr=create_pr, tag=tag, token=token,
-                commit_message=commit_message)
+                saved,
+                repo_id,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                tag=tag,
+                token=token,
+                commit_message=commit_message,
+            )
     if layout is not None or card is not None:
         raise ReleaseError('layout and card are for a model; a folder is published as it is.')
     folder = Path(what)
@@ -97,10 +106,15 @@ def push_to_hub(
         if changed or gone:
             done = api.create_commit(
                 repo_id,
-                [*(CommitOperationAdd(path_in_repo=name, path_or_fileobj=files[name]) for name in changed),
-                 *(CommitOperationDelete(path_in_repo=name) for name in gone)],
-                commit_message=commit_message or f'Update {", ".join([*changed, *gone])}', revision=revision,
-                create_pr=create_pr, parent_commit=info.sha)
+                [
+                    *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=files[name]) for name in changed),
+                    *(CommitOperationDelete(path_in_repo=name) for name in gone),
+                ],
+                commit_message=commit_message or f'Update {", ".join([*changed, *gone])}',
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=info.sha,
+            )
             url, commit, request = done.commit_url, done.oid, done.pr_url
         if tag is not None:
             api.create_tag(repo_id, tag=tag, revision=commit)
@@ -166,21 +180,26 @@ def _named_errors(repo_id: str) -> Iterator[None]:
         if status == 412:
             raise PushConflictError(
                 f'{repo_id}: somebody else pushed meanwhile; nothing was published. Look at what is there now, load '
-                f'it if it is better, and push again.') from e
+                f'it if it is better, and push again.'
+            ) from e
         if status == 401:
             raise PushDeniedError(
                 f'{repo_id}: the token is missing or not valid. Log in with `hf auth login`, or set HF_TOKEN to a '
-                f'token that may write. The Hub says: {said}') from e
+                f'token that may write. The Hub says: {said}'
+            ) from e
         if status == 403:
             raise PushDeniedError(
                 f'{repo_id}: this token may not write there. Use one with write access, another name, or '
-                f'create_pr=True. The Hub says: {said}') from e
+                f'create_pr=True. The Hub says: {said}'
+            ) from e
         if status == 404:
-            raise PushError(f'{repo_id}: no such repository or revision, and it cannot be made. The Hub says: '
-                            f'{said}') from e
+            raise PushError(
+                f'{repo_id}: no such repository or revision, and it cannot be made. The Hub says: {said}'
+            ) from e
         if status == 409:
             raise PushError(f'{repo_id}: it exists already (the tag, or the branch). The Hub says: {said}') from e
         raise PushError(f'{repo_id}: the Hub answered {status}; push again later. It says: {said}') from e
     except (HTTPError, ConnectionError) as e:
-        raise HubUnavailableError(f'{repo_id}: the Hub cannot be reached ({type(e).__name__}: {e}); push again '
-                                  f'later.') from e
+        raise HubUnavailableError(
+            f'{repo_id}: the Hub cannot be reached ({type(e).__name__}: {e}); push again later.'
+        ) from e

@@ -5,6 +5,7 @@ checked before a model is built, and whatever is wrong is a ReleaseError that na
 
 Two layouts: `full` holds backbone and heads, `heads` the heads only and names the published backbone they belong to.
 """
+
 from __future__ import annotations
 
 import json
@@ -31,11 +32,28 @@ from .config import LAYOUTS, ReleaseConfig, cascade_entry, parse_config
 from .download import Folder, Repository
 from .pretrained import Published, weights_digest
 
-__all__ = ['CALIBRATION', 'CARD', 'CONFIG', 'FILES', 'PROFILES', 'TABLE', 'WEIGHTS', 'Release', 'binding', 'save',
-           'save_profiles']
+__all__ = [
+    'CALIBRATION',
+    'CARD',
+    'CONFIG',
+    'FILES',
+    'PROFILES',
+    'TABLE',
+    'WEIGHTS',
+    'Release',
+    'binding',
+    'save',
+    'save_profiles',
+]
 
 CONFIG, WEIGHTS, TABLE, CALIBRATION, PROFILES, CARD = FILES = (
-    'config.json', 'model.safetensors', 'thresholds.json', 'calibration.safetensors', 'profiles.json', 'README.md')
+    'config.json',
+    'model.safetensors',
+    'thresholds.json',
+    'calibration.safetensors',
+    'profiles.json',
+    'README.md',
+)
 PICKLE = 'pytorch_model.bin'
 MAX_CONFIG, MAX_TABLE, MAX_CALIBRATION, MAX_HEADER = 8 << 20, 32 << 20, 256 << 20, 16 << 20  # bytes
 MAX_PROFILES = 8 << 20
@@ -84,9 +102,13 @@ class Release:
         if path is None:
             only_pickle = f'only {PICKLE}, a pickle: loading one can run anything, so it is not opened. Ask its author '
             raise ReleaseError(
-                f'{self} has no {WEIGHTS}' + (
+                f'{self} has no {WEIGHTS}'
+                + (
                     f', {only_pickle}to publish safetensors (timm_cascade.push_to_hub, or safe_serialization=True).'
-                    if self.source.has(PICKLE) else '; save the cascade there again.'))
+                    if self.source.has(PICKLE)
+                    else '; save the cascade there again.'
+                )
+            )
         try:
             with open(path, 'rb') as file:
                 (length,) = struct.unpack('<Q', file.read(8))
@@ -108,10 +130,7 @@ class Release:
         return state
 
     def _check_names(
-            self,
-            path: Path,
-            found: Mapping[str, tuple[int, ...]],
-            shapes: Mapping[str, tuple[int, ...]] | None,
+        self, path: Path, found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]] | None
     ) -> None:
         groups = {name.partition('.')[0] for name in found}
         strange = sorted(name for name in found if name.partition('.')[0] not in ('backbone', 'heads'))
@@ -119,30 +138,41 @@ class Release:
             raise ReleaseError(f'{path} holds {strange[0][:200]!r}; expected were backbone.* and heads.* only.')
         wanted = {'heads'} if self.config.layout == 'heads' else {'backbone', 'heads'}
         if groups != wanted:
-            raise ReleaseError(f'{path} holds {" and ".join(sorted(groups)) or "nothing"}; a release with the layout '
-                               f'{self.config.layout!r} holds {" and ".join(sorted(wanted))}. There is no '
-                               f'{" and no ".join(sorted(wanted - groups)) or "place for the backbone"} in it.')
+            raise ReleaseError(
+                f'{path} holds {" and ".join(sorted(groups)) or "nothing"}; a release with the layout '
+                f'{self.config.layout!r} holds {" and ".join(sorted(wanted))}. There is no '
+                f'{" and no ".join(sorted(wanted - groups)) or "place for the backbone"} in it.'
+            )
         if shapes is None:
             return
         missing, extra = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
-        other = [f'{name} is {found[name]}, not {shape}' for name, shape in shapes.items()
-                 if name in found and found[name] != tuple(shape)]
+        other = [
+            f'{name} is {found[name]}, not {shape}'
+            for name, shape in shapes.items()
+            if name in found and found[name] != tuple(shape)
+        ]
         if missing or extra or other:
             differences = [f'{n} is missing' for n in missing] + [f'{n[:200]} is not expected' for n in extra] + other
-            raise ReleaseError(f'{path}: the tensors do not fit {CONFIG}: {"; ".join(differences[:5])}'
-                               f'{f" and {len(differences) - 5} more" if len(differences) > 5 else ""}.')
+            raise ReleaseError(
+                f'{path}: the tensors do not fit {CONFIG}: {"; ".join(differences[:5])}'
+                f'{f" and {len(differences) - 5} more" if len(differences) > 5 else ""}.'
+            )
 
     def _check_hashes(self, path: Path, state: Mapping[str, Tensor]) -> None:
         config = self.config
         self._heads_hash = hash_heads(config.model_args['exits'], _part(state, 'heads'))
         if config.heads_hash is not None and self._heads_hash != config.heads_hash:
-            raise ReleaseError(f'{path}: its heads are {self._heads_hash}, but {CONFIG} and the table were made '
-                               f'for the heads {config.heads_hash}. The file is damaged, or from another release.')
+            raise ReleaseError(
+                f'{path}: its heads are {self._heads_hash}, but {CONFIG} and the table were made '
+                f'for the heads {config.heads_hash}. The file is damaged, or from another release.'
+            )
         if config.digest is not None:
             digest = weights_digest(_part(state, 'backbone'))
             if digest != config.digest:
-                raise ReleaseError(f'{path}: its backbone is {digest}, but {CONFIG} was made for {config.digest}. The '
-                                   f'file is damaged, or from another release.')
+                raise ReleaseError(
+                    f'{path}: its backbone is {digest}, but {CONFIG} was made for {config.digest}. The '
+                    f'file is damaged, or from another release.'
+                )
 
     def dial(self) -> tuple[ThresholdTable | None, Calibration | None]:
         """Table and calibration, where there are any; to be read after the weights, to whose heads they must belong.
@@ -161,12 +191,14 @@ class Release:
             if path is not None:
                 calibration = Calibration.load(path)
                 calibration.table(max_drops=()).check(
-                    config.model_args['exits'], config.num_classes, heads_hash, config.input_size)
+                    config.model_args['exits'], config.num_classes, heads_hash, config.input_size
+                )
         except ReleaseError:
             raise
         except Exception as e:  # a stranger's file: whatever reading it raises, it is damaged
-            raise ReleaseError(f'{path}: {e if str(e) else type(e).__name__} Fetch the file again, or calibrate '
-                               f'again.') from e
+            raise ReleaseError(
+                f'{path}: {e if str(e) else type(e).__name__} Fetch the file again, or calibrate again.'
+            ) from e
         return table, calibration
 
     def profiles(self) -> list[Profile]:
@@ -204,16 +236,15 @@ def _part(state: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
 
 def binding(model: CascadeModel) -> dict[str, Any]:
     """What a threshold table must agree on with the model it is used with."""
-    return dict(exits=tuple(p.module for p in model.exits), num_classes=model.num_classes,
-                heads_hash=model.heads_hash(), input_size=input_size_of(model.backbone))
+    return dict(
+        exits=tuple(p.module for p in model.exits),
+        num_classes=model.num_classes,
+        heads_hash=model.heads_hash(),
+        input_size=input_size_of(model.backbone),
+    )
 
 
-def save(
-        model: nn.Module,
-        folder: str | Path,
-        layout: str | None = None,
-        card: str | None = None,
-) -> Path:
+def save(model: nn.Module, folder: str | Path, layout: str | None = None, card: str | None = None) -> Path:
     """Writes a release that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads.
 
     Each file replaces its forerunner in one step; what the model does not have (a table, say) is removed.
@@ -230,19 +261,28 @@ def save(
             weights that are not finite.
     """
     if not isinstance(model, CascadeModel):
-        raise ReleaseError(f'{type(model).__name__} is no cascade; create one with '
-                           f'timm.create_model("cascade_...") or save the model with timm.')
+        raise ReleaseError(
+            f'{type(model).__name__} is no cascade; create one with '
+            f'timm.create_model("cascade_...") or save the model with timm.'
+        )
     published = _unchanged(model)
     layout = layout or ('heads' if published else 'full')
     if layout not in LAYOUTS:
         raise ReleaseError(f'layout is {layout!r}; expected {" or ".join(LAYOUTS)}.')
     if layout == 'heads' and published is None:
-        was = (f'no longer {model.published.name}' if model.published else
-               'not a published checkpoint with nothing adapted')
-        raise ReleaseError(f'a release of heads only names its backbone, but this one is {was}; save it with '
-                           f'layout="full".')
-    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()
-             if layout == 'full' or name.startswith('heads.')}
+        was = (
+            f'no longer {model.published.name}'
+            if model.published
+            else 'not a published checkpoint with nothing adapted'
+        )
+        raise ReleaseError(
+            f'a release of heads only names its backbone, but this one is {was}; save it with layout="full".'
+        )
+    state = {
+        name: t.detach().cpu().contiguous()
+        for name, t in model.state_dict().items()
+        if layout == 'full' or name.startswith('heads.')
+    }
     wrong = [name for name, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if wrong:
         raise ReleaseError(f'{", ".join(wrong[:5])} holds NaN or infinite values; nothing was saved.')
@@ -251,8 +291,13 @@ def save(
 
     folder = Path(folder)
     entry = cascade_entry(
-        layout, model.exits, model.heads_hash(), weights_digest(_part(state, 'backbone')) if layout == 'full' else None,
-        published if layout == 'heads' else None, model.base_model)
+        layout,
+        model.exits,
+        model.heads_hash(),
+        weights_digest(_part(state, 'backbone')) if layout == 'full' else None,
+        published if layout == 'heads' else None,
+        model.base_model,
+    )
     config = _config_text(model, entry)
     with replacing(folder / WEIGHTS) as path:
         save_file(state, path, metadata={'format': 'pt'})
@@ -266,8 +311,10 @@ def save(
             part.save(folder / name)
     save_profiles(model, folder)
     if card is not None or not (folder / CARD).exists() or GENERATED in (folder / CARD).read_text(encoding='utf-8'):
-        write_text(folder / CARD, card or render(
-            model, layout=layout, picture=PICTURE if (folder / PICTURE).exists() else None))
+        write_text(
+            folder / CARD,
+            card or render(model, layout=layout, picture=PICTURE if (folder / PICTURE).exists() else None),
+        )
     return folder
 
 

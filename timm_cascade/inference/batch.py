@@ -1,4 +1,5 @@
 """Decides which samples exit early, once per exit, and collects what they get in input order."""
+
 from __future__ import annotations
 
 import math
@@ -24,6 +25,7 @@ class CascadeOutput(NamedTuple):
         exit: (N,) int64, the exit that answered, M for the backbone's own classifier.
         confidence: (N,) float32, max softmax of `logits`.
     """
+
     logits: Tensor
     exit: Tensor
     confidence: Tensor
@@ -31,6 +33,7 @@ class CascadeOutput(NamedTuple):
 
 class Exited(NamedTuple):
     """Samples answered by one exit: ids (K,), logits (K, C), confidence (K,), and the exit's number."""
+
     ids: Tensor
     logits: Tensor
     confidence: Tensor
@@ -57,11 +60,11 @@ class ActiveBatch:
     """
 
     def __init__(
-            self,
-            ids: Tensor,
-            heads: Sequence[Callable[[Tensor], Tensor]],
-            thresholds: Sequence[float],
-            min_leave: float = 0.,
+        self,
+        ids: Tensor,
+        heads: Sequence[Callable[[Tensor], Tensor]],
+        thresholds: Sequence[float],
+        min_leave: float = 0.0,
     ) -> None:
         self.ids = ids  # of the rows in flight
         self.heads = heads
@@ -105,8 +108,11 @@ class ActiveBatch:
             return None
         self._open -= len(exiting)
         whole = len(exiting) == rows
-        self.exited.append(Exited(self.ids, logits, found, index) if whole else
-                           Exited(self.ids[exiting], logits[exiting], found[exiting], index))
+        self.exited.append(
+            Exited(self.ids, logits, found, index)
+            if whole
+            else Exited(self.ids[exiting], logits[exiting], found[exiting], index)
+        )
         done = passes if self._done is None else passes | self._done
         if self._open and rows - self._open < self.min_leave * rows:
             self._done = done
@@ -142,9 +148,12 @@ class ActiveBatch:
         order = torch.empty_like(ids)
         order[ids] = torch.arange(len(ids), device=ids.device)
         exits = torch.cat([torch.full_like(e.ids, e.exit) for e in self.exited])
-        return CascadeOutput(torch.cat([e.logits for e in self.exited])[order], exits[order],
-                             torch.cat([e.confidence for e in self.exited])[order])
+        return CascadeOutput(
+            torch.cat([e.logits for e in self.exited])[order],
+            exits[order],
+            torch.cat([e.confidence for e in self.exited])[order],
+        )
 
     def _remaining(self, done: Tensor) -> Tensor:
         # how many there are is known, so sorting finds them without asking the device again
-        return done.to(torch.uint8).argsort(stable=True)[:self._open]
+        return done.to(torch.uint8).argsort(stable=True)[: self._open]

@@ -4,6 +4,7 @@ A stage is compiled once for all numbers of samples. On a GPU, where CUDA graphs
 padded up to a few batch sizes and each of those is compiled when it first comes. Where compiling fails, the stage runs
 as it was exported, and a warning says why.
 """
+
 from __future__ import annotations
 
 import warnings
@@ -36,6 +37,7 @@ class CompileOptions:
             are packed for it.
         buckets: Pad to a few batch sizes; None where CUDA graphs need it.
     """
+
     backend: str = 'inductor'
     mode: str | None = None
     channels_last: bool = False
@@ -52,12 +54,7 @@ class CompiledBackbone(StagedBackbone):
     """
 
     def __init__(
-            self,
-            backbone: nn.Module,
-            run: Callable[[Tensor], Tensor],
-            images: Tensor,
-            count: int,
-            options: CompileOptions,
+        self, backbone: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, count: int, options: CompileOptions
     ) -> None:
         super().__init__(backbone, run, images, count)
         self.tensors = [t for t in (*backbone.parameters(), *backbone.buffers()) if not t.is_inference()]
@@ -73,7 +70,8 @@ class CompiledBackbone(StagedBackbone):
             plain = self._with_weights(stage, backbone, options.channels_last)
             stage.inputs = [node for node in stage.inputs if node not in self.weights and node not in self.constants]
             stage.module = CompiledStage(
-                plain, kwargs, [self._rows(n) for n in stage.inputs], [self._rows(n) for n in stage.outputs])
+                plain, kwargs, [self._rows(n) for n in stage.inputs], [self._rows(n) for n in stage.outputs]
+            )
         # compiled now, so that what cannot be compiled is found out before anything depends on it; for any number of
         # samples, which a batch of one does not stand for
         example = images if self.buckets or len(images) > 1 else images.expand(2, *images.shape[1:])
@@ -111,11 +109,7 @@ class CompiledBackbone(StagedBackbone):
         return fx.GraphModule(root, graph)
 
     def compute(
-            self,
-            stage: Stage,
-            values: Mapping[fx.Node, Tensor],
-            backbone: nn.Module,
-            alive: int,
+        self, stage: Stage, values: Mapping[fx.Node, Tensor], backbone: nn.Module, alive: int
     ) -> Sequence[Tensor]:
         size = bucket(alive) if self.buckets else alive
         form: CompiledStage = stage.module
@@ -133,7 +127,7 @@ class CompiledBackbone(StagedBackbone):
         if not self.buckets:
             return outputs
         # CUDA graphs write to the same memory every time: what is kept has to be copied out of it
-        return [(t[:alive * r] if r else t).clone() for t, r in zip(outputs, form.output_rows, strict=True)]
+        return [(t[: alive * r] if r else t).clone() for t, r in zip(outputs, form.output_rows, strict=True)]
 
 
 class CompiledStage:
@@ -146,11 +140,7 @@ class CompiledStage:
     """
 
     def __init__(
-            self,
-            plain: fx.GraphModule,
-            kwargs: Mapping[str, Any],
-            input_rows: Sequence[int],
-            output_rows: Sequence[int],
+        self, plain: fx.GraphModule, kwargs: Mapping[str, Any], input_rows: Sequence[int], output_rows: Sequence[int]
     ) -> None:
         self.plain = plain
         self.kwargs = kwargs
@@ -173,8 +163,11 @@ class CompiledStage:
                 raise
             outputs = self.plain(*inputs)  # where the inputs are at fault, this raises as well
             self.failed = True
-            warnings.warn(f'a stage of the cascade is no longer compiled and runs eagerly: {type(e).__name__}: '
-                          f'{" ".join(str(e).split())[:300]}', stacklevel=2)
+            warnings.warn(
+                f'a stage of the cascade is no longer compiled and runs eagerly: {type(e).__name__}: '
+                f'{" ".join(str(e).split())[:300]}',
+                stacklevel=2,
+            )
             return outputs
 
 

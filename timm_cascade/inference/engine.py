@@ -3,6 +3,7 @@
 A `Runner` (forward hooks, the exported graph, or compiled stages) calls `OnExit` at every exit. Whoever decides which
 samples exit (a routed batch, a stream, a profile) implements `OnExit` and knows no runner; a runner knows no decision.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ class Boundary(NamedTuple):
         tensors: Every tensor that passes, often the features alone.
         rows: Rows of each tensor that belong to one sample; 0 where all samples share it.
     """
+
     features: Tensor
     tensors: list[Tensor]
     rows: Sequence[int]
@@ -49,4 +51,5 @@ class Runner(Protocol):
     """
 
     def __call__(
-            self, images: Tensor, on_exit: OnExit, start: int = 0, tensors: list[Tensor] | None = None) -> Tensor: ...
+        self, images: Tensor, on_exit: OnExit, start: int = 0, tensors: list[Tensor] | None = None
+    ) -> Tensor: ...

@@ -3,6 +3,7 @@
 Some networks keep the whole batch, or its size, in local variables of their forward, where no hook reaches it. In the
 exported graph everything that crosses an exit is visible, and its rows can be selected.
 """
+
 from __future__ import annotations
 
 import operator
@@ -45,6 +46,7 @@ class _Marked(nn.Module):
 @dataclass
 class Stage:
     """What is computed between two exits."""
+
     nodes: list[fx.Node] = field(default_factory=list)
     inputs: list[fx.Node] = field(default_factory=list)
     outputs: list[fx.Node] = field(default_factory=list)
@@ -73,12 +75,16 @@ class StagedBackbone:
     def __init__(self, backbone: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, count: int) -> None:
         self.memory_format = torch.contiguous_format if images.is_contiguous() else torch.channels_last
         # of two images: torch.export takes a dimension of 1 for a constant
-        example = torch.empty((2, *images.shape[1:]), dtype=images.dtype, device=images.device,
-                              memory_format=self.memory_format)
+        example = torch.empty(
+            (2, *images.shape[1:]), dtype=images.dtype, device=images.device, memory_format=self.memory_format
+        )
         with torch.no_grad():
             program = torch.export.export(
-                _Marked(backbone, run), (example,), dynamic_shapes={'images': {0: torch.export.Dim('batch')}},
-                strict=False)
+                _Marked(backbone, run),
+                (example,),
+                dynamic_shapes={'images': {0: torch.export.Dim('batch')}},
+                strict=False,
+            )
         signature = program.graph_signature
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         constants = signature.inputs_to_lifted_tensor_constants
@@ -157,12 +163,7 @@ class StagedBackbone:
         return False
 
     def run(
-            self,
-            backbone: nn.Module,
-            images: Tensor,
-            on_exit: OnExit,
-            start: int = 0,
-            tensors: list[Tensor] | None = None,
+        self, backbone: nn.Module, images: Tensor, on_exit: OnExit, start: int = 0, tensors: list[Tensor] | None = None
     ) -> Tensor:
         """Runs the stages from `start` on; see `engine.Runner`.
 
@@ -185,11 +186,7 @@ class StagedBackbone:
         return values[stage.features]
 
     def compute(
-            self,
-            stage: Stage,
-            values: Mapping[fx.Node, Tensor],
-            backbone: nn.Module,
-            alive: int,
+        self, stage: Stage, values: Mapping[fx.Node, Tensor], backbone: nn.Module, alive: int
     ) -> Sequence[Tensor]:
         """A stage's outputs for `alive` samples, from the tensors that came to it."""
         return stage.module(*(self._value(node, values, backbone, alive) for node in stage.inputs))

@@ -3,6 +3,7 @@
 The hooks stay on the backbone and do nothing unless `HookRunner.run` is active in the same thread, so the backbone used
 on its own is the plain timm model, and several threads may use one model.
 """
+
 from __future__ import annotations
 
 import threading
@@ -23,6 +24,7 @@ _thread = threading.local()
 
 class _ActiveRun(NamedTuple):
     """One forward of the backbone during which the hooks are active."""
+
     runner: HookRunner
     on_exit: OnExit
     start: int
@@ -64,7 +66,8 @@ class HookRunner:
     def __init__(self, backbone: nn.Module, points: Sequence[ExitPoint]) -> None:
         self.points = tuple(points)
         self._handles: list[RemovableHandle] = [
-            backbone.get_submodule(p.module).register_forward_hook(_ExitHook(self, i)) for i, p in enumerate(points)]
+            backbone.get_submodule(p.module).register_forward_hook(_ExitHook(self, i)) for i, p in enumerate(points)
+        ]
 
     def remove(self) -> None:
         """Removes the hooks from the backbone."""
@@ -72,12 +75,12 @@ class HookRunner:
             handle.remove()
 
     def run(
-            self,
-            backbone: Callable[[Tensor], Tensor],
-            images: Tensor,
-            on_exit: OnExit,
-            start: int = 0,
-            tensors: list[Tensor] | None = None,
+        self,
+        backbone: Callable[[Tensor], Tensor],
+        images: Tensor,
+        on_exit: OnExit,
+        start: int = 0,
+        tensors: list[Tensor] | None = None,
     ) -> Tensor:
         """Runs `backbone` (the network, or a function that calls it); see `engine.Runner`."""
         outer = getattr(_thread, 'run', None)

@@ -3,6 +3,7 @@
 By default forward hooks shrink the batch. Where hooks cannot (`ExitPoint.cut` says so), and once the model is compiled,
 the backbone runs as the stages that its exported graph is split into.
 """
+
 from __future__ import annotations
 
 import math
@@ -87,10 +88,7 @@ class Router:
         warnings.warn(f'the cascade runs eagerly, without compiled stages: {reason}', stacklevel=4)
 
     def collect(
-            self,
-            backbone: Callable[[Tensor], Tensor],
-            images: Tensor,
-            readers: Sequence[Callable[[Tensor], Tensor]],
+        self, backbone: Callable[[Tensor], Tensor], images: Tensor, readers: Sequence[Callable[[Tensor], Tensor]]
     ) -> tuple[list[Tensor], Tensor]:
         """What each reader makes of its exit's features, and what `backbone` returns; no sample exits early."""
         read: list[Tensor | None] = [None] * len(self.points)
@@ -105,12 +103,12 @@ class Router:
         return [r for r in read if r is not None], logits
 
     def route(
-            self,
-            backbone: nn.Module,
-            images: Tensor,
-            heads: Sequence[Callable[[Tensor], Tensor]],
-            thresholds: Sequence[float],
-            min_leave: float = 0.,
+        self,
+        backbone: nn.Module,
+        images: Tensor,
+        heads: Sequence[Callable[[Tensor], Tensor]],
+        thresholds: Sequence[float],
+        min_leave: float = 0.0,
     ) -> CascadeOutput:
         """Runs the cascade: a sample exits at the first exit whose confidence is at least its threshold.
 
@@ -143,8 +141,15 @@ class Router:
         weight = next(backbone.parameters())
         forced = compiled and self.options is not None and self.options.channels_last
         layout = torch.channels_last if forced else _memory_format(images)
-        key = (images.shape[1:], images.dtype, images.device, layout, weight.dtype, compiled,
-               torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind))
+        key = (
+            images.shape[1:],
+            images.dtype,
+            images.device,
+            layout,
+            weight.dtype,
+            compiled,
+            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        )
         with _export_lock:
             staged = self._exported.pop(key, None)
             if staged is None or staged.stale(backbone):
@@ -175,7 +180,8 @@ class Router:
         except Exception as e:  # torch.export raises whatever the network's code makes it raise
             raise RoutingError(
                 f'{type(backbone).__name__} has to be {what} {[p.module for p in self.points]}, and that failed: '
-                f'{type(e).__name__}: {" ".join(str(e).split())[:300]}') from e
+                f'{type(e).__name__}: {" ".join(str(e).split())[:300]}'
+            ) from e
 
 
 def _memory_format(images: Tensor) -> torch.memory_format:

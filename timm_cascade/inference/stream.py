@@ -3,6 +3,7 @@
 At every exit survivors wait until there are enough of them for a full batch; the run of whoever came last then carries
 on with all of them. What is left at the end of the input is carried through by a run of one image.
 """
+
 from __future__ import annotations
 
 import math
@@ -34,6 +35,7 @@ class StreamOutput(NamedTuple):
         exit: (K,) int64, the exit that answered, M for the backbone's own classifier.
         confidence: (K,) float32, max softmax of `logits`.
     """
+
     index: Tensor  # type: ignore[assignment]  # and not tuple's method
     logits: Tensor
     exit: Tensor
@@ -62,15 +64,14 @@ class _Waiting:
             ids, tensors = self.chunks.popleft()
             if len(ids) > missing:
                 # copied: a view would hold the memory of the whole chunk
-                rest = [t[missing * r:].clone() if r else t for t, r in zip(tensors, self.rows, strict=True)]
+                rest = [t[missing * r :].clone() if r else t for t, r in zip(tensors, self.rows, strict=True)]
                 self.chunks.appendleft((ids[missing:], rest))
                 ids = ids[:missing]
-                tensors = [t[:missing * r] if r else t for t, r in zip(tensors, self.rows, strict=True)]
+                tensors = [t[: missing * r] if r else t for t, r in zip(tensors, self.rows, strict=True)]
             taken.append((ids, tensors))
             missing -= len(ids)
         columns = zip(*(tensors for _, tensors in taken), strict=True)
-        return torch.cat([ids for ids, _ in taken]), [
-            merge_rows(c, r) for c, r in zip(columns, self.rows, strict=True)]
+        return torch.cat([ids for ids, _ in taken]), [merge_rows(c, r) for c, r in zip(columns, self.rows, strict=True)]
 
 
 class _Stages:
@@ -119,8 +120,9 @@ class _Stages:
             remaining = batch.exit_confident(index, boundary.features)
             waiting = self.waiting[index + 1]
             if remaining is None or len(remaining):
-                waiting.add(batch.ids, boundary.tensors if remaining is None else boundary.select(remaining),
-                            boundary.rows)
+                waiting.add(
+                    batch.ids, boundary.tensors if remaining is None else boundary.select(remaining), boundary.rows
+                )
             if waiting.count < least:
                 raise StopForward
             ids, tensors = waiting.take(self.batch_size)
@@ -128,8 +130,9 @@ class _Stages:
             return tensors
 
         try:
-            batch.finish(self.runner(tensors[0], on_exit) if stage == 0 else
-                         self.runner(self.carrier, on_exit, stage, tensors))
+            batch.finish(
+                self.runner(tensors[0], on_exit) if stage == 0 else self.runner(self.carrier, on_exit, stage, tensors)
+            )
         except StopForward:
             pass
         return batch.exited
@@ -185,6 +188,7 @@ class _InOrder:
 
 class _Cascade(NamedTuple):
     """What a stream knows of a model."""
+
     runner: Callable[[Tensor], Runner]
     prepare: Callable[[Tensor], Tensor]
     heads: Sequence[Callable[[Tensor], Tensor]]
@@ -192,16 +196,16 @@ class _Cascade(NamedTuple):
 
 
 def stream(
-        batches: Iterable[Any],
-        *,
-        runner: Callable[[Tensor], Runner],
-        prepare: Callable[[Tensor], Tensor],
-        heads: Sequence[Callable[[Tensor], Tensor]],
-        thresholds: Sequence[float],
-        batch_size: int | None = None,
-        ordered: bool = True,
-        max_held: int | None = None,
-        accelerator: Accelerator | None = None,
+    batches: Iterable[Any],
+    *,
+    runner: Callable[[Tensor], Runner],
+    prepare: Callable[[Tensor], Tensor],
+    heads: Sequence[Callable[[Tensor], Tensor]],
+    thresholds: Sequence[float],
+    batch_size: int | None = None,
+    ordered: bool = True,
+    max_held: int | None = None,
+    accelerator: Accelerator | None = None,
 ) -> Iterator[StreamOutput]:
     """See `CascadeModel.stream`.
 
@@ -224,11 +228,7 @@ def stream(
 
 @torch.no_grad()
 def _stream(
-        cascade: _Cascade,
-        share: _ProcessShard,
-        batch_size: int | None,
-        ordered: bool,
-        max_held: int | None,
+    cascade: _Cascade, share: _ProcessShard, batch_size: int | None, ordered: bool, max_held: int | None
 ) -> Iterator[StreamOutput]:
     stages: _Stages | None = None
     order: _InOrder | None = None
@@ -287,14 +287,20 @@ class _ProcessShard:
         from accelerate.data_loader import DataLoaderShard, prepare_data_loader
 
         if isinstance(batches, DataLoaderShard):
-            raise ValueError('these batches are one process\'s share already. Pass the plain loader with the '
-                             'accelerator, or the prepared one without it.')
+            raise ValueError(
+                "these batches are one process's share already. Pass the plain loader with the "
+                'accelerator, or the prepared one without it.'
+            )
         if type(batches.batch_sampler) is BatchSampler:
             assert accelerator is not None
             self.size = batches.batch_sampler.batch_size
             self.batches = prepare_data_loader(
-                batches, num_processes=self.processes, process_index=self.process, even_batches=False,
-                rng_types=accelerator.rng_types)
+                batches,
+                num_processes=self.processes,
+                process_index=self.process,
+                even_batches=False,
+                rng_types=accelerator.rng_types,
+            )
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         start = number = 0
@@ -329,5 +335,7 @@ def _raise_everywhere(results: Iterator[StreamOutput], share: _ProcessShard) -> 
     finally:
         failures = gather_object([failure])
         if failure is None and any(failures):
-            raise RuntimeError('the stream is not whole: ' + '; '.join(
-                f'process {i} failed ({f})' for i, f in enumerate(failures) if f))
+            raise RuntimeError(
+                'the stream is not whole: '
+                + '; '.join(f'process {i} failed ({f})' for i, f in enumerate(failures) if f)
+            )

@@ -1,4 +1,5 @@
 """One full pass over held-out images: how sure and how right every exit is."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,7 @@ __all__ = ['calibrate', 'record']
 
 @torch.no_grad()
 def record(
-        model: CascadeModel,
-        data: Dataset,
-        batch_size: int = 256,
-        workers: int = 0,
-        accelerator: Accelerator | None = None,
+    model: CascadeModel, data: Dataset, batch_size: int = 256, workers: int = 0, accelerator: Accelerator | None = None
 ) -> dict[str, np.ndarray]:
     """Confidence (n, M+1) float32, correct and agreement (n, M+1) bool of every exit, in the data's order.
 
@@ -55,18 +52,20 @@ def record(
     if (labels == UNLABELLED).all():
         return dict(confidence=confidences, agreement=agreement)
     if labels.min() < 0 or labels.max() >= model.num_classes:
-        raise ValueError(f'labels go from {labels.min()} to {labels.max()}, the model has the classes '
-                         f'0..{model.num_classes - 1}; these images belong to other classes.')
+        raise ValueError(
+            f'labels go from {labels.min()} to {labels.max()}, the model has the classes '
+            f'0..{model.num_classes - 1}; these images belong to other classes.'
+        )
     return dict(confidence=confidences, correct=answers == labels[:, None], agreement=agreement)
 
 
 def calibrate(
-        model: CascadeModel,
-        held_out: Dataset,
-        *,
-        batch_size: int = 256,
-        workers: int = 0,
-        accelerator: Accelerator | None = None,
+    model: CascadeModel,
+    held_out: Dataset,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    accelerator: Accelerator | None = None,
 ) -> Calibration:
     """Measures every exit on images that neither backbone nor heads were trained on.
 
@@ -83,16 +82,27 @@ def calibrate(
     arrays.setdefault('correct', arrays['agreement'])  # without labels the full network is taken to be right
     config = resolve_input_data_config(model)
     provenance: dict[str, Any] = dict(
-        data=getattr(held_out, 'name', type(held_out).__name__), split=getattr(held_out, 'split', ''),
+        data=getattr(held_out, 'name', type(held_out).__name__),
+        split=getattr(held_out, 'split', ''),
         labelled=labelled,
-                input_size=list(config['input_size']), mean=list(config['mean']), std=list(config['std']),
-        interpolation=config['interpolation'], crop_pct=config['crop_pct'],
+        input_size=list(config['input_size']),
+        mean=list(config['mean']),
+        std=list(config['std']),
+        interpolation=config['interpolation'],
+        crop_pct=config['crop_pct'],
         dtype=str(next(model.parameters()).dtype).removeprefix('torch.'),
-        versions=dict(timm_cascade=__version__, timm=timm.__version__, torch=torch.__version__))
+        versions=dict(timm_cascade=__version__, timm=timm.__version__, torch=torch.__version__),
+    )
     calibration = Calibration(
-        **arrays, stage_cost=model.stage_macs(), head_cost=model.head_macs(),
-        backbone_cost=float(model.exits[-1].total), exits=tuple(p.module for p in model.exits),
-        num_classes=model.num_classes, heads_hash=model.heads_hash(), provenance=provenance)
+        **arrays,
+        stage_cost=model.stage_macs(),
+        head_cost=model.head_macs(),
+        backbone_cost=float(model.exits[-1].total),
+        exits=tuple(p.module for p in model.exits),
+        num_classes=model.num_classes,
+        heads_hash=model.heads_hash(),
+        provenance=provenance,
+    )
     model.calibration = calibration
     model.table = calibration.table(reference='labels' if labelled else 'backbone')
     return calibration

@@ -1,4 +1,5 @@
 """What a cascade does on images: accuracy, computation, exits, and time beside its own backbone."""
+
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ class EveryExit:
         oracle_accuracy, oracle_macs_share: Of a policy that knows the labels: each image leaves at the first exit that
             is right, or at exit 0 where none is. No thresholds can do better with these heads.
     """
+
     accuracy: tuple[float, ...]
     auroc: tuple[float, ...]
     oracle_accuracy: float
@@ -51,6 +53,7 @@ class Report:
         survivors: (M+1,) share of the images that come to each exit.
         every_exit: What each exit does on all images, and the best any policy could do; None if not asked for.
     """
+
     n: int
     thresholds: tuple[float, ...]
     accuracy: float
@@ -67,12 +70,14 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it: None for a closed exit and for what was not measured."""
+
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
                 return {k: plain(v) for k, v in value.items()}
             if isinstance(value, (tuple, list)):
                 return [plain(v) for v in value]
             return None if isinstance(value, float) and not np.isfinite(value) else value
+
         return plain(asdict(self))
 
 
@@ -84,13 +89,13 @@ def _timed(call: Any, images: Tensor) -> tuple[Any, float]:
 
 @torch.inference_mode()
 def evaluate(
-        model: CascadeModel,
-        data: Dataset,
-        *,
-        batch_size: int = 256,
-        workers: int = 0,
-        title: str = 'images',
-        every_exit: bool = False,
+    model: CascadeModel,
+    data: Dataset,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    title: str = 'images',
+    every_exit: bool = False,
 ) -> Report:
     """Runs cascade and backbone over the images, side by side, at the active thresholds.
 
@@ -107,7 +112,8 @@ def evaluate(
     exits, right, full_right, ratios, weights = [], [], [], [], []
     try:
         for i, (images, target) in enumerate(
-                tqdm(create_loader(model, data, batch_size, workers), desc=title, leave=False)):
+            tqdm(create_loader(model, data, batch_size, workers), desc=title, leave=False)
+        ):
             images = images.to(device)
             if i == 0:  # the first batch warms both up
                 model.backbone(images), model.predict(images)
@@ -142,7 +148,8 @@ def evaluate(
         time_share=float(np.median(whole)),
         exit_shares=tuple(float((exit_of == m).mean()) for m in range(count)),
         exit_accuracy=tuple(
-            float(correct[exit_of == m].mean()) if (exit_of == m).any() else float('nan') for m in range(count)),
+            float(correct[exit_of == m].mean()) if (exit_of == m).any() else float('nan') for m in range(count)
+        ),
         survivors=tuple(float((exit_of >= m).mean()) for m in range(count)),
         every_exit=_every_exit(model, data, batch_size, workers) if every_exit else None,
     )

@@ -1,4 +1,5 @@
 """What each part of a cascade costs by the clock."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -16,17 +17,11 @@ from ..version import __version__
 
 __all__ = ['profile']
 
-NEVER = 2.  # a threshold that no confidence reaches: exits decide, and nobody leaves
+NEVER = 2.0  # a threshold that no confidence reaches: exits decide, and nobody leaves
 
 
 @torch.no_grad()
-def profile(
-        model: CascadeModel,
-        *,
-        batch_size: int = 64,
-        repeats: int = 20,
-        images: Tensor | None = None,
-) -> Profile:
+def profile(model: CascadeModel, *, batch_size: int = 64, repeats: int = 20, images: Tensor | None = None) -> Profile:
     """Measures stages, heads and cuts where the model is, in its dtype, compiled if it is.
 
     The plain backbone takes turns with the stages, and the figures are medians. The result is also kept in
@@ -68,13 +63,18 @@ def profile(
     medians = np.median(np.array(parts), axis=0) / len(images)
     count = len(model.exits)
     result = Profile(
-        device=device_name(images.device), dtype=str(weight.dtype).removeprefix('torch.'), batch_size=len(images),
-        compiled=model.compiled, exits=tuple(p.module for p in model.exits),
-        stage_seconds=tuple(medians[:count + 1].tolist()),
-        head_seconds=tuple(medians[count + 1:2 * count + 1].tolist()),
-        cut_seconds=tuple(medians[2 * count + 1:].tolist()),
-        backbone_seconds=float(np.median(whole)) / len(images), repeats=repeats,
-        versions=dict(timm_cascade=__version__, timm=timm.__version__, torch=str(torch.__version__)))
+        device=device_name(images.device),
+        dtype=str(weight.dtype).removeprefix('torch.'),
+        batch_size=len(images),
+        compiled=model.compiled,
+        exits=tuple(p.module for p in model.exits),
+        stage_seconds=tuple(medians[: count + 1].tolist()),
+        head_seconds=tuple(medians[count + 1 : 2 * count + 1].tolist()),
+        cut_seconds=tuple(medians[2 * count + 1 :].tolist()),
+        backbone_seconds=float(np.median(whole)) / len(images),
+        repeats=repeats,
+        versions=dict(timm_cascade=__version__, timm=timm.__version__, torch=str(torch.__version__)),
+    )
     model.profiles = [p for p in model.profiles if _kind(p) != _kind(result)] + [result]
     return result
 
@@ -90,8 +90,8 @@ def _kind(p: Profile) -> tuple[str, str, int, bool]:
 def _parts(model: CascadeModel, runner: Runner, images: Tensor) -> list[float]:
     """Seconds of the M+1 stages, the M heads and the M cuts, one after the other."""
     device, count = images.device, len(model.exits)
-    began = 0.
-    stages, heads, cuts = [0.] * (count + 1), [0.] * count, [0.] * count
+    began = 0.0
+    stages, heads, cuts = [0.0] * (count + 1), [0.0] * count, [0.0] * count
     batch = ActiveBatch(torch.arange(len(images), device=device), list(model.heads), [NEVER] * count)
     keep = torch.arange(min(1, len(images) - 1), len(images), device=device)  # all but one, or the only one
 

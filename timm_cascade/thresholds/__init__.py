@@ -1,4 +1,5 @@
 """From calibration arrays to thresholds one can trust: pure numpy, knows no model."""
+
 from __future__ import annotations
 
 from ..errors import PointNotFoundError, TableFormatError, TableMismatchError, ThresholdError
@@ -12,7 +13,24 @@ from .table import ThresholdTable
 from .timing import Profile, Saving, in_time, profiles_from_json, profiles_to_json, savings
 
 __all__ = [
-    'Calibration', 'OperatingPoint', 'Outcome', 'PointNotFoundError', 'Profile', 'Saving', 'TableFormatError',
-    'TableMismatchError', 'ThresholdError', 'ThresholdTable', 'at_cost', 'certified', 'in_time', 'joint', 'outcome',
-    'per_exit', 'profiles_from_json', 'profiles_to_json', 'route', 'savings',
+    'Calibration',
+    'OperatingPoint',
+    'Outcome',
+    'PointNotFoundError',
+    'Profile',
+    'Saving',
+    'TableFormatError',
+    'TableMismatchError',
+    'ThresholdError',
+    'ThresholdTable',
+    'at_cost',
+    'certified',
+    'in_time',
+    'joint',
+    'outcome',
+    'per_exit',
+    'profiles_from_json',
+    'profiles_to_json',
+    'route',
+    'savings',
 ]

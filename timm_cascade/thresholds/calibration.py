@@ -1,4 +1,5 @@
 """Confidence and correctness of held-out samples at every exit: what the dial is set from."""
+
 from __future__ import annotations
 
 import json
@@ -46,6 +47,7 @@ class Calibration:
         heads_hash: Identifies the trained heads.
         provenance: JSON values: data set, split, transform, input_size, dtype, versions, ...
     """
+
     confidence: NDArray[np.float32]
     correct: BoolArray
     agreement: BoolArray
@@ -63,13 +65,15 @@ class Calibration:
         if ((c < 0) | (c > 1)).any():
             raise ThresholdError(
                 f'confidence goes from {np.nanmin(c):g} to {np.nanmax(c):g}; expected max softmax, between 0 and 1. '
-                f'Were logits passed?')
+                f'Were logits passed?'
+            )
         if not agreement[:, -1].all():
             raise ThresholdError('the last column of agreement must be all True: the full network agrees with itself.')
         if len(self.exits) != c.shape[1] - 1:
             raise ThresholdError(
                 f'{len(self.exits)} exits for {c.shape[1]} columns of confidence; expected a column per exit and one '
-                f'for the final exit.')
+                f'for the final exit.'
+            )
         stage, head = check_costs(self.stage_cost, self.head_cost, len(self.exits))
         if not (math.isfinite(self.backbone_cost) and self.backbone_cost > 0):
             raise ThresholdError(f'backbone_cost is {self.backbone_cost!r}; expected a number above 0.')
@@ -80,9 +84,16 @@ class Calibration:
         except (TypeError, ValueError) as error:
             raise ThresholdError(f'provenance must hold JSON values only: {error}.') from error
         for name, value in dict(
-                confidence=c.astype(np.float32, copy=False), correct=correct, agreement=agreement, stage_cost=stage,
-                head_cost=head, backbone_cost=float(self.backbone_cost), exits=tuple(self.exits),
-                num_classes=int(self.num_classes), provenance=provenance).items():
+            confidence=c.astype(np.float32, copy=False),
+            correct=correct,
+            agreement=agreement,
+            stage_cost=stage,
+            head_cost=head,
+            backbone_cost=float(self.backbone_cost),
+            exits=tuple(self.exits),
+            num_classes=int(self.num_classes),
+            provenance=provenance,
+        ).items():
             object.__setattr__(self, name, value)
 
     @property
@@ -91,12 +102,7 @@ class Calibration:
         return len(self.confidence)
 
     def point(
-            self,
-            max_drop: float,
-            rule: str = 'certified',
-            level: float = 0.9,
-            reference: str = 'labels',
-            seed: int = 0,
+        self, max_drop: float, rule: str = 'certified', level: float = 0.9, reference: str = 'labels', seed: int = 0
     ) -> OperatingPoint:
         """Thresholds for an accuracy that may be given up, and what to expect of them.
 
@@ -135,21 +141,22 @@ class Calibration:
         """
         right = self._right(reference)
         if not 0 < fraction:
-            raise ThresholdError(f'fraction is {fraction!r}; expected a share of the backbone\'s cost, such as 0.5.')
+            raise ThresholdError(f"fraction is {fraction!r}; expected a share of the backbone's cost, such as 0.5.")
         try:
             choice = cost_dial(
-                self.confidence, right, self.stage_cost, fraction * self.backbone_cost, head_cost=self.head_cost)
+                self.confidence, right, self.stage_cost, fraction * self.backbone_cost, head_cost=self.head_cost
+            )
         except ThresholdError as error:
             raise ThresholdError(f'a share of {fraction:g} of the backbone is out of reach: {error}') from error
         return self._describe(choice, 'cost', None, 0.9, reference)
 
     def table(
-            self,
-            rule: str | Sequence[str] = ('per_exit', 'joint', 'certified'),
-            max_drops: Sequence[float] = (0.0025, 0.005, 0.01, 0.02, 0.05),
-            level: float = 0.9,
-            reference: str = 'labels',
-            seed: int = 0,
+        self,
+        rule: str | Sequence[str] = ('per_exit', 'joint', 'certified'),
+        max_drops: Sequence[float] = (0.0025, 0.005, 0.01, 0.02, 0.05),
+        level: float = 0.9,
+        reference: str = 'labels',
+        seed: int = 0,
     ) -> ThresholdTable:
         """Operating points of one rule or several, to travel with the heads.
 
@@ -161,20 +168,33 @@ class Calibration:
             points = tuple(self.point(d, r, level, reference, seed) for r in rules for d in max_drops)
         size = self.provenance.get('input_size')
         return ThresholdTable(
-            exits=self.exits, num_classes=self.num_classes, heads_hash=self.heads_hash,
-            input_size=None if size is None else tuple(size), points=points, provenance=self.provenance)
+            exits=self.exits,
+            num_classes=self.num_classes,
+            heads_hash=self.heads_hash,
+            input_size=None if size is None else tuple(size),
+            points=points,
+            provenance=self.provenance,
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes one .safetensors file; an existing one is replaced in one step."""
         from safetensors.numpy import save_file
 
         tensors = dict(
-            confidence=np.ascontiguousarray(self.confidence), correct=np.packbits(self.correct),
-            agreement=np.packbits(self.agreement), stage_cost=np.ascontiguousarray(self.stage_cost),
-            head_cost=np.ascontiguousarray(self.head_cost))
+            confidence=np.ascontiguousarray(self.confidence),
+            correct=np.packbits(self.correct),
+            agreement=np.packbits(self.agreement),
+            stage_cost=np.ascontiguousarray(self.stage_cost),
+            head_cost=np.ascontiguousarray(self.head_cost),
+        )
         rest = dict(
-            format_version=FORMAT_VERSION, backbone_cost=self.backbone_cost, exits=list(self.exits),
-            num_classes=self.num_classes, heads_hash=self.heads_hash, provenance=dict(self.provenance))
+            format_version=FORMAT_VERSION,
+            backbone_cost=self.backbone_cost,
+            exits=list(self.exits),
+            num_classes=self.num_classes,
+            heads_hash=self.heads_hash,
+            provenance=dict(self.provenance),
+        )
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={'calibration': json.dumps(rest, sort_keys=True)})
 
@@ -195,7 +215,8 @@ class Calibration:
             if version != FORMAT_VERSION:
                 raise TableFormatError(
                     f'{path} has format version {version!r}, known here is {FORMAT_VERSION}; upgrade timm_cascade, or '
-                    f'calibrate again.')
+                    f'calibrate again.'
+                )
             shape = tensors['confidence'].shape
             for name in ('correct', 'agreement'):
                 if tensors[name].size != -(-math.prod(shape) // 8):
@@ -211,13 +232,24 @@ class Calibration:
         return self.correct if reference == 'labels' else self.agreement
 
     def _describe(
-            self, choice: Choice, rule: str, max_drop: float | None, level: float, reference: str) -> OperatingPoint:
+        self, choice: Choice, rule: str, max_drop: float | None, level: float, reference: str
+    ) -> OperatingPoint:
         measured = choice.measured
         certified = rule == 'certified'
         return OperatingPoint(
-            rule=rule, max_drop=max_drop, level=level if certified else None, certified=certified,
-            reference=reference, thresholds=tuple(choice.thresholds.tolist()), accuracy=measured.accuracy,
-            full_accuracy=measured.full_accuracy, drop=measured.drop,
+            rule=rule,
+            max_drop=max_drop,
+            level=level if certified else None,
+            certified=certified,
+            reference=reference,
+            thresholds=tuple(choice.thresholds.tolist()),
+            accuracy=measured.accuracy,
+            full_accuracy=measured.full_accuracy,
+            drop=measured.drop,
             drop_interval=drop_interval(measured.harmful, measured.helpful, measured.n, level),
-            cost=measured.cost, cost_share=measured.cost / self.backbone_cost, exit_shares=measured.exit_shares,
-            n=self.n, measured_on=measured.n)
+            cost=measured.cost,
+            cost_share=measured.cost / self.backbone_cost,
+            exit_shares=measured.exit_shares,
+            n=self.n,
+            measured_on=measured.n,
+        )

@@ -1,4 +1,5 @@
 """Checks that every rule makes before it starts; each message says what was given, what is expected, what to do."""
+
 from __future__ import annotations
 
 import math
@@ -11,8 +12,16 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import ThresholdError
 
 __all__ = [
-    'BoolArray', 'FloatArray', 'IntArray', 'check_costs', 'check_level', 'check_max_drop', 'check_samples',
-    'check_thresholds', 'exact', 'losses_allowed',
+    'BoolArray',
+    'FloatArray',
+    'IntArray',
+    'check_costs',
+    'check_level',
+    'check_max_drop',
+    'check_samples',
+    'check_thresholds',
+    'exact',
+    'losses_allowed',
 ]
 
 FloatArray = NDArray[np.floating[Any]]
@@ -30,16 +39,19 @@ def check_samples(confidence: ArrayLike, correct: ArrayLike) -> tuple[FloatArray
     if c.ndim != 2 or c.shape[0] < 1 or c.shape[1] < 2:
         raise ThresholdError(
             f'confidence has shape {c.shape}; expected (n, M+1): a row per sample, a column per exit and one for the '
-            f'final exit, with n >= 1 and M >= 1.')
+            f'final exit, with n >= 1 and M >= 1.'
+        )
     if r.shape != c.shape:
         raise ThresholdError(
             f'correct has shape {r.shape}, confidence {c.shape}; they must agree. Pass whether each exit was right, '
-            f'not the labels.')
+            f'not the labels.'
+        )
     if r.dtype != np.bool_:
         if r.dtype.kind not in 'iuf' or not np.isin(r, (0, 1)).all():
             raise ThresholdError(
                 f'correct must hold only True/False or 0/1, got dtype {r.dtype}. Pass whether each exit was right, '
-                f'not the labels.')
+                f'not the labels.'
+            )
         r = r.astype(np.bool_)
     if np.isinf(c).any():
         raise ThresholdError('confidence holds infinite values; expected max softmax, between 0 and 1 (or NaN).')
@@ -52,7 +64,8 @@ def check_thresholds(thresholds: ArrayLike, exits: int) -> FloatArray:
     if t.shape != (exits,):
         raise ThresholdError(
             f'thresholds have shape {t.shape}; expected ({exits},), one for each exit before the final one, which '
-            f'needs none.')
+            f'needs none.'
+        )
     if np.isnan(t).any():
         raise ThresholdError(f'thresholds hold NaN: {t.tolist()}; use inf to close an exit.')
     return t
@@ -64,7 +77,8 @@ def check_costs(stage_cost: ArrayLike, head_cost: ArrayLike | None, exits: int) 
     if stage.shape != (exits + 1,):
         raise ThresholdError(
             f'stage_cost has shape {stage.shape}; expected ({exits + 1},), a stage up to each of {exits} exits and one '
-            f'to the end.')
+            f'to the end.'
+        )
     if not np.isfinite(stage).all() or (stage < 0).any() or stage.sum() <= 0:
         raise ThresholdError(f'stage_cost must be finite, not negative and not all zero, got {stage.tolist()}.')
     if head_cost is None:
@@ -76,7 +90,8 @@ def check_costs(stage_cost: ArrayLike, head_cost: ArrayLike | None, exits: int) 
     if not np.isfinite(head).all() or (head < 0).any() or (head > stage[:-1] * (1 + 1e-9)).any():
         raise ThresholdError(
             f'head_cost must lie between 0 and stage_cost (which includes the head), got {head.tolist()} for stages '
-            f'{stage[:-1].tolist()}.')
+            f'{stage[:-1].tolist()}.'
+        )
     return stage, head
 
 
@@ -85,7 +100,8 @@ def check_max_drop(max_drop: float) -> float:
     value = _number('max_drop', max_drop)
     if not 0 <= value <= 1:
         raise ThresholdError(
-            f'max_drop is {max_drop!r}; expected a fraction between 0 and 1. One percentage point is 0.01.')
+            f'max_drop is {max_drop!r}; expected a fraction between 0 and 1. One percentage point is 0.01.'
+        )
     return value
 
 

@@ -1,4 +1,5 @@
 """What a rule hands back inside this room: thresholds, and what they do to samples that did not choose them."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -12,5 +13,6 @@ __all__ = ['Choice']
 @dataclass(frozen=True)
 class Choice:
     """Thresholds (M,) and their measured outcome."""
+
     thresholds: FloatArray
     measured: Outcome

@@ -1,4 +1,5 @@
 """Exact search over two exits at a time, all others held fixed."""
+
 from __future__ import annotations
 
 from itertools import combinations
@@ -15,11 +16,7 @@ Grid = NDArray[np.float64]
 
 
 def descend(
-        problem: Problem,
-        levels: Levels,
-        allowed: float = np.inf,
-        budget: float | None = None,
-        sweeps: int = 10,
+    problem: Problem, levels: Levels, allowed: float = np.inf, budget: float | None = None, sweeps: int = 10
 ) -> Levels:
     """Lowers the cost, two thresholds at a time, while no more than `allowed` samples are lost on balance.
 
@@ -40,10 +37,10 @@ def descend(
         """Smaller is better: how far from feasible, then the aim, then the tie-breaker."""
         cost = round(cost / scale, 12)  # sums in different orders differ in the last digits
         if budget is None:
-            return max(0., lost - allowed), cost, lost
-        return max(0., cost - round(budget / scale, 12)), lost, cost
+            return max(0.0, lost - allowed), cost, lost
+        return max(0.0, cost - round(budget / scale, 12)), lost, cost
 
-    scale = float(problem.n * (problem.stage_cost.sum() or 1.))
+    scale = float(problem.n * (problem.stage_cost.sum() or 1.0))
     best = rank(*problem.measure(levels))
     quiet = 0
     for _ in range(sweeps):
@@ -77,8 +74,8 @@ def tables(problem: Problem, levels: Levels, a: int, b: int) -> tuple[Grid, Grid
     default = np.full(p.n, p.exits)
     for m in reversed(out):
         default[p.codes[m] >= levels[m]] = m
-    heads = np.where(is_open, p.head_cost, 0.)
-    heads[[a, b]] = 0.
+    heads = np.where(is_open, p.head_cost, 0.0)
+    heads[[a, b]] = 0.0
     costs = p.bare + np.append(np.cumsum(heads), heads.sum())
     right = p.right
     samples = np.arange(p.n)
@@ -94,7 +91,7 @@ def tables(problem: Problem, levels: Levels, a: int, b: int) -> tuple[Grid, Grid
     gain_cost = _from_top(x, costs[a] - costs[default[reach]], size)
     gain_lost = _from_top(x, value[reach] - right[a][reach], size)
     toll = np.full(size, p.head_cost[a] * len(reach))
-    toll[-1] = 0.
+    toll[-1] = 0.0
     if a == b:
         return base_cost + gain_cost + toll, base_lost + gain_lost
 

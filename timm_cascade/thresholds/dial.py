@@ -1,4 +1,5 @@
 """What a calibrated model chooses its thresholds from: a calibration or a table, and the times of its parts."""
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -24,6 +25,7 @@ class Setup(NamedTuple):
         dtype: Data type of the weights, such as `float32`.
         compiled: Whether the stages are compiled.
     """
+
     device: str
     dtype: str
     compiled: bool
@@ -48,24 +50,20 @@ class Dial:
         self.__init__()  # type: ignore[misc]
 
     def choose(
-            self,
-            max_drop: float,
-            rule: str = 'certified',
-            level: float = 0.9,
-            reference: str | None = None,
-            cost: str = 'macs',
-            setup: Setup | None = None,
+        self,
+        max_drop: float,
+        rule: str = 'certified',
+        level: float = 0.9,
+        reference: str | None = None,
+        cost: str = 'macs',
+        setup: Setup | None = None,
     ) -> OperatingPoint:
         """Thresholds for an accuracy that may be given up; see `CascadeModel.set_max_drop`."""
         source = self._source(cost, setup)
         return source.point(max_drop, rule=rule, level=level, reference=_reference(source, reference))
 
     def choose_by_cost(
-            self,
-            fraction: float,
-            reference: str | None = None,
-            cost: str = 'macs',
-            setup: Setup | None = None,
+        self, fraction: float, reference: str | None = None, cost: str = 'macs', setup: Setup | None = None
     ) -> OperatingPoint:
         """Thresholds for a share of the backbone's cost; see `CascadeModel.set_cost`."""
         source = self._source(cost, setup)
@@ -84,7 +82,9 @@ class Dial:
             f'exit {s.exit} saves {s.macs:,.0f} MACs per image and costs {-1e6 * s.seconds:.1f} us, on '
             f'{profile.device} with batches of {profile.batch_size}. Close it, or use '
             f'set_max_drop(..., cost="time").'
-            for s in savings(self.calibration, profile, thresholds) if s.macs > 0 >= s.seconds]
+            for s in savings(self.calibration, profile, thresholds)
+            if s.macs > 0 >= s.seconds
+        ]
 
     def _source(self, cost: str, setup: Setup | None) -> Calibration | ThresholdTable:
         if cost not in COSTS:
@@ -93,7 +93,8 @@ class Dial:
         if source is None:
             raise NotCalibratedError(
                 'this cascade is not calibrated. Run timm_cascade.calibrate(model, held_out) or '
-                '`timm-cascade calibrate FOLDER --data DATA` on images it was not trained on.')
+                '`timm-cascade calibrate FOLDER --data DATA` on images it was not trained on.'
+            )
         if cost == 'macs':
             return source
         profile = self.profile_for(setup)
@@ -102,13 +103,16 @@ class Dial:
             raise NotCalibratedError(
                 f'to save time the cascade needs calibration and profile, and it has no {missing}. Run '
                 f'timm_cascade.{"calibrate(model, held_out)" if profile is not None else "profile(model)"}, with the '
-                f'model on the device, in the dtype and compiled or not as it will be used.')
+                f'model on the device, in the dtype and compiled or not as it will be used.'
+            )
         return in_time(self.calibration, profile)
 
 
 def _reference(source: Calibration | ThresholdTable, asked: str | None) -> str:
     labelled = source.provenance.get('labelled', True)
     if asked == 'labels' and not labelled:
-        raise ValueError('this cascade was calibrated without labels: accuracy cannot be promised, only agreement with '
-                         'the full network. Use reference="backbone", or calibrate with labels.')
+        raise ValueError(
+            'this cascade was calibrated without labels: accuracy cannot be promised, only agreement with '
+            'the full network. Use reference="backbone", or calibrate with labels.'
+        )
     return asked or ('labels' if labelled else 'backbone')

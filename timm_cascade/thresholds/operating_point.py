@@ -1,4 +1,5 @@
 """One setting of the dial, and what may be expected of it."""
+
 from __future__ import annotations
 
 import math
@@ -40,6 +41,7 @@ class OperatingPoint:
         measured_on: Samples that the figures were measured on.
         extra: Keys of a stored point that this version does not know.
     """
+
     rule: str
     max_drop: float | None
     level: float | None
@@ -67,7 +69,8 @@ class OperatingPoint:
         return (
             f'{asked}: {what} {100 * self.accuracy:.2f} % (full network {100 * self.full_accuracy:.2f} %), drop '
             f'{100 * self.drop:.2f} % [{100 * low:.2f}, {100 * high:.2f}], cost {100 * self.cost_share:.1f} % of the '
-            f'backbone, exits answer {shares} %, n = {self.n}')
+            f'backbone, exits answer {shares} %, n = {self.n}'
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; a closed exit is None."""
@@ -101,20 +104,22 @@ class OperatingPoint:
         if known['rule'] not in RULES or known['reference'] not in ('labels', 'backbone'):
             raise TableFormatError(
                 f'rule {known["rule"]!r} with reference {known["reference"]!r}; expected one of {", ".join(RULES)} '
-                f'with labels or backbone.')
+                f'with labels or backbone.'
+            )
         if (known['rule'] == 'cost') != (known['max_drop'] is None):
             raise TableFormatError(f'rule {known["rule"]!r} does not go with max_drop {known["max_drop"]!r}.')
         if not isinstance(known['certified'], bool) or (known['certified'] and known['level'] is None):
             raise TableFormatError('certified must be true or false, and a certified point needs its level.')
         known['thresholds'] = tuple(
-            math.inf if t is None else _number('threshold', t, 0, 1) for t in _list('thresholds', known['thresholds']))
-        known['exit_shares'] = tuple(
-            _number('exit share', s, 0, 1) for s in _list('exit_shares', known['exit_shares']))
+            math.inf if t is None else _number('threshold', t, 0, 1) for t in _list('thresholds', known['thresholds'])
+        )
+        known['exit_shares'] = tuple(_number('exit share', s, 0, 1) for s in _list('exit_shares', known['exit_shares']))
         interval = _list('drop_interval', known['drop_interval'])
         if len(interval) != 2 or len(known['exit_shares']) != len(known['thresholds']) + 1:
             raise TableFormatError(
                 f'{len(known["thresholds"])} thresholds, {len(known["exit_shares"])} exit shares and a drop_interval '
-                f'of {len(interval)} numbers do not fit together; expected M, M+1 and 2.')
+                f'of {len(interval)} numbers do not fit together; expected M, M+1 and 2.'
+            )
         known['drop_interval'] = (_number('drop_interval', interval[0]), _number('drop_interval', interval[1]))
         return cls(**known, extra={key: value for key, value in values.items() if key not in names})
 

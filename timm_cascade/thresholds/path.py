@@ -1,4 +1,5 @@
 """A nested path of threshold vectors, from nobody leaves to bold: greedily, the cheapest loss first."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from .routing import Outcome, exit_costs
 
 __all__ = ['Along', 'follow', 'greedy_path', 'nested_path']
 
-CAUTION = 4.
+CAUTION = 4.0
 GRID = 256
 
 
@@ -58,7 +59,8 @@ class _Greedy:
         self.order = [np.argsort(c, kind='stable') for c in problem.codes]
         self.start = [
             np.searchsorted(c[o], np.arange(size + 1))
-            for c, o, size in zip(problem.codes, self.order, problem.closed, strict=True)]
+            for c, o, size in zip(problem.codes, self.order, problem.closed, strict=True)
+        ]
         self.counts = [np.zeros((size, problem.exits + 1)) for size in problem.closed]  # by level and present exit
         self.losses = [np.zeros(size) for size in problem.closed]
         self.flips = [np.zeros(size) for size in problem.closed]
@@ -76,8 +78,9 @@ class _Greedy:
                 continue
             code, size = p.codes[m][chosen], len(self.losses[m])
             change = now[keep] - p.right[m][chosen]
-            self.counts[m] += sign * np.bincount(
-                code * width + present[keep], minlength=size * width).reshape(size, width)
+            self.counts[m] += sign * np.bincount(code * width + present[keep], minlength=size * width).reshape(
+                size, width
+            )
             self.losses[m] += sign * np.bincount(code, change, minlength=size)
             self.flips[m] += sign * np.bincount(code, change != 0, minlength=size)
 
@@ -91,10 +94,10 @@ class _Greedy:
             top = int(self.levels[m])
             if not top:
                 continue
-            saved = np.cumsum((self.counts[m][:top, m + 1:] @ (costs[m + 1:] - costs[m]))[::-1])
+            saved = np.cumsum((self.counts[m][:top, m + 1 :] @ (costs[m + 1 :] - costs[m]))[::-1])
             if top >= p.closed[m]:
                 # Opening the exit makes all who reach it pay for its head; those who leave there pay it too.
-                saved -= p.head_cost[m] * answered[m + 1:].sum()
+                saved -= p.head_cost[m] * answered[m + 1 :].sum()
             flips = np.cumsum(self.flips[m][:top][::-1])
             lost = np.cumsum(self.losses[m][:top][::-1]) + self.caution * np.sqrt(flips + 1)
             with np.errstate(divide='ignore', invalid='ignore'):
@@ -111,7 +114,7 @@ class _Greedy:
             m, level = self._best()
             if m < 0:
                 return path
-            moved = self.order[m][self.start[m][level]:self.start[m][self.levels[m]]]
+            moved = self.order[m][self.start[m][level] : self.start[m][self.levels[m]]]
             moved = moved[self.exit[moved] > m]
             self._add(moved, -1, self.p.exits)
             self.exit[moved] = m
@@ -123,6 +126,7 @@ class _Greedy:
 @dataclass(frozen=True)
 class Along:
     """What each of K nested threshold vectors does to n samples: counts (K,), exits (K, M+1), expected cost (K,)."""
+
     harmful: IntArray
     helpful: IntArray
     exits: IntArray
@@ -134,17 +138,19 @@ class Along:
         """Of one of the vectors."""
         lost = int(self.harmful[k] - self.helpful[k])
         return Outcome(
-            accuracy=(self.full - lost) / self.n, full_accuracy=self.full / self.n, drop=lost / self.n,
-            cost=float(self.cost[k]), exit_shares=tuple((self.exits[k] / self.n).tolist()),
-            harmful=int(self.harmful[k]), helpful=int(self.helpful[k]), n=self.n)
+            accuracy=(self.full - lost) / self.n,
+            full_accuracy=self.full / self.n,
+            drop=lost / self.n,
+            cost=float(self.cost[k]),
+            exit_shares=tuple((self.exits[k] / self.n).tolist()),
+            harmful=int(self.harmful[k]),
+            helpful=int(self.helpful[k]),
+            n=self.n,
+        )
 
 
 def follow(
-        path: FloatArray,
-        confidence: FloatArray,
-        correct: BoolArray,
-        stage_cost: FloatArray,
-        head_cost: FloatArray,
+    path: FloatArray, confidence: FloatArray, correct: BoolArray, stage_cost: FloatArray, head_cost: FloatArray
 ) -> Along:
     """Measures all of a nested path at once: every sample only moves from later exits to earlier ones.
 
@@ -176,6 +182,6 @@ def follow(
     interval(shares[:, -1], np.zeros(n, dtype=np.intp), until)
     harmful, helpful, shares = (np.cumsum(x, axis=0)[:steps] for x in (harmful, helpful, shares))
     paid = np.broadcast_to(stage_cost, (steps, exits + 1)).copy()
-    paid[:, :-1] -= np.where(np.isinf(path), head_cost, 0.)
+    paid[:, :-1] -= np.where(np.isinf(path), head_cost, 0.0)
     cost = (shares * np.cumsum(paid, axis=1)).sum(axis=1) / n
     return Along(harmful, helpful, shares, cost, n, int(full.sum()))

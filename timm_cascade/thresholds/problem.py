@@ -4,6 +4,7 @@ Exit m's candidate thresholds are `values[m][0] < values[m][1] < ...`, all of th
 for values[m][g], and level len(values[m]) for a closed exit. `codes[m]` gives the level of every sample, -1 for NaN,
 such that a sample leaves at a level k iff its code is at least k.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -39,12 +40,12 @@ class Problem:
     """
 
     def __init__(
-            self,
-            confidence: FloatArray,
-            correct: BoolArray,
-            stage_cost: FloatArray,
-            head_cost: FloatArray,
-            values: list[FloatArray] | int,
+        self,
+        confidence: FloatArray,
+        correct: BoolArray,
+        stage_cost: FloatArray,
+        head_cost: FloatArray,
+        values: list[FloatArray] | int,
     ):
         self.n, self.exits = len(confidence), confidence.shape[1] - 1
         columns = [np.ascontiguousarray(confidence[:, m]) for m in range(self.exits)]
@@ -52,7 +53,8 @@ class Problem:
         self.closed = np.array([len(v) for v in self.values], dtype=np.intp)
         self.codes = [
             np.where(np.isnan(c), -1, np.searchsorted(v, c, side='right') - 1)
-            for c, v in zip(columns, self.values, strict=True)]
+            for c, v in zip(columns, self.values, strict=True)
+        ]
         self.right = np.ascontiguousarray(correct.T).astype(np.int8)
         self.stage_cost, self.head_cost = stage_cost, head_cost
         # Costs are kept without the exit heads; the heads of open exits are added for the samples that reach them.

@@ -5,6 +5,7 @@ right; rate p01). The loss is p10 - p01.
 
 scipy is imported where it is used: it would double what importing the package costs.
 """
+
 from __future__ import annotations
 
 import math
@@ -30,11 +31,11 @@ def score(harmful: NDArray, helpful: NDArray, n: int, margin: float) -> NDArray[
     # p01 at its maximum likelihood under the constraint p10 = p01 + margin: a root of 2n q^2 - b q - c.
     b = (x10 + x01) * (1 + margin) - 2 * margin * (x01 + n)
     c = x01 * margin * (1 - margin)
-    q = (b + np.sqrt(np.maximum(b * b + 8 * n * c, 0.))) / (4 * n)
-    variance = n * np.maximum(2 * np.maximum(q, max(0., -margin)) + margin - margin * margin, 0.)
+    q = (b + np.sqrt(np.maximum(b * b + 8 * n * c, 0.0))) / (4 * n)
+    variance = n * np.maximum(2 * np.maximum(q, max(0.0, -margin)) + margin - margin * margin, 0.0)
     difference = x10 - x01 - n * margin
     with np.errstate(divide='ignore', invalid='ignore'):
-        return np.where(difference == 0, 0., difference / np.sqrt(variance))
+        return np.where(difference == 0, 0.0, difference / np.sqrt(variance))
 
 
 def noninferiority_pvalue(harmful: int, helpful: int, n: int, margin: float, gamma: float = 1e-3) -> float:
@@ -56,20 +57,20 @@ def noninferiority_pvalue(harmful: int, helpful: int, n: int, margin: float, gam
     from scipy import special
 
     if n < 1 or harmful - helpful >= n * margin:
-        return 1.
+        return 1.0
     observed = float(score(np.array(harmful), np.array(helpful), n, margin))
-    low = float(special.betaincinv(helpful, n - helpful + 1, gamma / 2)) if helpful else 0.
-    high = float(special.betaincinv(helpful + 1, n - helpful, 1 - gamma / 2)) if helpful < n else 1.
+    low = float(special.betaincinv(helpful, n - helpful + 1, gamma / 2)) if helpful else 0.0
+    high = float(special.betaincinv(helpful + 1, n - helpful, 1 - gamma / 2)) if helpful < n else 1.0
     high = min(high, (1 - margin) / 2)
     if low >= high:  # no p01 in the interval is compatible with H0
-        return min(1., gamma)
+        return min(1.0, gamma)
     # Standard deviations change as sqrt(q): spread the grid evenly there.
     q = np.linspace(math.sqrt(low), math.sqrt(high), _GRID) ** 2
     region = _Region(observed, n, margin, q)
     p = region.probability(q)
     # Between grid points a smooth function exceeds them by at most an eighth of its second difference.
     slack = float(np.abs(np.diff(p, 2)).max()) / 8
-    return min(1., float(p.max()) + slack + gamma)
+    return min(1.0, float(p.max()) + slack + gamma)
 
 
 class _Region:
@@ -87,7 +88,7 @@ class _Region:
         # The score grows with x10: bisect for the largest x10 that is as extreme, for all x01 at once.
         low = np.full(len(self.x01), -1)
         high = n - self.x01 + 1
-        limit = observed + 1e-9 * max(1., abs(observed))
+        limit = observed + 1e-9 * max(1.0, abs(observed))
         while (high - low > 1).any():
             middle = (low + high) // 2
             extreme = score(np.maximum(middle, 0), self.x01, n, margin) <= limit
@@ -101,7 +102,7 @@ class _Region:
 
         keep = self.bound >= 0
         x01, bound = self.x01[keep], self.bound[keep]
-        given = np.clip((q + self.margin) / np.maximum(1 - q, 1e-300), 0., 1.)[:, None]
+        given = np.clip((q + self.margin) / np.maximum(1 - q, 1e-300), 0.0, 1.0)[:, None]
         ways = special.gammaln(self.n + 1) - special.gammaln(x01 + 1) - special.gammaln(self.n - x01 + 1)
         mass = np.exp(ways + special.xlogy(x01, q[:, None]) + special.xlog1py(self.n - x01, -q[:, None]))
         return (mass * special.bdtr(bound, self.n - x01, given)).sum(axis=1) + self.missed

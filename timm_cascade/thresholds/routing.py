@@ -1,4 +1,5 @@
 """Who leaves where, given confidences and thresholds, and what that costs and loses."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ class Outcome:
         helpful: Samples that the cascade has right and the final exit wrong.
         n: Number of samples.
     """
+
     accuracy: float
     full_accuracy: float
     drop: float
@@ -64,16 +66,16 @@ def route(confidence: ArrayLike, thresholds: ArrayLike) -> IntArray:
 def exit_costs(stage_cost: FloatArray, head_cost: FloatArray, closed: NDArray[np.bool_]) -> FloatArray:
     """(M+1,) cost of a sample that leaves at each exit; the heads of closed exits are not run."""
     paid = stage_cost.copy()
-    paid[:-1] -= np.where(closed, head_cost, 0.)
+    paid[:-1] -= np.where(closed, head_cost, 0.0)
     return np.cumsum(paid)
 
 
 def outcome(
-        confidence: ArrayLike,
-        correct: ArrayLike,
-        stage_cost: ArrayLike,
-        thresholds: ArrayLike,
-        head_cost: ArrayLike | None = None,
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    stage_cost: ArrayLike,
+    thresholds: ArrayLike,
+    head_cost: ArrayLike | None = None,
 ) -> Outcome:
     """Accuracy, cost and exit shares of a threshold vector on these samples.
 

@@ -1,4 +1,5 @@
 """Thresholds with a promise: the accuracy lost on unseen data exceeds max_drop with probability 1 - level at most."""
+
 from __future__ import annotations
 
 import math
@@ -17,17 +18,17 @@ from .pvalues import noninferiority_pvalue, score
 __all__ = ['certified', 'certify']
 
 _TESTS = 60
-_SURE = -4.  # a predicted score at which the first test is all but sure to pass
+_SURE = -4.0  # a predicted score at which the first test is all but sure to pass
 
 
 def certified(
-        confidence: ArrayLike,
-        correct: ArrayLike,
-        stage_cost: ArrayLike,
-        max_drop: float,
-        level: float = 0.9,
-        seed: int = 0,
-        head_cost: ArrayLike | None = None,
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    stage_cost: ArrayLike,
+    max_drop: float,
+    level: float = 0.9,
+    seed: int = 0,
+    head_cost: ArrayLike | None = None,
 ) -> FloatArray:
     """Thresholds that keep their word: P(full accuracy - cascade accuracy > max_drop) <= 1 - level.
 
@@ -60,20 +61,20 @@ def certified(
 
 
 def certify(
-        confidence: ArrayLike,
-        correct: ArrayLike,
-        stage_cost: ArrayLike,
-        max_drop: float,
-        level: float = 0.9,
-        seed: int = 0,
-        head_cost: ArrayLike | None = None,
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    stage_cost: ArrayLike,
+    max_drop: float,
+    level: float = 0.9,
+    seed: int = 0,
+    head_cost: ArrayLike | None = None,
 ) -> Choice:
     """As `certified`, with the outcome measured on the testing half."""
     c, r = check_samples(confidence, correct)
     stage, head = check_costs(stage_cost, head_cost, c.shape[1] - 1)
     max_drop, level = check_max_drop(max_drop), check_level(level)
     order = np.random.default_rng(seed).permutation(len(c))
-    propose, test = order[:len(c) // 2], order[len(c) // 2:]
+    propose, test = order[: len(c) // 2], order[len(c) // 2 :]
     nobody = np.full((1, c.shape[1] - 1), np.inf)
     path, predicted = nobody, None
     if len(propose):
@@ -97,14 +98,15 @@ def certify(
 def _sequence(predicted: Along, n: int, max_drop: float, alpha: float) -> list[int]:
     """Which points to test, in which order; known before the testing half is looked at."""
     z = score(predicted.harmful, predicted.helpful, predicted.n, max_drop) * math.sqrt(n / predicted.n)
-    z[0] = 0. if max_drop == 0 else z[0]
+    z[0] = 0.0 if max_drop == 0 else z[0]
     # The first points may be untestable (no flips, few samples) while later ones, which help, are not.
     start = max(1, int(np.argmax(z <= max(float(z[1:].min()), _SURE))))
     hopeless = NormalDist().inv_cdf(alpha) + 4
     # Neighbours differ by a tenth of a standard error or by a sixtieth of the cost, whichever comes first.
-    spacing = max(hopeless - float(z[start]), 1.) / _TESTS
+    spacing = max(hopeless - float(z[start]), 1.0) / _TESTS
     distance = np.maximum.accumulate(z - z[start]) / spacing + (predicted.cost[start] - predicted.cost) / (
-        predicted.cost[0] / _TESTS)
+        predicted.cost[0] / _TESTS
+    )
     order = [start]
     for k in range(start + 1, len(z)):
         if z[k] > hopeless:
@@ -131,8 +133,10 @@ def _warn(predicted: Along | None, n: int, max_drop: float, level: float) -> Non
     else:
         needed = _needed(predicted, max_drop, level)
         advice = (
-            f'about {max(needed, _round_up(1.5 * n)):,} would do, as far as these show' if math.isfinite(needed) else
-            'as far as these show, no number of samples would do')
+            f'about {max(needed, _round_up(1.5 * n)):,} would do, as far as these show'
+            if math.isfinite(needed)
+            else 'as far as these show, no number of samples would do'
+        )
     warnings.warn(f'{n:,} samples certify no saving for {asked}: nobody leaves; {advice}.', UserWarning, stacklevel=4)
 
 
@@ -152,7 +156,7 @@ def _needed(predicted: Along | None, max_drop: float, level: float) -> float:
     # The test half must see the gap between what is expected and what is asked z standard errors wide.
     flips, drop = flips[usable], drop[usable]
     best = float((z * z * np.maximum(flips, max_drop) / (max_drop - drop) ** 2).min())
-    return _round_up(2 * max(best, least if drop.min() >= 0 else 0.))
+    return _round_up(2 * max(best, least if drop.min() >= 0 else 0.0))
 
 
 def _round_up(value: float) -> float:

@@ -1,4 +1,5 @@
 """Thresholds for all exits together: least cost for an allowed loss, least loss for an allowed cost."""
+
 from __future__ import annotations
 
 import math
@@ -19,15 +20,15 @@ __all__ = ['at_cost', 'cost_dial', 'cross_fitted', 'joint']
 _EXACT = 400  # up to so many samples every observed confidence is a candidate
 _SMALL = 5_000  # up to so many samples there is time for several starts
 _AIM, _SLACK = 0.8, 0.5  # the dial means to lose max_drop - 0.5 standard errors on average, or 0.8 max_drop if more
-_PRIOR = 4.  # flips added to those seen, as few flips say little about their rate
+_PRIOR = 4.0  # flips added to those seen, as few flips say little about their rate
 
 
 def joint(
-        confidence: ArrayLike,
-        correct: ArrayLike,
-        stage_cost: ArrayLike,
-        max_drop: float,
-        head_cost: ArrayLike | None = None,
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    stage_cost: ArrayLike,
+    max_drop: float,
+    head_cost: ArrayLike | None = None,
 ) -> FloatArray:
     """The cheapest thresholds that lose no more than max_drop on these very samples.
 
@@ -54,11 +55,7 @@ def joint(
 
 
 def at_cost(
-        confidence: ArrayLike,
-        correct: ArrayLike,
-        stage_cost: ArrayLike,
-        budget: float,
-        head_cost: ArrayLike | None = None,
+    confidence: ArrayLike, correct: ArrayLike, stage_cost: ArrayLike, budget: float, head_cost: ArrayLike | None = None
 ) -> FloatArray:
     """The most accurate thresholds, on these samples, whose expected cost is at most `budget`.
 
@@ -80,12 +77,12 @@ def at_cost(
 
 
 def _search(
-        c: FloatArray,
-        r: BoolArray,
-        stage: FloatArray,
-        head: FloatArray,
-        allowed: float = math.inf,
-        budget: float | None = None,
+    c: FloatArray,
+    r: BoolArray,
+    stage: FloatArray,
+    head: FloatArray,
+    allowed: float = math.inf,
+    budget: float | None = None,
 ) -> FloatArray:
     """Starts from the best points of the greedy path, then searches finer and finer grids around the best found."""
     n, exits = len(c), c.shape[1] - 1
@@ -97,7 +94,7 @@ def _search(
             return lost > allowed, cost, lost
         return cost > budget * (1 + 1e-12), lost, cost
 
-    path = nested_path(problem, caution=0.)
+    path = nested_path(problem, caution=0.0)
     along = follow(path, c, r, stage, head)
     lost, cost = along.harmful - along.helpful, along.cost * n
     feasible = np.flatnonzero(lost <= allowed if budget is None else cost <= budget)
@@ -115,8 +112,9 @@ def _search(
     if badness(best)[0]:
         least = min(problem.measure(levels)[0] for levels in found) / n
         raise ThresholdError(
-            f'a budget of {(budget or 0.) / n:g} cannot be kept: the cheapest thresholds cost {least:g} a sample. Ask '
-            f'for more, or add an earlier exit.')
+            f'a budget of {(budget or 0.0) / n:g} cannot be kept: the cheapest thresholds cost {least:g} a sample. Ask '
+            f'for more, or add an earlier exit.'
+        )
     if n <= _EXACT:
         return problem.thresholds(best)
     observed = [np.unique(c[~np.isnan(c[:, m]), m]) for m in range(exits)]
@@ -136,18 +134,18 @@ def _around(observed: FloatArray, values: FloatArray, level: int) -> FloatArray:
         return values
     low = values[max(level - 2, 0)]
     high = values[level + 2] if level + 2 < len(values) else observed[-1]
-    near = observed[np.searchsorted(observed, low):np.searchsorted(observed, high) + 1]
+    near = observed[np.searchsorted(observed, low) : np.searchsorted(observed, high) + 1]
     fine = near[np.unique(np.linspace(0, len(near) - 1, min(len(near), 64)).astype(np.intp))]
-    return np.unique(np.concatenate([coarse, fine, values[level:level + 1]]))
+    return np.unique(np.concatenate([coarse, fine, values[level : level + 1]]))
 
 
 def cross_fitted(
-        confidence: ArrayLike,
-        correct: ArrayLike,
-        stage_cost: ArrayLike,
-        max_drop: float,
-        seed: int = 0,
-        head_cost: ArrayLike | None = None,
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    stage_cost: ArrayLike,
+    max_drop: float,
+    seed: int = 0,
+    head_cost: ArrayLike | None = None,
 ) -> Choice:
     """`joint` as a rule of the dial: on target on unseen data, on average over calibration sets.
 
@@ -185,12 +183,12 @@ def cross_fitted(
 
 
 def cost_dial(
-        confidence: ArrayLike,
-        correct: ArrayLike,
-        stage_cost: ArrayLike,
-        budget: float,
-        seed: int = 0,
-        head_cost: ArrayLike | None = None,
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    stage_cost: ArrayLike,
+    budget: float,
+    seed: int = 0,
+    head_cost: ArrayLike | None = None,
 ) -> Choice:
     """`at_cost` as the dial uses it: from the same path as `cross_fitted`, with the same honest outcome.
 
@@ -208,7 +206,8 @@ def cost_dial(
 
 
 def _cross_fit(
-        c: FloatArray, r: BoolArray, stage: FloatArray, head: FloatArray, seed: int) -> tuple[FloatArray, Along, Along]:
+    c: FloatArray, r: BoolArray, stage: FloatArray, head: FloatArray, seed: int
+) -> tuple[FloatArray, Along, Along]:
     """The nested path (K, M) of all samples, measured on them, and measured fold by fold on paths of the others."""
     n = len(c)
     path = nested_path(Problem(c, r, stage, head, GRID))
@@ -227,10 +226,18 @@ def _cross_fit(
         known = np.maximum.accumulate(-follow(steps, c[rest], r[rest], stage, head).cost)
         same = np.maximum(np.searchsorted(known, saved, side='right') - 1, 0)
         parts.append(follow(steps[same], c[fold], r[fold], stage, head))
-    return path, whole, Along(
-        harmful=np.sum([p.harmful for p in parts], axis=0), helpful=np.sum([p.helpful for p in parts], axis=0),
-        exits=np.sum([p.exits for p in parts], axis=0), cost=np.sum([p.cost * p.n for p in parts], axis=0) / n,
-        n=n, full=whole.full)
+    return (
+        path,
+        whole,
+        Along(
+            harmful=np.sum([p.harmful for p in parts], axis=0),
+            helpful=np.sum([p.helpful for p in parts], axis=0),
+            exits=np.sum([p.exits for p in parts], axis=0),
+            cost=np.sum([p.cost * p.n for p in parts], axis=0) / n,
+            n=n,
+            full=whole.full,
+        ),
+    )
 
 
 def _aim(mean: FloatArray, error: FloatArray) -> FloatArray:

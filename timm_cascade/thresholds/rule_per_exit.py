@@ -1,4 +1,5 @@
 """The paper's rule: every exit for itself (Berestizshevsky & Even, ICANN 2019, section 3.3)."""
+
 from __future__ import annotations
 
 from fractions import Fraction

@@ -1,4 +1,5 @@
 """Measured seconds as costs: a dial that minimises time, and exits that save MACs but no time."""
+
 from __future__ import annotations
 
 import json
@@ -40,6 +41,7 @@ class Profile:
         repeats: Times that all this was measured; these are medians.
         versions: Of the packages.
     """
+
     device: str
     dtype: str
     batch_size: int
@@ -60,7 +62,7 @@ class Profile:
     @property
     def stage_cost(self) -> Seconds:
         """(M+1,) each stage, what its exit costs included."""
-        return np.add(self.stage_seconds, np.append(self.head_cost, 0.))
+        return np.add(self.stage_seconds, np.append(self.head_cost, 0.0))
 
     @property
     def rest(self) -> Seconds:
@@ -97,8 +99,12 @@ class Profile:
         for name in ('batch_size', 'repeats'):
             if type(values[name]) is not int or values[name] < 1:
                 raise TableFormatError(f'{name} of a profile is {values[name]!r}; expected a count.')
-        for name, count in (('stage_seconds', len(exits) + 1), ('head_seconds', len(exits)),
-                            ('cut_seconds', len(exits)), ('backbone_seconds', None)):
+        for name, count in (
+            ('stage_seconds', len(exits) + 1),
+            ('head_seconds', len(exits)),
+            ('cut_seconds', len(exits)),
+            ('backbone_seconds', None),
+        ):
             numbers = [values[name]] if count is None else values[name]
             if not isinstance(numbers, list) or len(numbers) != (count or 1) or not all(map(_is_time, numbers)):
                 raise TableFormatError(f'{name} of a profile: expected {count or 1} numbers of seconds.')
@@ -114,8 +120,15 @@ def _is_time(value: Any) -> bool:
 
 def profiles_to_json(profiles: Sequence[Profile]) -> str:
     """A text that `profiles_from_json` reads."""
-    return json.dumps(dict(format_version=FORMAT_VERSION, profiles=[asdict(p) for p in profiles]),
-                      indent=1, sort_keys=True, allow_nan=False) + '\n'
+    return (
+        json.dumps(
+            dict(format_version=FORMAT_VERSION, profiles=[asdict(p) for p in profiles]),
+            indent=1,
+            sort_keys=True,
+            allow_nan=False,
+        )
+        + '\n'
+    )
 
 
 def profiles_from_json(text: str) -> list[Profile]:
@@ -131,8 +144,10 @@ def profiles_from_json(text: str) -> list[Profile]:
     if not isinstance(content, dict) or not isinstance(content.get('profiles'), list):
         raise TableFormatError('these are no profiles: no list of them.')
     if content.get('format_version') != FORMAT_VERSION:
-        raise TableFormatError(f'profiles of format version {str(content.get("format_version"))[:50]}, known here is '
-                               f'{FORMAT_VERSION}; upgrade timm_cascade, or measure again.')
+        raise TableFormatError(
+            f'profiles of format version {str(content.get("format_version"))[:50]}, known here is '
+            f'{FORMAT_VERSION}; upgrade timm_cascade, or measure again.'
+        )
     if len(content['profiles']) > MAX_PROFILES:
         raise TableFormatError(f'{len(content["profiles"])} profiles; expected at most {MAX_PROFILES}.')
     return [Profile.from_dict(p) for p in content['profiles']]
@@ -140,8 +155,9 @@ def profiles_from_json(text: str) -> list[Profile]:
 
 def in_time(calibration: Calibration, profile: Profile) -> Calibration:
     """The calibration with seconds for costs: a dial that minimises time."""
-    return replace(calibration, stage_cost=profile.stage_cost, head_cost=profile.head_cost,
-                   backbone_cost=profile.backbone_seconds)
+    return replace(
+        calibration, stage_cost=profile.stage_cost, head_cost=profile.head_cost, backbone_cost=profile.backbone_seconds
+    )
 
 
 @dataclass(frozen=True)
@@ -153,6 +169,7 @@ class Saving:
         macs: Multiply-accumulates.
         seconds: Time.
     """
+
     exit: str
     macs: float
     seconds: float
@@ -174,6 +191,7 @@ def savings(calibration: Calibration, profile: Profile, thresholds: ArrayLike) -
         saved = [
             outcome(c.confidence, c.correct, c.stage_cost, without, c.head_cost).cost
             - outcome(c.confidence, c.correct, c.stage_cost, t, c.head_cost).cost
-            for c in (calibration, in_time(calibration, profile))]
+            for c in (calibration, in_time(calibration, profile))
+        ]
         found.append(Saving(calibration.exits[m], *saved))
     return found

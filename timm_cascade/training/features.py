@@ -3,6 +3,7 @@
 `Taps` runs the backbone whenever it is asked; `StoredTaps` reads what a pass of it has left on disk, in arrays that
 many processes map. Both hand out the same batches, so training does not know which of the two it has.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -61,15 +62,15 @@ class Taps:
     """
 
     def __init__(
-            self,
-            model: CascadeModel,
-            data: Dataset,
-            accelerator: Accelerator,
-            view: int = 0,
-            seed: int = 0,
-            workers: int = 0,
-            features: bool = False,
-            batch: int = MAX_BATCH,
+        self,
+        model: CascadeModel,
+        data: Dataset,
+        accelerator: Accelerator,
+        view: int = 0,
+        seed: int = 0,
+        workers: int = 0,
+        features: bool = False,
+        batch: int = MAX_BATCH,
     ) -> None:
         self.model, self.data, self.accelerator = model, data, accelerator
         self.view = View(model, data, view, seed)
@@ -85,8 +86,13 @@ class Taps:
     def batches(self, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
         """For each array of indices in `plan` the M+1 arrays, float32 on the accelerator's device, and the labels."""
         device = self.accelerator.device
-        loader = DataLoader(self.view, batch_sampler=[p.tolist() for p in plan], num_workers=self.workers,
-                            collate_fn=_collate, pin_memory=device.type == 'cuda')
+        loader = DataLoader(
+            self.view,
+            batch_sampler=[p.tolist() for p in plan],
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=device.type == 'cuda',
+        )
         for batch in loader:
             if batch is None:  # this process's share of a batch smaller than there are processes
                 yield [torch.empty(0, w, device=device) for w in self.widths], torch.empty(0, dtype=torch.long)
@@ -112,17 +118,24 @@ class Taps:
             raise ValueError(
                 f'{type(self.data).__name__} does not say what is in it, so nobody could tell whether stored taps are '
                 f'still its own. Give it an attribute `fingerprint` (a text that changes with its images and its '
-                f'transform), or train without a cache that is kept.')
+                f'transform), or train without a cache that is kept.'
+            )
         parts = dict(
-            format=FORMAT, weights=hash_heads([type(model.backbone).__name__], state),
+            format=FORMAT,
+            weights=hash_heads([type(model.backbone).__name__], state),
             exits=[(p.module, p.item, p.layout, p.prefix_tokens) for p in model.exits],
-            grids=[h.grid for h in model.heads], features=self.features,
-            images=str(fingerprint), transform=repr(self.view.data.transform) if hasattr(
-                self.view.data, 'transform') else '',
+            grids=[h.grid for h in model.heads],
+            features=self.features,
+            images=str(fingerprint),
+            transform=repr(self.view.data.transform) if hasattr(self.view.data, 'transform') else '',
             config={k: v for k, v in resolve_input_data_config(model).items()},
-            view=self.view.number, seed=self.view.seed if self.view.random else None,
-            dtype=str(next(model.parameters()).dtype), precision=str(self.accelerator.mixed_precision),
-            device=self.accelerator.device.type, versions=[timm.__version__, torch.__version__])
+            view=self.view.number,
+            seed=self.view.seed if self.view.random else None,
+            dtype=str(next(model.parameters()).dtype),
+            precision=str(self.accelerator.mixed_precision),
+            device=self.accelerator.device.type,
+            versions=[timm.__version__, torch.__version__],
+        )
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
@@ -167,7 +180,7 @@ class StoredTaps:
         rows = self.rows(chunk)
         total = 0
         for array in (*self._arrays, self.labels):
-            total = zlib.crc32(array[rows[0]:rows[-1] + 1].tobytes(), total)
+            total = zlib.crc32(array[rows[0] : rows[-1] + 1].tobytes(), total)
         return total or 1
 
     def write(self, chunk: int, arrays: Sequence[Tensor], labels: Tensor) -> None:
@@ -202,8 +215,13 @@ def store(taps: Taps, folder: Path, key: str, lasting: bool = True) -> StoredTap
         chunks = range(accelerator.process_index, len(stored.sums), accelerator.num_processes)
         missing = [c for c in chunks if stored.sums[c] == 0 or stored.sums[c] != stored.checksum(c)]
         results = taps.batches([stored.rows(c) for c in missing])
-        bar = tqdm(results, f'backbone, {title}', len(chunks), initial=len(chunks) - len(missing),
-                   disable=not accelerator.is_main_process)
+        bar = tqdm(
+            results,
+            f'backbone, {title}',
+            len(chunks),
+            initial=len(chunks) - len(missing),
+            disable=not accelerator.is_main_process,
+        )
         try:
             for chunk, (arrays, labels) in zip(missing, bar, strict=True):
                 stored.write(chunk, arrays, labels)
@@ -233,16 +251,20 @@ def _allocate(part: Path, taps: Taps, title: str) -> None:
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
     shapes: dict[str, tuple[tuple[int, ...], type]] = {
-        name: ((n, width), np.float32) for name, width in zip(_names(widths), widths, strict=True)}
+        name: ((n, width), np.float32) for name, width in zip(_names(widths), widths, strict=True)
+    }
     shapes |= dict(labels=((n,), np.int64), checksums=((-(-n // batch),), np.uint32))
     size = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize + 128 for shape, dtype in shapes.values())
     free = shutil.disk_usage(part.parent).free
-    _logger.info('%s: the taps of %d images take %.1f MB in %s (%.1f MB are free)', title, n, size / 1e6, part.parent,
-                 free / 1e6)
+    _logger.info(
+        '%s: the taps of %d images take %.1f MB in %s (%.1f MB are free)', title, n, size / 1e6, part.parent, free / 1e6
+    )
     if size > free:
-        raise OSError(f'the taps of {n} images take {size / 1e9:.2f} GB, but {part.parent} has {free / 1e9:.2f} GB '
-                      f'free. Name a folder on another disk (--cache, cache=), use heads with a smaller grid, or do '
-                      f'without a cache (--no-cache, cache=False): the backbone then runs in every epoch.')
+        raise OSError(
+            f'the taps of {n} images take {size / 1e9:.2f} GB, but {part.parent} has {free / 1e9:.2f} GB '
+            f'free. Name a folder on another disk (--cache, cache=), use heads with a smaller grid, or do '
+            f'without a cache (--no-cache, cache=False): the backbone then runs in every epoch.'
+        )
     try:
         part.mkdir()
         for name, (shape, dtype) in shapes.items():

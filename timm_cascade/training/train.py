@@ -3,6 +3,7 @@
 The backbone runs over the images once: what the heads classify (the pooled taps) is kept on disk, and the epochs run on
 it. The state of an unfinished training is one file; with it, the same call continues where it was stopped.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -32,23 +33,23 @@ _logger = logging.getLogger(__name__)
 
 
 def train_heads(
-        model: CascadeModel,
-        train: Dataset,
-        val: Dataset | None = None,
-        *,
-        epochs: int = 20,
-        batch_size: int = 256,
-        lr: float = 2e-3,
-        weight_decay: float = 0.05,
-        seed: int = 0,
-        workers: int = 0,
-        views: int = 1,
-        classifier: bool = False,
-        cache: str | Path | bool = True,
-        state: str | Path | None = None,
-        save_every: float = 30.,
-        log: str | Path | None = None,
-        accelerator: Accelerator | None = None,
+    model: CascadeModel,
+    train: Dataset,
+    val: Dataset | None = None,
+    *,
+    epochs: int = 20,
+    batch_size: int = 256,
+    lr: float = 2e-3,
+    weight_decay: float = 0.05,
+    seed: int = 0,
+    workers: int = 0,
+    views: int = 1,
+    classifier: bool = False,
+    cache: str | Path | bool = True,
+    state: str | Path | None = None,
+    save_every: float = 30.0,
+    log: str | Path | None = None,
+    accelerator: Accelerator | None = None,
 ) -> list[dict[str, Any]]:
     """Trains the heads in place; the backbone stays in evaluation mode and is not changed.
 
@@ -93,8 +94,12 @@ def train_heads(
         accelerator = create_accelerator()
     check_launch(accelerator)
     if accelerator.is_main_process:
-        _logger.info('training on %d process%s (%s)', accelerator.num_processes,
-                     'es' * (accelerator.num_processes > 1), accelerator.device)
+        _logger.info(
+            'training on %d process%s (%s)',
+            accelerator.num_processes,
+            'es' * (accelerator.num_processes > 1),
+            accelerator.device,
+        )
     training = model.training
     before = {name: tensor.clone() for name, tensor in model.heads.state_dict().items()}
     model.to(accelerator.device).eval()
@@ -103,9 +108,10 @@ def train_heads(
         wanted = [(train, view) for view in range(views)] + ([(val, 0)] if val is not None else [])
         sources, keys = _sources(
             [Taps(model, data, accelerator, view, seed, workers, classifier, batch_size) for data, view in wanted],
-            cache, state is not None)
-        mean, variance = moments(
-            sources[:views], accelerator, model.num_classes, least=0 if classifier else UNLABELLED)
+            cache,
+            state is not None,
+        )
+        mean, variance = moments(sources[:views], accelerator, model.num_classes, least=0 if classifier else UNLABELLED)
         for head, m, v in zip(model.heads, mean, variance, strict=False):
             # standardised by the training set's own statistics, so that no step depends on how a batch is split
             if isinstance(norm := head.norm, nn.BatchNorm1d):
@@ -133,26 +139,31 @@ def _check_classifier(model: CascadeModel) -> nn.Linear | nn.Conv2d:
         ValueError: It is not.
     """
     found = model.get_classifier()
-    advice = 'Fine-tune the backbone with timm\'s train.py and bring its checkpoint (--checkpoint).'
+    advice = "Fine-tune the backbone with timm's train.py and bring its checkpoint (--checkpoint)."
     if not isinstance(found, nn.Linear) and not (isinstance(found, nn.Conv2d) and found.kernel_size == (1, 1)):
-        raise ValueError(f'the classifier of {type(model.backbone).__name__} is {type(found).__name__}, not one linear '
-                         f'layer, and is not trained here. {advice}')
+        raise ValueError(
+            f'the classifier of {type(model.backbone).__name__} is {type(found).__name__}, not one linear '
+            f'layer, and is not trained here. {advice}'
+        )
     images = torch.randn(2, *input_size_of(model.backbone), generator=torch.Generator().manual_seed(0)).to(found.weight)
     with torch.no_grad():
         features, logits = model.forward_pooled(images, pre_logits=True)[1], model.backbone(images)
         ok = features.shape[1:] == (found.weight.shape[1],) and torch.allclose(
-            F.linear(features, found.weight.flatten(1), found.bias), logits, rtol=1e-3,
-            atol=1e-3 * float(logits.abs().max()))
+            F.linear(features, found.weight.flatten(1), found.bias),
+            logits,
+            rtol=1e-3,
+            atol=1e-3 * float(logits.abs().max()),
+        )
     if not ok:
-        raise ValueError(f'{type(model.backbone).__name__} does more than its classifier to what forward_head(..., '
-                         f'pre_logits=True) gives, so it is not trained here. {advice}')
+        raise ValueError(
+            f'{type(model.backbone).__name__} does more than its classifier to what forward_head(..., '
+            f'pre_logits=True) gives, so it is not trained here. {advice}'
+        )
     return found
 
 
 def _sources(
-        taps: list[Taps],
-        cache: str | Path | bool,
-        keyed: bool,
+    taps: list[Taps], cache: str | Path | bool, keyed: bool
 ) -> tuple[list[Taps] | list[StoredTaps], list[str]]:
     """Where batches come from, and the keys of what they hold (none where nobody needs them)."""
     keys = [t.key() for t in taps] if keyed or not isinstance(cache, bool) else []
@@ -162,8 +173,14 @@ def _sources(
         return [store(t, Path(cache), key) for t, key in zip(taps, keys, strict=True)], keys
     accelerator = taps[0].accelerator
     with contextlib.ExitStack() as stack:
-        folder = Path(on_main(accelerator, lambda: stack.enter_context(
-            tempfile.TemporaryDirectory(prefix='timm-cascade-taps-', ignore_cleanup_errors=True))))
+        folder = Path(
+            on_main(
+                accelerator,
+                lambda: stack.enter_context(
+                    tempfile.TemporaryDirectory(prefix='timm-cascade-taps-', ignore_cleanup_errors=True)
+                ),
+            )
+        )
         stored = [store(t, folder, str(i), lasting=False) for i, t in enumerate(taps)]
         accelerator.wait_for_everyone()  # every process has mapped the files; their names are not needed any more
     return stored, keys

@@ -1,4 +1,5 @@
 """The epochs of head training: batches of taps in, trained heads out."""
+
 from __future__ import annotations
 
 import hashlib
@@ -28,11 +29,12 @@ __all__ = ['Classifier', 'Heads', 'Recipe', 'Trainer', 'moments']
 
 _logger = logging.getLogger(__name__)
 EPSILON = 1e-4  # of the mean variance, added to each: features may be of any scale
-TEMPERATURE = 4.  # at which heads are compared with the network's answers
+TEMPERATURE = 4.0  # at which heads are compared with the network's answers
 
 
 class Classifier(nn.Module):
     """A new classifier for the backbone: starts at zero, and trains on standardised features, of whatever scale."""
+
     mean: Tensor
     std: Tensor
 
@@ -73,6 +75,7 @@ class Heads(nn.Module):
 @dataclass(frozen=True)
 class Recipe:
     """The hyperparameters; see train_heads."""
+
     epochs: int
     batch_size: int
     lr: float
@@ -93,7 +96,7 @@ def _loss(logits: Tensor, labels: Tensor, answer: Tensor) -> Tensor:
     if without.any():
         mine, theirs = (F.log_softmax(x[without].float() / TEMPERATURE, 1) for x in (logits, answer))
         # the square keeps gradients as large as those of labels (Hinton et al., arXiv 1503.02531)
-        loss = loss + TEMPERATURE ** 2 * F.kl_div(mine, theirs, reduction='sum', log_target=True)
+        loss = loss + TEMPERATURE**2 * F.kl_div(mine, theirs, reduction='sum', log_target=True)
     return loss
 
 
@@ -106,7 +109,7 @@ def _in_order(taps: Taps | StoredTaps, accelerator: Accelerator) -> Iterator[Bat
     """This process's share of all images."""
     n = len(taps)
     plan = [np.arange(begin, min(begin + taps.batch, n)) for begin in range(0, n, taps.batch)]
-    return taps.batches(plan[accelerator.process_index::accelerator.num_processes])
+    return taps.batches(plan[accelerator.process_index :: accelerator.num_processes])
 
 
 def _sum(accelerator: Accelerator, tensor: Tensor) -> Tensor:
@@ -117,10 +120,7 @@ def _sum(accelerator: Accelerator, tensor: Tensor) -> Tensor:
 
 
 def moments(
-        views: Sequence[Taps | StoredTaps],
-        accelerator: Accelerator,
-        num_classes: int,
-        least: int = 0,
+    views: Sequence[Taps | StoredTaps], accelerator: Accelerator, num_classes: int, least: int = 0
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Mean and variance of each of the M+1 arrays, over all views; float64 sums, one batch in memory at a time.
 
@@ -134,9 +134,11 @@ def moments(
             values = torch.cat(arrays, 1).cpu().double()
             sums += torch.stack([values.sum(0), values.square().sum(0)])
             if len(labels) and (labels.min() < least or labels.max() >= num_classes):
-                raise ValueError(f'labels go from {int(labels.min())} to {int(labels.max())}, the model has the '
-                                 f'classes 0..{num_classes - 1}; create it with num_classes={int(labels.max()) + 1} '
-                                 f'or correct the labels.')
+                raise ValueError(
+                    f'labels go from {int(labels.min())} to {int(labels.max())}, the model has the '
+                    f'classes 0..{num_classes - 1}; create it with num_classes={int(labels.max()) + 1} '
+                    f'or correct the labels.'
+                )
     mean, square = _sum(accelerator, sums) / sum(map(len, views))
     return list(mean.split(widths)), list((square - mean.square()).clamp(min=0).split(widths))
 
@@ -145,13 +147,13 @@ class Trainer:
     """The epochs: which batches, what is reported, what is written down."""
 
     def __init__(
-            self,
-            heads: Heads,
-            views: Sequence[Taps | StoredTaps],
-            accelerator: Accelerator,
-            recipe: Recipe,
-            held: Sequence[Taps | StoredTaps],
-            save_every: float,
+        self,
+        heads: Heads,
+        views: Sequence[Taps | StoredTaps],
+        accelerator: Accelerator,
+        recipe: Recipe,
+        held: Sequence[Taps | StoredTaps],
+        save_every: float,
     ) -> None:
         self.heads, self.views, self.held = heads, views, held
         self.accelerator, self.recipe, self.save_every = accelerator, recipe, save_every
@@ -161,7 +163,8 @@ class Trainer:
         decayed = [p for p in heads.parameters() if p.ndim > 1]
         plain = [p for p in heads.parameters() if p.ndim <= 1]
         optimizer: Any = torch.optim.AdamW(
-            [dict(params=decayed, weight_decay=recipe.weight_decay), dict(params=plain, weight_decay=0.)], lr=recipe.lr)
+            [dict(params=decayed, weight_decay=recipe.weight_decay), dict(params=plain, weight_decay=0.0)], lr=recipe.lr
+        )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs * self.steps)
         self.optimizer = accelerator.prepare(optimizer)
         if accelerator.num_processes > 1:  # all start from the main process's heads
@@ -177,15 +180,28 @@ class Trainer:
 
     def run(self, state: Path | None, keys: list[str], log: Path | None) -> list[dict[str, Any]]:
         recipe, accelerator = self.recipe, self.accelerator
-        key = hashlib.sha256(json.dumps([
-            asdict(recipe), keys, str(self.heads), self.step_size, accelerator.num_processes,
-            str(accelerator.mixed_precision)]).encode()).hexdigest()
+        key = hashlib.sha256(
+            json.dumps(
+                [
+                    asdict(recipe),
+                    keys,
+                    str(self.heads),
+                    self.step_size,
+                    accelerator.num_processes,
+                    str(accelerator.mixed_precision),
+                ]
+            ).encode()
+        ).hexdigest()
         self._load(state, key)
         if accelerator.is_main_process and log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text(''.join(json.dumps(line) + '\n' for line in self.history), encoding='utf-8')
-        with tqdm(total=recipe.epochs * self.steps, initial=self.epoch * self.steps + self.step, desc='heads',
-                  disable=not accelerator.is_main_process) as bar:
+        with tqdm(
+            total=recipe.epochs * self.steps,
+            initial=self.epoch * self.steps + self.step,
+            desc='heads',
+            disable=not accelerator.is_main_process,
+        ) as bar:
             while self.epoch < recipe.epochs:
                 line = self._run_epoch(bar, state, key)
                 accelerator.log({k: v for k, v in _flat(line).items()}, step=line['epoch'])
@@ -201,10 +217,11 @@ class Trainer:
         rank, processes = accelerator.process_index, accelerator.num_processes
         generator = torch.Generator().manual_seed(recipe.seed * 100_003 + self.epoch + 1)
         order = torch.randperm(self.n, generator=generator).numpy()
-        chosen = [order[i:i + self.step_size] for i in range(self.step * self.step_size, self.n, self.step_size)]
-        parts = [[c[i:i + recipe.batch_size] for i in range(0, len(c), recipe.batch_size)] for c in chosen]
+        chosen = [order[i : i + self.step_size] for i in range(self.step * self.step_size, self.n, self.step_size)]
+        parts = [[c[i : i + recipe.batch_size] for i in range(0, len(c), recipe.batch_size)] for c in chosen]
         batches = self.views[self.epoch % len(self.views)].batches(
-            [part[rank::processes] for step in parts for part in step])
+            [part[rank::processes] for step in parts for part in step]
+        )
         began = time.monotonic()
         for images, step in zip(map(len, chosen), parts, strict=True):
             for _ in step:
@@ -220,10 +237,13 @@ class Trainer:
                 self._save(state, key)
         loss, *right = (self.totals / self.n).tolist()
         if not np.isfinite(loss):
-            raise ValueError(f'the loss is {loss} in epoch {self.epoch + 1}; the heads were left as they were. '
-                             f'Try a smaller lr than {recipe.lr}.')
-        line: dict[str, Any] = dict(epoch=self.epoch + 1, loss=round(loss, 5),
-                                    train_accuracy=[round(r, 4) for r in right])
+            raise ValueError(
+                f'the loss is {loss} in epoch {self.epoch + 1}; the heads were left as they were. '
+                f'Try a smaller lr than {recipe.lr}.'
+            )
+        line: dict[str, Any] = dict(
+            epoch=self.epoch + 1, loss=round(loss, 5), train_accuracy=[round(r, 4) for r in right]
+        )
         if self.held:
             line['accuracy'] = [round(a, 4) for a in self._accuracies()]
         line['seconds'] = round(time.monotonic() - began, 2)
@@ -265,7 +285,7 @@ class Trainer:
         right = torch.zeros(len(taps.widths))
         for arrays, labels in _in_order(taps, self.accelerator):
             logits = self.heads([a.to(device) for a in arrays])
-            logits += [a.to(device) for a in arrays[len(logits):]]  # a classifier that is not trained
+            logits += [a.to(device) for a in arrays[len(logits) :]]  # a classifier that is not trained
             target = _targets(labels.to(device), logits[-1])
             right += torch.stack([(x.argmax(1) == target).sum() for x in logits]).cpu()
         return (_sum(self.accelerator, right) / len(taps)).tolist()
@@ -277,10 +297,20 @@ class Trainer:
             return
         scaler = self.accelerator.scaler
         with replacing(state) as temporary:
-            torch.save(dict(
-                key=key, epoch=self.epoch, step=self.step, totals=self.totals.cpu(), heads=self.heads.state_dict(),
-                optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(),
-                scaler=scaler.state_dict() if scaler else None, history=self.history), temporary)
+            torch.save(
+                dict(
+                    key=key,
+                    epoch=self.epoch,
+                    step=self.step,
+                    totals=self.totals.cpu(),
+                    heads=self.heads.state_dict(),
+                    optimizer=self.optimizer.state_dict(),
+                    schedule=self.schedule.state_dict(),
+                    scaler=scaler.state_dict() if scaler else None,
+                    history=self.history,
+                ),
+                temporary,
+            )
 
     def _load(self, state: Path | None, key: str) -> None:
         if state is None:
@@ -311,8 +341,9 @@ class Trainer:
 
 def _flat(line: dict[str, Any]) -> dict[str, float]:
     """One number a name, as trackers take them."""
-    lists = {f'{name}/exit_{i}': v for name, values in line.items() if isinstance(values, list)
-             for i, v in enumerate(values)}
+    lists = {
+        f'{name}/exit_{i}': v for name, values in line.items() if isinstance(values, list) for i, v in enumerate(values)
+    }
     return {**{k: v for k, v in line.items() if not isinstance(v, list)}, **lists}
 
 

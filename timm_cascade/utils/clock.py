@@ -1,4 +1,5 @@
 """The machine that models run on: what it is called, and its clock."""
+
 from __future__ import annotations
 
 import platform

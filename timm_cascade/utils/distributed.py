@@ -1,4 +1,5 @@
 """On how many processes a training really runs."""
+
 from __future__ import annotations
 
 import os
@@ -33,8 +34,10 @@ def create_accelerator(**kwargs: Any) -> Accelerator:
     trackers = kwargs.get('log_with') or []
     for tracker in trackers if isinstance(trackers, (list, tuple)) else [trackers]:
         if not isinstance(tracker, GeneralTracker) and str(tracker) not in map(str, get_available_trackers()):
-            raise ValueError(f'the tracker {str(tracker)!r} is not installed or not known to Accelerate; available '
-                             f'are {sorted(map(str, get_available_trackers())) or "none"}. Install its package.')
+            raise ValueError(
+                f'the tracker {str(tracker)!r} is not installed or not known to Accelerate; available '
+                f'are {sorted(map(str, get_available_trackers())) or "none"}. Install its package.'
+            )
     if 'LOCAL_RANK' in os.environ and not torch.cuda.is_available():
         kwargs.setdefault('cpu', True)  # without it Accelerate leaves each process to itself
     accelerator = Accelerator(**kwargs)
@@ -51,8 +54,10 @@ def check_launch(accelerator: Accelerator) -> None:
     known = accelerator.num_processes
     asked = int(os.environ.get('WORLD_SIZE', 1))
     if asked > known:
-        raise LaunchError(f'this launch has {asked} processes, but each runs for itself ({known} known to Accelerate). '
-                          f'Without a GPU give Accelerator(cpu=True), or none.')
+        raise LaunchError(
+            f'this launch has {asked} processes, but each runs for itself ({known} known to Accelerate). '
+            f'Without a GPU give Accelerator(cpu=True), or none.'
+        )
     # `accelerate launch --cpu --num_processes N` starts one process, and says N nowhere; it only sets an address to
     # meet the others at, which a launch of one does without
     launched = {'ACCELERATE_MIXED_PRECISION', 'MASTER_ADDR'} <= set(os.environ) and 'LOCAL_RANK' not in os.environ
@@ -60,7 +65,8 @@ def check_launch(accelerator: Accelerator) -> None:
         raise LaunchError(
             'accelerate launch was asked for several processes but started one (it does so with --cpu). Use '
             '`torchrun --standalone --nproc_per_node N -m timm_cascade ...`, or `accelerate launch --multi_gpu '
-            '--num_processes N --num_machines 1 --main_process_port 0 ...`, which runs N on a CPU too.')
+            '--num_processes N --num_machines 1 --main_process_port 0 ...`, which runs N on a CPU too.'
+        )
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:

@@ -1,4 +1,5 @@
 """Writing files so that a crash, a full disk or a kill leaves the old file or the new one, never half of one."""
+
 from __future__ import annotations
 
 import os
