@@ -15,6 +15,7 @@ from .errors import (
     HubUnavailableError,
     LaunchError,
     NotCalibratedError,
+    PlanError,
     PointNotFoundError,
     PushConflictError,
     PushDeniedError,
@@ -32,6 +33,7 @@ from .measure.calibrate import calibrate
 from .measure.evaluate import Report, evaluate
 from .measure.profile import profile
 from .model import CascadeModel
+from .prediction.local import predict
 from .thresholds import Calibration, OperatingPoint, Profile, ThresholdTable
 from .training.train import train_heads
 from .version import __version__
@@ -49,6 +51,7 @@ __all__ = [
     'LaunchError',
     'NotCalibratedError',
     'OperatingPoint',
+    'PlanError',
     'PointNotFoundError',
     'Profile',
     'PushConflictError',
@@ -68,6 +71,7 @@ __all__ = [
     'evaluate',
     'load',
     'load_data',
+    'predict',
     'profile',
     'push_to_hub',
     'save',

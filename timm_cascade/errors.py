@@ -10,6 +10,7 @@ __all__ = [
     'HubUnavailableError',
     'LaunchError',
     'NotCalibratedError',
+    'PlanError',
     'PointNotFoundError',
     'PushConflictError',
     'PushDeniedError',
@@ -99,3 +100,10 @@ class PushDeniedError(PushError):
 
 class LaunchError(CascadeError, RuntimeError):
     """Several processes were requested, but each runs as if it were alone."""
+
+
+# ---- prediction
+
+
+class PlanError(CascadeError, ValueError):
+    """A folder of predictions was begun with another model, other thresholds, another input or other settings."""

@@ -1,0 +1,275 @@
+"""What is to be predicted: sources of images that can say how many they hold and read any range of them."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+from timm.data.readers.img_extensions import IMG_EXTENSIONS
+
+from ..data import ImageData, load_data
+
+__all__ = ['DataSource', 'FileSource', 'Item', 'ParquetSource', 'Source', 'open_sources']
+
+
+class Item(NamedTuple):
+    """One image that is to be predicted.
+
+    Attributes:
+        filename: Its name in the results.
+        row: Its row in the file or data set; -1 for a file that is one image.
+        image: A path, the encoded bytes, or a picture that is decoded already.
+    """
+
+    filename: str
+    row: int
+    image: Path | bytes | Any
+
+    def open(self) -> Image.Image:
+        """Decodes the image.
+
+        Raises:
+            Exception: Whatever the decoder raises on a damaged image.
+        """
+        found = self.image
+        if isinstance(found, bytes):
+            found = io.BytesIO(found)
+        if isinstance(found, Image.Image):
+            return found
+        if isinstance(found, np.ndarray):
+            return Image.fromarray(found)
+        with Image.open(found) as image:
+            image.load()
+            return image
+
+
+class Source(Protocol):
+    """Images in a fixed order, of which any range can be read without the rest."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> Iterator[Item]:
+        """The images start..stop-1."""
+        ...
+
+    def identity(self) -> Any:
+        """JSON that changes when the input's names, sizes or times change."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Image files.
+
+    Args:
+        files: Their paths.
+        names: What they are called in the results.
+    """
+
+    files: tuple[Path, ...]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, start: int, stop: int) -> Iterator[Item]:
+        for path, name in zip(self.files[start:stop], self.names[start:stop], strict=True):
+            yield Item(name, -1, path)
+
+    def identity(self) -> Any:
+        digest = hashlib.sha256()
+        for path, name in zip(self.files, self.names, strict=True):
+            digest.update(json.dumps([name, *_size_and_time(path)]).encode())
+        return dict(files=len(self.files), digest=digest.hexdigest()[:16])
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """One parquet file with a column of encoded images; never more than a few rows of it are in memory.
+
+    Args:
+        path: The file.
+        name: What it is called in the results.
+        column: The column of images; found by itself where there is only one.
+    """
+
+    path: Path
+    name: str
+    column: str
+
+    def __len__(self) -> int:
+        return _open_parquet(str(self.path)).metadata.num_rows
+
+    def read(self, start: int, stop: int) -> Iterator[Item]:
+        file = _open_parquet(str(self.path))
+        first = 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if first < stop and first + rows > start:
+                row = first
+                for batch in file.iter_batches(64, row_groups=[group], columns=[self.column]):
+                    if row + len(batch) > start and row < stop:
+                        values = batch.column(0).slice(
+                            max(start - row, 0), min(stop, row + len(batch)) - max(start, row)
+                        )
+                        for number, value in enumerate(values.to_pylist(), max(start, row)):
+                            found = value.get('bytes') if isinstance(value, dict) else value
+                            yield Item(self.name, number, found if found is not None else b'')
+                    row += len(batch)
+                    if row >= stop:
+                        break
+            first += rows
+
+    def identity(self) -> Any:
+        return dict(name=self.name, column=self.column, file=_size_and_time(self.path))
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """An ImageData, such as a Hub data set or IDX files.
+
+    Args:
+        data: The images; a transform of theirs is not used.
+    """
+
+    data: ImageData
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def read(self, start: int, stop: int) -> Iterator[Item]:
+        name = f'{self.data.name} {self.data.split}'.strip()
+        for row in range(start, min(stop, len(self.data))):
+            try:
+                image = self.data.images[row]
+            except Exception:  # decoders raise whatever they like; `Item.open` reports the empty image
+                image = b''
+            yield Item(name, row, image)
+
+    def identity(self) -> Any:
+        return dict(source=self.data.source, split=self.data.split, images=len(self.data))
+
+
+def open_sources(
+    data: ImageData | str | Path | Sequence[str | Path], split: str | None = None, image_column: str | None = None
+) -> list[Source]:
+    """Sources of images, in a fixed order.
+
+    Args:
+        data: An ImageData; or one or several of: image files, folders of them (with all below), globs, parquet files,
+            folders of IDX files, Hub data set ids.
+        split: Split of a Hub data set or IDX folder.
+        image_column: Column with the images, where a parquet file has several.
+
+    Raises:
+        FileNotFoundError: A path or glob that matches nothing.
+        ValueError: A folder without images, or a parquet file without a column of images.
+    """
+    if isinstance(data, ImageData):
+        return [DataSource(data)]
+    named = [str(d) for d in (data if isinstance(data, (list, tuple)) else [data])]
+    sources: list[Source] = []
+    files: list[tuple[Path, str]] = []
+    for text in named:
+        path = Path(text).expanduser()
+        if path.exists():
+            found = [path]
+        elif any(c in text for c in '*?['):
+            found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+            if not found:
+                raise FileNotFoundError(f'{text} matches no file.')
+        elif text.count('/') <= 1 and not text.startswith(('.', '~', '/')) and not path.suffix:
+            sources.append(DataSource(load_data(text, split, labels=False)))
+            continue
+        else:
+            raise FileNotFoundError(f'{text} does not exist.')
+        for each in found:
+            prefix = f'{text.rstrip("/")}/' if len(named) > 1 and each == path else ''
+            if each.is_dir() and list(each.glob('*-idx3-ubyte*')):
+                sources.append(DataSource(load_data(each, split, labels=False)))
+            elif each.is_dir():
+                images, tables = _below(each)
+                if not images and not tables:
+                    raise ValueError(
+                        f'{each} holds no images: no file below it ends in {", ".join(sorted(IMG_EXTENSIONS))} or '
+                        f'.parquet.'
+                    )
+                files += [(p, prefix + p.relative_to(each).as_posix()) for p in images]
+                sources += [_parquet(p, prefix + p.relative_to(each).as_posix(), image_column) for p in tables]
+            elif each.suffix.lower() == '.parquet':
+                sources.append(_parquet(each, str(each), image_column))
+            else:
+                files.append((each, str(each)))
+    if files:
+        sources.append(FileSource(tuple(p for p, _ in files), tuple(n for _, n in files)))
+    return sources
+
+
+def _below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Image and parquet files at any depth, links followed, hidden ones left out, in text order."""
+    images: list[Path] = []
+    tables: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(root)
+        if (status.st_dev, status.st_ino) in seen:  # a link back to where we have been
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(f for f in folders if not f.startswith('.'))
+        for name in sorted(n for n in names if not n.startswith('.')):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in IMG_EXTENSIONS:
+                images.append(Path(root, name))
+            elif suffix == '.parquet':
+                tables.append(Path(root, name))
+    return images, tables
+
+
+def _parquet(path: Path, name: str, column: str | None) -> ParquetSource:
+    import pyarrow as pa
+
+    try:
+        schema = _open_parquet(str(path)).schema_arrow
+    except (pa.ArrowInvalid, OSError) as e:
+        raise ValueError(f'{path} is not a parquet file that can be read ({e}); fetch it again.') from e
+    found = [f.name for f in schema if _holds_images(f)]
+    if column is None and len(found) == 1:
+        return ParquetSource(path, name, found[0])
+    if column is not None and column in schema.names:
+        return ParquetSource(path, name, column)
+    raise ValueError(
+        f'{path} has the columns {", ".join(schema.names)}, of which {found or "none"} look like encoded images. Name '
+        f'one: image_column=, --image-column.'
+    )
+
+
+def _holds_images(field: Any) -> bool:
+    import pyarrow as pa
+
+    kind = field.type
+    if pa.types.is_struct(kind):
+        return any(kind.field(i).name == 'bytes' for i in range(kind.num_fields))
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+@lru_cache(maxsize=4)
+def _open_parquet(path: str) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path)
+
+
+def _size_and_time(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
