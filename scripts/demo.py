@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-import fashion_mnist
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, so that scripts.* is found
+
 import timm
 import torch
-from pictures import contact_sheet, plot_tradeoff
 
 import timm_cascade
+from scripts import ROOT
+from scripts.datasets import fashion_mnist
+from scripts.releases.pictures import contact_sheet, plot_tradeoff
 from timm_cascade.measure.calibrate import record
 from timm_cascade.thresholds import route
 from timm_cascade.utils.files import write_text
 
-ROOT = Path(__file__).parent.parent
 RELEASE = ROOT / 'hub' / 'releases' / 'cascade_cifar_resnet20.fashion_mnist'
 MAX_DROPS = (0.0, 0.005, 0.01, 0.02)
 

@@ -16,7 +16,7 @@ from helpers import ROOT
 import timm_cascade
 from timm_cascade.data import ImageData
 
-sys.path.insert(0, str(ROOT / 'scripts'))
+sys.path.insert(0, str(ROOT))  # for scripts.*
 FAMILIES = ['test_resnet', 'test_vit', 'test_convnext', 'mobilenetv3_small_050']
 
 

@@ -3,10 +3,10 @@
 import pytest
 import timm
 import torch
-from equality import TOLERANCE, batch, check, randomise
 from timm.models import model_entrypoint
 from timm.models._manipulate import group_with_matcher
 
+from scripts.experiments.every_backbone.equality import TOLERANCE, batch, check, randomise
 from timm_cascade.backbone import backbone_macs, input_size_of
 
 

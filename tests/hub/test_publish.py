@@ -1,4 +1,4 @@
-"""scripts/publish.py, and the same against the real Hub for whoever has a token."""
+"""scripts/releases/publish.py, and the same against the real Hub for whoever has a token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from .server import Repository
 
-SCRIPTS = str(Path(__file__).parents[2] / 'scripts')
+ROOT = str(Path(__file__).parents[2])
 
 
 def test_publish_pushes_what_differs_and_shows_it_before(server, client, release, tmp_path):
@@ -21,8 +21,8 @@ def test_publish_pushes_what_differs_and_shows_it_before(server, client, release
         shutil.copytree(release, tmp_path / 'staged' / name)
     result = client(f"""
         import contextlib, io
-        sys.path.insert(0, {SCRIPTS!r})
-        import publish
+        sys.path.insert(0, {ROOT!r})
+        from scripts.releases import publish
         def run(*argv):
             out, err = io.StringIO(), io.StringIO()
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -6,9 +6,9 @@ import pickle
 
 import pytest
 import torch
-from equality import check
 from helpers import Stubborn
 
+from scripts.experiments.every_backbone.equality import check
 from timm_cascade import CascadeModel
 from timm_cascade.backbone import ExitError, resolve_exits
 from timm_cascade.errors import RoutingError

@@ -1,22 +1,22 @@
-"""scripts/ablation.py on a tiny pair: the base row is the library's training, and every switch does what it says."""
+"""The ablation on a tiny pair: the base row is the library's training, and every switch does what it says."""
 
 from __future__ import annotations
 
 import copy
 import json
 
-import ablation
-import ablation_heads
-import ablation_page
-import ablation_taps
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from ablation_heads import CarryHead, Heads, Row, fit, fit_weights
 
 import timm_cascade
+from scripts.experiments.ablation import compare as ablation
+from scripts.experiments.ablation import features as ablation_features
+from scripts.experiments.ablation import heads as ablation_heads
+from scripts.experiments.ablation import page as ablation_page
+from scripts.experiments.ablation.heads import CarryHead, Heads, Row, fit, fit_weights
 from timm_cascade.data import create_loader
 from timm_cascade.heads import head_configs
 
@@ -140,10 +140,10 @@ def test_a_tiny_pair_from_backbone_to_page(images, tmp_path, monkeypatch):
         exits=['layer1.0', 'layer1', 'layer2', 'layer3.0'],
         stages=['layer1', 'layer2'],
     )
-    for module in (ablation, ablation_taps):
+    for module in (ablation, ablation_features):
         monkeypatch.setattr(module, 'ROOT', tmp_path)
-    monkeypatch.setitem(ablation_taps.PAIRS, 'tiny', pair)
-    monkeypatch.setitem(ablation_taps.DATA, 'quarters', lambda split: images)
+    monkeypatch.setitem(ablation_features.PAIRS, 'tiny', pair)
+    monkeypatch.setitem(ablation_features.DATA, 'quarters', lambda split: images)
     monkeypatch.setattr(ablation_heads, 'EPOCHS', 2)
     for module in (ablation, ablation_page):
         monkeypatch.setattr(module, 'SEEDS', (0, 1))
@@ -151,28 +151,28 @@ def test_a_tiny_pair_from_backbone_to_page(images, tmp_path, monkeypatch):
     rows = [r for r in ablation.ROWS if r.name in names or r.combine]
     monkeypatch.setattr(ablation, 'ROWS', [*rows, Row('views', views=1), Row('more views', views=2)])
     monkeypatch.setattr('sys.argv', ['ablation.py', '--pairs', 'tiny', '--out', str(tmp_path / 'docs')])
-    monkeypatch.setattr(ablation_taps.load_taps, '__defaults__', (tmp_path / 'runs',))
+    monkeypatch.setattr(ablation_features.load_features, '__defaults__', (tmp_path / 'runs',))
     ablation.main()
     log = tmp_path / 'runs' / 'ablation' / 'results.jsonl'
     first = log.read_text()
     with open(log, 'a') as f:
         f.write('{"pair": "ti')  # a kill in the middle of a line
-    page = (tmp_path / 'docs' / 'ablation.md').read_text()
+    page = (tmp_path / 'docs' / 'pages' / 'evidence' / 'ablation.md').read_text()
     ablation.main()
     assert log.read_text().startswith(first) and log.read_text().count('\n') == first.count('\n')
-    assert (tmp_path / 'docs' / 'ablation.md').read_text() == page
+    assert (tmp_path / 'docs' / 'pages' / 'evidence' / 'ablation.md').read_text() == page
 
-    monkeypatch.setitem(ablation_taps.PAIRS, 'measured elsewhere', pair)
-    written = tmp_path / 'docs' / 'ablation.json'
+    monkeypatch.setitem(ablation_features.PAIRS, 'measured elsewhere', pair)
+    written = tmp_path / 'docs' / 'results' / 'ablation.json'
     elsewhere = [dict(x, pair='measured elsewhere') for x in json.loads(written.read_text())['rows']]
     written.write_text(json.dumps(dict(rows=elsewhere)))
     ablation.main()
-    both = (tmp_path / 'docs' / 'ablation.md').read_text()
+    both = (tmp_path / 'docs' / 'pages' / 'evidence' / 'ablation.md').read_text()
     assert both.endswith(page.split('## tiny')[1].replace('tiny', 'measured elsewhere')) and '## tiny' in both
     written.unlink()
     ablation.main()
 
-    taps = ablation_taps.load_taps('tiny')
+    taps = ablation_features.load_features('tiny')
     assert taps.pooled['train', 'layer1', 4].shape == (96, 16 * 16)
     np.testing.assert_allclose(  # every grid is pooled from the tap itself; 8 divides into all of them
         taps.pooled['test', 'layer2', 4].reshape(96, 32, 2, 2, 2, 2).mean((3, 5)).reshape(96, -1),
@@ -181,7 +181,7 @@ def test_a_tiny_pair_from_backbone_to_page(images, tmp_path, monkeypatch):
     )
     assert not np.array_equal(taps.pooled['train', 'layer1', 4], taps.pooled['view0', 'layer1', 4])
     assert ablation.exits_of(ablation.ROWS[0], 'tiny', taps) == ['layer1', 'layer2']
-    table = json.loads((tmp_path / 'docs' / 'ablation.json').read_text())['rows']
+    table = json.loads((tmp_path / 'docs' / 'results' / 'ablation.json').read_text())['rows']
     assert {x['row'] for x in table} == {r.name for r in ablation.ROWS} - {'more views'}
     assert all(x['seeds'] == 2 and 0 <= x['saved_0.005']['mean'] < 1 for x in table)
     assert f'| {ablation_page.PAPER} |' in page and 'more views' not in page.split('## tiny')[1]

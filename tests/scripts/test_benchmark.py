@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 
-import bench_page
-import bench_plain
-import bench_static
-import benchmark
 import numpy as np
 import pytest
-import static_networks
-import timing
 import timm
 import torch
 
 import timm_cascade  # noqa: F401  registers the cascades
+from scripts.experiments.benchmark import page as bench_page
+from scripts.experiments.benchmark import plain as bench_plain
+from scripts.experiments.benchmark import sections as benchmark
+from scripts.experiments.benchmark import static as bench_static
+from scripts.experiments.benchmark import static_networks, timing
 
 SMALL = dict(num_classes=10, pretrained_cfg_overlay=dict(input_size=(3, 32, 32)))
 
@@ -79,13 +78,13 @@ def test_choosing_afterwards_answers_as_the_cascade_does(model):
 
 def test_earlyon_answers_as_the_cascade_does(model):
     pytest.importorskip('earlyon')
-    import bench_earlyon
+    from scripts.experiments.benchmark import peer as bench_peer
 
     images = bench_plain.pictures(20, (3, 32, 32))
     model.thresholds = bench_plain.forced(bench_plain.observe(model, [images]), 0.4)
-    bench_earlyon.same_answers(model, bench_earlyon.wrap(model, (3, 32, 32)), [images])
+    bench_peer.same_answers(model, bench_peer.wrap(model, (3, 32, 32)), [images])
     model.thresholds = [None, *model.thresholds.tolist()[1:]]  # a closed exit
-    bench_earlyon.same_answers(model, bench_earlyon.wrap(model, (3, 32, 32)), [images])
+    bench_peer.same_answers(model, bench_peer.wrap(model, (3, 32, 32)), [images])
 
 
 def test_static_networks_are_smaller_and_of_the_same_kind():
@@ -126,7 +125,8 @@ def test_a_tiny_run_writes_its_section_and_leaves_others(tmp_path, capsys):
         memory=[],
         imports=dict(ours=dict(median=0.2, low=0.2, high=0.2), timm=dict(median=3.0, low=3.0, high=3.0)),
     )
-    (tmp_path / 'benchmark.json').write_text(json.dumps(dict(overhead=overhead)))
+    (tmp_path / 'results').mkdir()
+    (tmp_path / 'results' / 'benchmark.json').write_text(json.dumps(dict(overhead=overhead)))
     benchmark.main(
         [
             'plain',
@@ -145,11 +145,11 @@ def test_a_tiny_run_writes_its_section_and_leaves_others(tmp_path, capsys):
             str(tmp_path),
         ]
     )
-    sections = json.loads((tmp_path / 'benchmark.json').read_text())
+    sections = json.loads((tmp_path / 'results' / 'benchmark.json').read_text())
     assert list(sections) == ['plain', 'overhead']
     assert [r['share'] for r in sections['plain']['rows']] == list(bench_plain.SHARES)
-    text = (tmp_path / 'benchmark.md').read_text()
-    assert 'python scripts/benchmark.py plain --networks resnet18' in text and str(tmp_path) not in text
+    text = (tmp_path / 'pages' / 'evidence' / 'benchmark.md').read_text()
+    assert 'python scripts/experiments/benchmark plain --networks resnet18' in text and str(tmp_path) not in text
     assert 'quick run' in text and '**missed** (<= 150 ms)' in text
-    assert (tmp_path / 'benchmark.png').stat().st_size > 1000
+    assert (tmp_path / 'results' / 'benchmark.png').stat().st_size > 1000
     assert '| resnet18 | 2 | eager | 40% |' in capsys.readouterr().out

@@ -1,17 +1,17 @@
-"""scripts/demo.py and scripts/honesty.py on a tiny release."""
+"""scripts/demo.py and the coverage experiment on a tiny release."""
 
 from __future__ import annotations
 
 import json
 
-import demo
-import fashion_mnist
-import honesty
 import numpy as np
 import pytest
 import yaml
 
 import timm_cascade
+from scripts import demo
+from scripts.datasets import fashion_mnist
+from scripts.experiments.coverage import draws as coverage
 
 
 @pytest.fixture
@@ -45,13 +45,13 @@ def test_the_shipped_sample_serves_where_there_is_nothing_else(monkeypatch, tmp_
     assert data[0][0].size == (28, 28) and set(data.labels) == set(range(10))
 
 
-def test_honesty_reads_losses_off_the_whole_population(tiny, images, tmp_path, monkeypatch, capsys):
+def test_coverage_reads_losses_off_the_whole_population(tiny, images, tmp_path, monkeypatch, capsys):
     recipe = tmp_path / 'quarters.yaml'
     recipe.write_text(yaml.safe_dump(dict(data=dict(name='quarters', calibration='a', test='b'))))
-    monkeypatch.setitem(honesty.DATA, 'quarters', lambda split: images)
-    monkeypatch.setattr(honesty, 'ROOT', tmp_path)
+    monkeypatch.setitem(coverage.DATA, 'quarters', lambda split: images)
+    monkeypatch.setattr(coverage, 'ROOT', tmp_path)
     argv = [
-        'honesty.py',
+        'coverage',
         str(tiny),
         '--recipe',
         str(recipe),
@@ -65,19 +65,19 @@ def test_honesty_reads_losses_off_the_whole_population(tiny, images, tmp_path, m
         '--draws',
     ]
     monkeypatch.setattr('sys.argv', [*argv, '2'])
-    honesty.main()
+    coverage.main()
     log = next((tmp_path / 'runs').glob('*.jsonl'))
     first = log.read_text()
     assert len(first.splitlines()) == 4
     log.write_text(first + '{"n": 40, "dr')  # a kill in the middle of a line
     monkeypatch.setattr('sys.argv', [*argv, '3'])
-    honesty.main()
+    coverage.main()
     assert log.read_text().startswith(first)  # nothing done twice
-    report = json.loads(next((tmp_path / 'docs').glob('*.json')).read_text())
+    report = json.loads(next((tmp_path / 'docs' / 'results').glob('*.json')).read_text())
     assert len(report['rows']) == 2 * 3 * 4 and all(r['draws'] == 3 for r in report['rows'])
     assert '| 40 | certified |' in capsys.readouterr().out
 
     whole = timm_cascade.Calibration.load(next((tmp_path / 'runs').glob('*.safetensors')))
     assert whole.n == 2 * len(images)
-    drawn = honesty.sample(whole, 50, 1)
+    drawn = coverage.sample(whole, 50, 1)
     assert drawn.n == 50 and np.isin(drawn.confidence[:, 0], whole.confidence[:, 0]).all()

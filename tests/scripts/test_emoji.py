@@ -1,8 +1,7 @@
-"""scripts/emoji.py on small fake packages: no network, no npm."""
+"""scripts/datasets/emoji.py on small fake packages: no network, no npm."""
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import sys
@@ -12,13 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from scripts.datasets import emoji
 from timm_cascade.data import load_data
-
-SCRIPT = Path(__file__).parents[2] / 'scripts' / 'emoji.py'
-spec = importlib.util.spec_from_file_location('emoji_script', SCRIPT)
-assert spec is not None and spec.loader is not None
-emoji = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(emoji)
 
 ALL, FACEBOOK = 30, 25  # facebook draws fewer than all
 VENDORS = ('google', 'facebook')

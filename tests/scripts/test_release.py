@@ -1,15 +1,14 @@
-"""scripts/release.py on a tiny recipe: whole path, interruption, resumption, card."""
+"""scripts/releases/release.py on a tiny recipe: whole path, interruption, resumption, card."""
 
 from __future__ import annotations
 
-import backbones
 import pytest
-import release
 import timm
 import torch
 import yaml
 
 import timm_cascade
+from scripts.releases import backbones, release
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The model card of a release, from card_template.md: one for `save`, `push_to_hub` and scripts/release.py."""
+"""The model card of a release, from card_template.md: one for `save`, `push_to_hub` and scripts/releases/release.py."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def render(
         picture: File of the picture of accuracy against MACs, if there is one.
         results: For the metadata; by default the table's expectations.
         metadata: Fields of ModelCardData that replace what the model says (license, datasets, ...).
-        **measured: For the template, where there is a report of a test: see scripts/cards.py.
+        **measured: For the template, where there is a report of a test: see scripts/releases/cards.py.
     """
     cfg = model.backbone.pretrained_cfg
     base = '.'.join(str(part) for part in (cfg['architecture'], cfg.get('tag')) if part)

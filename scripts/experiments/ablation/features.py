@@ -1,0 +1,155 @@
+"""The frozen side of the ablation: backbones, trained once, and what heads read of them, computed once.
+
+    python scripts/experiments/ablation --only-features [--pairs PAIR ...]
+
+Everything is kept in runs/ablation/PAIR/ and not made again; a backbone continues at the epoch where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import yaml
+from torch import Tensor
+
+import timm_cascade
+from scripts import ROOT
+from scripts.releases.backbones import augment, train_backbone
+from scripts.releases.release import DATA, create_backbone
+from timm_cascade.data import create_loader
+from timm_cascade.heads import ExitHead
+from timm_cascade.utils.files import replacing, write_text
+
+_logger = logging.getLogger('ablation')
+PAIRS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name('pairs.yaml').read_text(encoding='utf-8'))
+SPLITS = ('train', 'calibration', 'test')
+GRIDS = (4, 2, 1)
+
+
+@dataclass
+class Features:
+    """One pair's frozen side.
+
+    Attributes:
+        pooled: By split, exit and grid: (n, C * g * g) float16, mapped from disk.
+        logits: By split, the backbone's: (n, num_classes) float32.
+        labels: By split: (n,).
+        shapes: For each exit the arguments of ExitHead that describe its features.
+        macs: For each exit, MACs of the backbone up to it.
+        total: MACs of the backbone.
+    """
+
+    pooled: dict[tuple[str, str, int], np.ndarray]
+    logits: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    shapes: dict[str, dict[str, Any]]
+    macs: dict[str, int]
+    total: int
+
+
+class _AllGrids(ExitHead):
+    """Pools to every grid at once."""
+
+    def pool(self, features: Tensor) -> Tensor:
+        parts = []
+        for side in GRIDS:
+            self.grid = (min(side, self.size[0]), min(side, self.size[1]))
+            parts.append(super().pool(features))
+        return torch.cat(parts, 1)
+
+
+def recipe_of(pair: dict[str, Any]) -> dict[str, Any]:
+    """The pair's recipe with what the pair changes in it."""
+    recipe = yaml.safe_load((ROOT / pair['recipe']).read_text(encoding='utf-8'))
+    recipe['model']['base'] = pair.get('base', recipe['model']['base'])
+    recipe['data']['train'] = pair.get('train', recipe['data']['train'])
+    overlay = recipe['model']['create']['pretrained_cfg_overlay']
+    overlay['input_size'] = pair.get('input_size', overlay['input_size'])
+    recipe['backbone'] |= pair.get('backbone', {})
+    return recipe
+
+
+def cascade(pair: dict[str, Any], work: Path) -> timm_cascade.CascadeModel:
+    """The pair's trained backbone with untrained heads at all its exits."""
+    recipe = recipe_of(pair)
+    model = timm.create_model(f'cascade_{recipe["model"]["base"]}', exits=pair['exits'], **recipe['model']['create'])
+    if 'release' in pair:
+        model.backbone.load_state_dict(timm_cascade.load(ROOT / pair['release']).backbone.state_dict())
+        return model.eval()
+    train, watch = (DATA[recipe['data']['name']](recipe['data'][split]) for split in ('train', 'calibration'))
+    backbone = train_backbone(create_backbone(recipe), train, watch, work / 'backbone.pt', recipe['backbone'])
+    model.backbone.load_state_dict(backbone.state_dict())
+    return model.eval()
+
+
+def _write(pair: dict[str, Any], work: Path) -> None:
+    model, recipe = cascade(pair, work), recipe_of(pair)
+    for i, point in enumerate(model.exits):
+        model.heads[i] = _AllGrids(point.channels, point.size, 0, point.layout, point.prefix_tokens)
+    for split in _splits(pair):
+        if (work / f'{split}.npz').is_file():
+            continue
+        generator = torch.Generator().manual_seed(int(split[4:])) if split.startswith('view') else None
+        data = DATA[recipe['data']['name']](recipe['data']['train' if generator else split])
+        began, parts, logits = time.time(), [[] for _ in model.exits], []
+        for images, _ in create_loader(model, data, 500):
+            if generator:
+                images = augment(images, recipe['backbone']['pad'], recipe['backbone']['flip'], generator)
+            with torch.inference_mode():
+                pooled, final = model.forward_pooled(images)
+            logits.append(final)
+            for part, p in zip(parts, pooled, strict=True):
+                part.append(p.half().numpy())
+        for point, part in zip(model.exits, parts, strict=True):
+            sides = [min(g, point.size[0]) * min(g, point.size[1]) * point.channels for g in GRIDS]
+            for grid, array in zip(GRIDS, np.split(np.concatenate(part), np.cumsum(sides)[:-1], axis=1), strict=True):
+                np.save(work / f'{split}.{point.module}.{grid}.npy', array)
+        right = float((torch.cat(logits).argmax(1).numpy() == data.labels).mean())
+        _logger.info('%s: %d images, backbone %.2f %%, %.0f s', split, len(data), 100 * right, time.time() - began)
+        with replacing(work / f'{split}.npz') as temporary, open(temporary, 'wb') as f:  # last: then the split is done
+            np.savez(f, logits=torch.cat(logits).numpy(), labels=data.labels)
+    points = {
+        p.module: dict(
+            shape=dict(channels=p.channels, size=p.size, layout=p.layout, prefix_tokens=p.prefix_tokens),
+            macs=p.macs,
+            total=p.total,
+        )
+        for p in model.exits
+    }
+    write_text(work / 'points.json', json.dumps(points, indent=1))
+
+
+def _splits(pair: dict[str, Any]) -> list[str]:
+    """Of the features: those of the data, and augmented views of the training images."""
+    return [*SPLITS, *(f'view{i}' for i in range(pair.get('views', 0)))]
+
+
+def load_features(name: str, runs: Path = ROOT / 'runs' / 'ablation') -> Features:
+    """The features of a pair, made first where they are not there."""
+    work, pair = runs / name, PAIRS[name]
+    work.mkdir(parents=True, exist_ok=True)
+    if not all((work / file).is_file() for file in ('points.json', *(f'{s}.npz' for s in _splits(pair)))):
+        _write(pair, work)
+    points = json.loads((work / 'points.json').read_text(encoding='utf-8'))
+    rest = {split: np.load(work / f'{split}.npz') for split in _splits(pair)}
+    return Features(
+        pooled={
+            (split, e, g): np.load(work / f'{split}.{e}.{g}.npy', mmap_mode='r')
+            for split in _splits(pair)
+            for e in points
+            for g in GRIDS
+        },
+        logits={s: torch.from_numpy(z['logits']) for s, z in rest.items()},
+        labels={s: torch.from_numpy(z['labels']) for s, z in rest.items()},
+        shapes={e: p['shape'] for e, p in points.items()},
+        macs={e: p['macs'] for e, p in points.items()},
+        total=next(iter(points.values()))['total'],
+    )

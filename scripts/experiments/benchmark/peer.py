@@ -1,0 +1,187 @@
+"""The cascade beside earlyon 0.3.0 (from PyPI), same network, heads, thresholds and images.
+
+earlyon's EarlyExitWrapper takes any backbone and any heads, so it gets the very modules that the cascade has. It routes
+one image at a time (`model(x)`), or a batch that leaves together, as soon as all of it is sure
+(`forward_inference_batched`); its hooks do not run under torch.compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from scripts import ROOT
+from scripts.datasets import fashion_mnist
+from scripts.experiments.benchmark.plain import bare, build, each, forced, observe, pictures
+from scripts.experiments.benchmark.timing import ideal_seconds, in_turns, occurring, spread, stage_seconds, survivors
+from scripts.releases.backbones import decode
+from timm_cascade.data import ImageData
+from timm_cascade.model import CascadeModel
+
+_logger = logging.getLogger('benchmark')
+VERSION = '0.3.0'
+RELEASE = ROOT / 'hub' / 'releases' / 'cascade_cifar_resnet20.fashion_mnist'
+
+
+def wrap(model: CascadeModel, size: tuple[int, ...]) -> nn.Module:
+    """The same network, heads and thresholds in earlyon's wrapper; a closed exit is one it does not enable.
+
+    Raises:
+        SystemExit: earlyon is not installed, or another version.
+    """
+    try:
+        from earlyon import EarlyExitConfig, EarlyExitWrapper, ExitPoint, __version__
+    except ImportError as e:
+        raise SystemExit(f'{e}; pip install --no-deps earlyon=={VERSION} first.') from e
+    if __version__ != VERSION:
+        raise SystemExit(f'earlyon is {__version__}; pip install --no-deps earlyon=={VERSION} first.')
+    thresholds = model.thresholds.tolist()
+    points = [ExitPoint(f'e{i}', p.module, p.channels) for i, p in enumerate(model.exits)]
+    config = EarlyExitConfig(
+        backbone='custom',
+        num_classes=model.num_classes,
+        exit_points=points,
+        confidence_thresholds=[0.0 if math.isinf(t) else t for t in thresholds],
+        enabled_exits=[not math.isinf(t) for t in thresholds],
+    )
+    heads = {f'e{i}': head for i, head in enumerate(model.heads)}  # the very same: see plain.bare
+    wrapper = EarlyExitWrapper(bare(model), heads, nn.Identity(), config, input_shape=(1, *size)).eval()
+    _ = wrapper.flops_estimate  # it computes this at its first call; that is not what is timed
+    return wrapper
+
+
+def same_answers(model: CascadeModel, other: nn.Module, batches: list[Tensor]) -> None:
+    """Both let single images leave at the same exits, with the same logits.
+
+    Raises:
+        AssertionError: They do not, and a comparison of their times would mean nothing.
+    """
+    with torch.inference_mode():
+        for image in torch.cat(batches).split(1):
+            ours, theirs = model.predict(image), other(image)
+            assert int(ours.exit) == (theirs.exit_taken if theirs.exit_taken >= 0 else len(model.exits))
+            torch.testing.assert_close(ours.logits, theirs.prediction, rtol=1e-3, atol=1e-3)
+
+
+def compare(what: str, model: CascadeModel, images: Tensor, batch: int, seconds: float, least: int) -> dict[str, Any]:
+    """Throughput of ours over theirs, in inference mode, channels-last; and what an ideal cascade would have."""
+    images = images.contiguous(memory_format=torch.channels_last)
+    batches = list(images.split(batch))
+    other = wrap(model, tuple(images.shape[1:])).to(memory_format=torch.channels_last)
+    same_answers(model, other, batches[:1] if batch > 1 else batches[:50])
+    with torch.inference_mode():
+        sizes = [survivors(model.predict(b).exit, len(model.exits) + 1) for b in batches]
+        theirs = [other(b).exit_taken if batch == 1 else other.forward_inference_batched(b).exit_taken for b in batches]
+    runs = in_turns(
+        {
+            'ours': partial(each, model.predict, batches),
+            'theirs': partial(each, other if batch == 1 else other.forward_inference_batched, batches),
+            'plain': partial(each, bare(model), batches),
+        },
+        seconds,
+        least,
+    )
+    left = [e for e in theirs if e >= 0]
+    row = dict(
+        what=what,
+        batch=batch,
+        images=len(images),
+        survivors=np.sum(sizes, axis=0).tolist(),
+        theirs_left_early=len(left) / len(batches),
+        throughput=runs.ratio('theirs', 'ours'),
+        ours_to_plain=runs.ratio('ours', 'plain'),
+        theirs_to_plain=runs.ratio('theirs', 'plain'),
+    )
+    _logger.info('%s, batch %d: %.2f times the throughput of earlyon', what, batch, row['throughput']['median'])
+    return row
+
+
+@torch.inference_mode()
+def ideal_share(model: CascadeModel, images: Tensor, batch: int, seconds: float, least: int) -> dict[str, float]:
+    """Time of an ideal cascade over the plain network's: the stages that run, at the batch sizes that come to them."""
+    batches = list(images.contiguous(memory_format=torch.channels_last).split(batch))
+    sizes = [survivors(model.predict(b).exit, len(model.exits) + 1) for b in batches]
+    images = torch.cat(batches)
+    runs = in_turns(
+        {'plain': partial(each, bare(model), batches)}
+        | {str(n): partial(stage_seconds, model, images[:n], last) for last, n in occurring(sizes)},
+        seconds,
+        least,
+    )
+    stages = {int(n): np.stack(v) for n, v in runs.returned.items() if n != 'plain'}
+    return spread(ideal_seconds(sizes, stages) / runs.seconds['plain'])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--share', type=float, default=0.4, help='of those present that leave at each forced exit')
+    parser.add_argument('--size', type=int, default=224, help='side of the random pictures')
+    parser.add_argument('--images', type=int, default=2048, help='real images; a quarter of them at batch 1')
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    rows = []
+    for batch, n in ((1, 20), (64, 64)):
+        images = pictures(n, (3, args.size, args.size)).to(args.device)
+        model = build('resnet18', images).to(args.device, memory_format=torch.channels_last)
+        model.thresholds = forced(observe(model, list(images.split(batch))), args.share)
+        row = compare(
+            f'resnet18, {args.share:.0%} leave at each of 3 exits', model, images, batch, args.seconds, args.repetitions
+        )
+        ideal = ideal_share(model, images, batch, args.seconds / 2, args.repetitions)
+        rows.append(dict(row, ideal_to_plain=ideal, target=0.9 / ideal['median'] if batch > 1 else 1.0))
+    model = timm.create_model(f'local-dir:{RELEASE}', pretrained=True).eval()
+    model.to(args.device, memory_format=torch.channels_last)
+    model.set_max_drop(0.005)
+    images = decode(model, first(fashion_mnist.load_test(), args.images))[0].to(args.device)
+    for batch, n, target in ((1, len(images) // 4, 1.0), (64, len(images) // 64 * 64, 2.5)):
+        rows.append(
+            dict(
+                compare(
+                    'Fashion-MNIST release, max_drop 0.5 %, test images',
+                    model,
+                    images[:n],
+                    batch,
+                    args.seconds,
+                    args.repetitions,
+                ),
+                target=target,
+            )
+        )
+    return dict(rows=rows, version=VERSION)
+
+
+def first(data: ImageData, n: int) -> ImageData:
+    """The first n images."""
+    n = min(n, len(data))
+    images = data.images[:n] if isinstance(data.images, np.ndarray) else [data.images[i] for i in range(n)]
+    return ImageData(images, data.labels[:n], data.class_names, data.source, data.split)
+
+
+def markdown(section: dict[str, Any]) -> list[str]:
+    from scripts.experiments.benchmark.page import cell, verdict
+
+    text = [
+        f'earlyon {section["version"]} in its own EarlyExitWrapper, around the same network, heads and thresholds '
+        '(a closed exit is not enabled there); both eager, channels-last, in inference mode. Single images leave at '
+        'the same exits with the same logits in both: checked before timing. At batch 64 earlyon keeps a batch '
+        'together until all of it is sure; last column: how many of its batches left early at all. Target at batch '
+        '64 with forced shares: 0.9 / ideal; on real images 2.5; at batch 1: not slower.',
+        '',
+        "| what | batch | our throughput over earlyon's | ours, time of plain | earlyon, time of plain "
+        '| earlyon left early |',
+        '| --- | --- | --- | --- | --- | --- |',
+    ]
+    for r in section['rows']:
+        text.append(
+            f'| {r["what"]} | {r["batch"]} | {verdict(r["throughput"], r["target"], at_least=True)} | '
+            f'{cell(r["ours_to_plain"])} | {cell(r["theirs_to_plain"])} | {r["theirs_left_early"]:.0%} |'
+        )
+    return text

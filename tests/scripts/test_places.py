@@ -1,0 +1,43 @@
+"""Every script starts from its place, and none hides an installed package of the same name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from helpers import ROOT
+
+COMMANDS = """
+demo.py datasets/emoji.py releases/release.py releases/publish.py
+experiments/ablation experiments/benchmark experiments/coverage experiments/every_backbone
+""".split()
+# as `python PLACE --help` runs it: the folder of the script stands first on the path
+CODE = """
+import os, runpy, sys
+before = list(sys.path)
+for place in sys.argv[1:]:
+    sys.path[:] = [place if os.path.isdir(place) else os.path.dirname(place), *before]
+    sys.argv = [place, '--help']
+    try:
+        runpy.run_path(place, run_name='__main__')
+    except SystemExit as end:
+        assert not end.code, place
+    else:
+        raise AssertionError(f'{place} does not know --help')
+import datasets
+assert hasattr(datasets, 'load_dataset'), datasets
+"""
+
+
+def test_every_script_starts_and_the_package_datasets_is_the_installed_one(tmp_path):
+    done = subprocess.run(
+        [sys.executable, '-c', CODE, *(str(ROOT / 'scripts' / place) for place in COMMANDS)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p and p != str(ROOT))},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for place in COMMANDS:
+        assert f'usage: {place.rpartition("/")[2]}' in done.stdout
