@@ -48,6 +48,21 @@ def test_publish_pushes_what_differs_and_shows_it_before(server, client, release
     assert 'commit/' in texts[6] and 'owner/two' in errors[6] and 'not a JSON' in errors[6]
 
 
+def test_the_example_shares_a_release_and_loads_it_with_timm(server, client, release, tmp_path):
+    folder = tmp_path / 'hub' / 'releases' / 'cascade_cifar_resnet20.fashion_mnist'
+    shutil.copytree(release, folder)
+    printed = client(f"""
+        import contextlib, io, runpy
+        sys.argv = ['sharing.py', 'owner/shared']
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            runpy.run_path({ROOT!r} + '/scripts/examples/sharing.py')
+        result = out.getvalue().splitlines()
+    """)
+    assert 'model.safetensors' in printed[0] and printed[1] == 'again: nothing differs'
+    assert printed[2].startswith('loaded with 2 exits')
+
+
 @pytest.mark.slow
 def test_heads_load_from_a_warm_cache_in_at_most_1_2_times_the_plain_backbone(server, client):
     import timm
