@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +22,14 @@ from ..errors import BadImageError
 from ..model import CascadeModel
 from ..thresholds.routing import exit_costs
 from ..version import __version__
+from .cluster import predict_on_ray
 from .inputs import Source, open_sources
 from .units import Unit, divide, open_folder, parse_shard
 from .writer import Predicted, count_part, to_table, write_part
 
 __all__ = ['Summary', 'UnitPredictor', 'predict']
 
+ENGINES = ('local', 'ray')
 FORMAT_VERSION = 1
 LEFTOVER_AGE = 600.0  # seconds
 
@@ -57,7 +60,7 @@ class Summary:
     images_per_second: float
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     """Images of one unit as a worker decoded them."""
 
     names: list[tuple[str, int]]
@@ -65,7 +68,7 @@ class _Chunk(NamedTuple):
     images: Tensor  # (K, C, H, W), the readable ones
 
 
-class _Chunks(Dataset):
+class DecodedChunks(Dataset):
     """Ranges of images, each decoded when it is asked for."""
 
     def __init__(self, ranges: Sequence[tuple[Source, int, int]], transform: Any) -> None:
@@ -75,7 +78,7 @@ class _Chunks(Dataset):
     def __len__(self) -> int:
         return len(self.ranges)
 
-    def __getitem__(self, index: int) -> _Chunk:
+    def __getitem__(self, index: int) -> Chunk:
         source, start, stop = self.ranges[index]
         names: list[tuple[str, int]] = []
         errors: list[str | None] = []
@@ -87,7 +90,7 @@ class _Chunks(Dataset):
                 errors.append(None)
             except Exception as e:  # decoders raise whatever they like
                 errors.append(f'{type(e).__name__}: {_without_address(str(e))}'[:300])
-        return _Chunk(names, errors, torch.stack(images) if images else torch.empty(0))
+        return Chunk(names, errors, torch.stack(images) if images else torch.empty(0))
 
 
 def _without_address(text: str) -> str:
@@ -122,6 +125,16 @@ class UnitPredictor:
         self.topk = min(topk, model.num_classes)
         self.transform = eval_transform(model)
 
+    def write(self, units: Sequence[Unit], folder: Path) -> list[Unit]:
+        """Predicts the units and writes their parts."""
+        return list(self.write_each(units, folder))
+
+    def write_each(self, units: Sequence[Unit], folder: Path) -> Iterator[Unit]:
+        """Predicts the units; yields each once its part is written."""
+        for unit, predicted in self.predict(units):
+            write_part(unit.part(folder), to_table(predicted, self.model.label_names))
+            yield unit
+
     def predict(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Predicted]]:
         """What the images of each unit get, unit by unit.
 
@@ -131,7 +144,7 @@ class UnitPredictor:
         ranges = [self._ranges(unit) for unit in units]
         loader = iter(
             DataLoader(
-                _Chunks([r for each in ranges for r in each], self.transform),
+                DecodedChunks([r for each in ranges for r in each], self.transform),
                 batch_size=None,
                 num_workers=self.workers,
                 pin_memory=torch.cuda.is_available(),
@@ -145,7 +158,7 @@ class UnitPredictor:
         return [(self.sources[unit.source], s, min(s + self.batch_size, unit.stop)) for s in starts]
 
     @torch.inference_mode()
-    def _predict_unit(self, loader: Iterator[_Chunk], count: int) -> Predicted:
+    def _predict_unit(self, loader: Iterator[Chunk], count: int) -> Predicted:
         names: list[tuple[str, int]] = []
         errors: list[str | None] = []
 
@@ -174,7 +187,7 @@ class UnitPredictor:
             )
         return Predicted(names, errors, np.concatenate(index), np.concatenate(prob), np.concatenate(exits))
 
-    def _refuse_bad(self, chunk: _Chunk) -> None:
+    def _refuse_bad(self, chunk: Chunk) -> None:
         if self.on_bad_image == 'record':
             return
         for (name, row), error in zip(chunk.names, chunk.errors, strict=True):
@@ -199,6 +212,8 @@ def predict(
     shard: str | None = None,
     on_bad_image: str = 'record',
     image_column: str | None = None,
+    engine: str = 'local',
+    actors: int | None = None,
 ) -> Summary:
     """Labels every image of an input, into parquet files that a stopped run continues.
 
@@ -223,6 +238,9 @@ def predict(
         shard: `I/N`: predict every N-th unit, from the I-th (1 to N) on; all shards may share `out`.
         on_bad_image: `record`: an image that cannot be read is a row with its error; `fail`: it ends the run.
         image_column: Column with the images, where a parquet file has several.
+        engine: `local`, or `ray` for a Ray cluster (`pip install "timm-cascade[ray]"`), whose nodes all see `data` and
+            `out` under these paths.
+        actors: Most Ray actors at once; by default one per GPU, or per CPU where there is none.
 
     Returns:
         What the folder holds now, and how fast this run was.
@@ -243,6 +261,8 @@ def predict(
         )
     if on_bad_image not in ('record', 'fail'):
         raise ValueError(f'on_bad_image={on_bad_image!r}; choose record or fail.')
+    if engine not in ENGINES:
+        raise ValueError(f'engine={engine!r}; choose {" or ".join(ENGINES)}.')
     if not model.num_classes:
         raise ValueError('this model has no classes, so it labels nothing; load one that classifies.')
     first, of = parse_shard(shard)
@@ -255,6 +275,7 @@ def predict(
     mine = units[first - 1 :: of]
     todo = [u for u in mine if not u.part(folder).exists()]
     _remove_leftovers(folder)
+    run = UnitPredictor.write_each if engine == 'local' else partial(predict_on_ray, actors=actors)
     predictor = UnitPredictor(model, sources, batch_size, topk, workers, on_bad_image)
     training = model.training
     model.eval()
@@ -266,8 +287,7 @@ def predict(
             unit='images',
             disable=None,
         ) as bar:
-            for done, predicted in predictor.predict(todo):
-                write_part(done.part(folder), to_table(predicted, model.label_names))
+            for done in run(predictor, todo, folder):
                 bar.update(done.stop - done.start)
     finally:
         model.train(training)
