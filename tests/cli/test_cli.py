@@ -212,3 +212,17 @@ def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit) as e:
         main([command, '--help'])
     assert e.value.code == 0 and f'timm-cascade {command}' in capsys.readouterr().out
+
+
+def test_predict(small, images, capsys, tmp_path):
+    small.thresholds = [0.3, None]
+    timm_cascade.save(small, tmp_path / 'release')
+    (tmp_path / 'photos').mkdir()
+    for i in range(5):
+        as_png(images.images[i], tmp_path / 'photos' / f'{i}.png')
+    argv = ['predict', tmp_path / 'release', '--data', tmp_path / 'photos', '--out', tmp_path / 'out', '--unit', '2']
+    status, done, _ = run(capsys, *argv)
+    assert status == 0 and done['images'] == 5 and done['parts_written'] == 3
+    assert run(capsys, *argv)[1]['parts_written'] == 0
+    status, nothing, said = run(capsys, *argv, '--topk', '2')
+    assert status == 2 and nothing is None and 'topk was 5 and is 2' in said

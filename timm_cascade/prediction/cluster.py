@@ -34,10 +34,14 @@ class _Worker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         units = [Unit(*numbers) for numbers in zip(*(batch[k].tolist() for k in Unit.__annotations__), strict=True)]
+        error = ''
         for unit in units:
             if not unit.part(self.folder).exists():  # Ray asks again for what a lost node had done
-                self.predictor.write([unit], self.folder)
-        return batch
+                try:
+                    self.predictor.write([unit], self.folder)
+                except BadImageError as e:  # told as a value: Ray would wrap it, and try again
+                    error = str(e)
+        return {**batch, 'error': [error] * len(units)}
 
 
 def predict_on_ray(
@@ -86,23 +90,12 @@ def predict_on_ray(
         num_gpus=1 if gpu else 0,
         fn_constructor_args=(reference, str(folder.absolute()), gpu),
     )
-    try:
-        for row in done.iter_rows():
-            yield Unit(**{k: int(row[k]) for k in Unit.__annotations__})
-    except Exception as e:
-        bad = _cause(e, BadImageError)
-        if bad is not None:
-            raise BadImageError(str(bad)) from e
-        raise
+    for row in done.iter_rows():
+        if row['error']:
+            raise BadImageError(row['error'])
+        yield Unit(**{k: int(row[k]) for k in Unit.__annotations__})
 
 
 def _on_cpu(predictor: UnitPredictor) -> UnitPredictor:
     predictor.model.to('cpu')
     return predictor
-
-
-def _cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
-    """The exception of this kind that Ray wrapped, if there is one."""
-    while error is not None and not isinstance(error, kind):
-        error = getattr(error, 'cause', None) or error.__cause__
-    return error

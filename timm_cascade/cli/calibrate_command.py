@@ -1,0 +1,47 @@
+"""timm-cascade calibrate: confidence and correctness of every exit on held-out images."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .. import hub
+from ..data import check_classes
+from ..measure.calibrate import calibrate
+from ..utils.distributed import create_accelerator
+from .options import Commands, data_options, load_data_of, output_options
+
+__all__ = ['add_command', 'run']
+
+
+def add_command(commands: Commands) -> None:
+    """Adds the command and its options."""
+    cal = commands.add_parser(
+        'calibrate', parents=[data_options(), output_options()], help='measure every exit on held-out images'
+    )
+    cal.add_argument('folder', help='a release')
+    cal.add_argument('--split', help='images that neither backbone nor heads were trained on')
+    cal.add_argument('--no-labels', action='store_true', help='count agreement with the full network instead')
+    cal.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Runs the command; returns what it prints."""
+    accelerator = create_accelerator()
+    model = hub.load(args.folder)
+    data = load_data_of(args, args.split, labels=not args.no_labels)
+    check_classes(data, model.num_classes, model.label_names)
+    calibration = calibrate(model, data, batch_size=args.batch_size, workers=args.workers, accelerator=accelerator)
+    main_process = accelerator.is_main_process
+    if main_process:
+        hub.save(model, args.folder)
+    accelerator.end_training()
+    if not main_process:
+        return None
+    accuracy = calibration.correct.mean(0)
+    return dict(
+        folder=args.folder,
+        n=len(data),
+        exits=list(calibration.exits),
+        **{'agreement' if args.no_labels else 'accuracy': [round(float(a), 4) for a in accuracy]},
+    )

@@ -1,0 +1,58 @@
+"""What several commands share: options for the data and the output, and values written as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from ..data import ImageData, load_data
+
+__all__ = ['Commands', 'data_options', 'exits_value', 'load_data_of', 'output_options', 'value']
+
+Commands = Any  # argparse's own type of what add_subparsers returns is private
+
+
+def value(text: str) -> Any:
+    """A JSON value where the text is one, else the text: 0.5, true, "a", [1, 2]."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def exits_value(text: str) -> Any:
+    values = [value(t) for t in text.split(',')]
+    return values[0] if len(values) == 1 and isinstance(values[0], int) else values
+
+
+def data_options() -> argparse.ArgumentParser:
+    """Options of every command that reads images."""
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument(
+        '--data',
+        required=True,
+        nargs='+',
+        help='Hub data set id, image folder, parquet file(s), or a folder of IDX files',
+    )
+    data.add_argument('--batch-size', type=int, default=256, help='over all processes together')
+    data.add_argument('--workers', type=int, default=0, help='processes that decode images')
+    data.add_argument(
+        '--on-bad-image',
+        default='fail',
+        choices=['fail', 'skip'],
+        help='images that cannot be read: stop, or decode all images once more, name and leave those out',
+    )
+    return data
+
+
+def output_options() -> argparse.ArgumentParser:
+    """Options of every command that prints a result."""
+    out = argparse.ArgumentParser(add_help=False)
+    out.add_argument('--json', action='store_true', help='print the result as JSON')
+    return out
+
+
+def load_data_of(args: argparse.Namespace, split: str | None, labels: bool = True) -> ImageData:
+    """The images that the command line names."""
+    return load_data(args.data if len(args.data) > 1 else args.data[0], split, labels, args.on_bad_image, args.workers)

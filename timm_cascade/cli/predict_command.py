@@ -1,0 +1,77 @@
+"""timm-cascade predict: labels whole folders and data sets."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from .. import hub
+from ..prediction.local import ENGINES, predict
+from .options import Commands, output_options
+
+__all__ = ['add_command', 'run']
+
+
+def add_command(commands: Commands) -> None:
+    """Adds the command and its options."""
+    parser = commands.add_parser(
+        'predict', parents=[output_options()], help='label every image of an input, into parquet files'
+    )
+    parser.add_argument('where', metavar='FOLDER|REPO', help='the release')
+    parser.add_argument(
+        '--data',
+        required=True,
+        nargs='+',
+        help='image files, folders of them, globs, parquet files, IDX folders or Hub data set ids',
+    )
+    parser.add_argument('--out', required=True, help='folder for the part files; run again to continue')
+    parser.add_argument('--split', help='split of a Hub data set or an IDX folder')
+    parser.add_argument('--image-column', help='column with the images, where a parquet file has several')
+    parser.add_argument('--max-drop', type=float, help="accuracy to give up; else the release's active thresholds")
+    parser.add_argument('--rule', default='certified', choices=['certified', 'joint', 'per_exit'])
+    parser.add_argument('--level', type=float, default=0.9, help='confidence level of the certified rule')
+    parser.add_argument('--topk', type=int, default=5, help='classes per image')
+    parser.add_argument('--batch-size', type=int, default=256)
+    parser.add_argument('--workers', type=int, default=0, help='processes that decode ahead')
+    parser.add_argument('--unit', type=int, default=4096, help='images per part file')
+    parser.add_argument('--shard', metavar='I/N', help='predict every N-th unit, from the I-th (1 to N) on')
+    parser.add_argument('--engine', default='local', choices=ENGINES)
+    parser.add_argument('--actors', type=int, help='most Ray actors at once')
+    parser.add_argument('--device', help='such as cpu or cuda:1; by default a GPU where there is one')
+    parser.add_argument('--compile', action='store_true', help='compile the stages first')
+    parser.add_argument(
+        '--on-bad-image',
+        default='record',
+        choices=['record', 'fail'],
+        help='images that cannot be read: a row with the error, or stop',
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the command; returns what it prints."""
+    model = hub.load(args.where).eval()
+    if args.max_drop is not None:
+        model.set_max_drop(args.max_drop, rule=args.rule, level=args.level)
+    model.to(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    if args.compile:
+        model.compile(batch_sizes=(args.batch_size,))
+    done = predict(
+        model,
+        args.data,
+        args.out,
+        split=args.split,
+        topk=args.topk,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        unit=args.unit,
+        shard=args.shard,
+        on_bad_image=args.on_bad_image,
+        image_column=args.image_column,
+        engine=args.engine,
+        actors=args.actors,
+    )
+    return asdict(done)
