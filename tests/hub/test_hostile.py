@@ -9,6 +9,7 @@ import struct
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import timm_cascade
@@ -95,6 +96,18 @@ def table(edit):
     return apply, hub.TABLE
 
 
+def calibration(edit):
+    def apply(folder):
+        path = folder / hub.CALIBRATION
+        with safe_open(path, framework='pt') as file:
+            described = json.loads(file.metadata()['calibration'])
+        tensors = load_file(path)
+        edit(described, tensors)
+        save_file(tensors, path, {'calibration': json.dumps(described)} if described else {})
+
+    return apply, hub.CALIBRATION
+
+
 def flip(content, at):
     return content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :]
 
@@ -134,32 +147,38 @@ HOSTILE = {
     'no heads': (weights(lambda t: [t.pop(k) for k in list(t) if k[0] == 'h']), 'no heads'),
     'another shape': (weights(lambda t: t.update({'heads.0.fc.bias': torch.zeros(5)})), 'do not fit'),
     'far too large': (raw(hub.WEIGHTS, lambda b: b + bytes(24 << 20)), 'at most'),
-    'a million thresholds': (args(thresholds=[0.5] * 10**6), '1000000 thresholds for 2'),
-    'a threshold out of range': (args(thresholds=[7.0, 0.5]), '0..1'),
+    'a million thresholds': (args(thresholds=[0.5] * 10**6), r'model_args\.thresholds is .* at most 256'),
+    'a threshold out of range': (args(thresholds=[7.0, 0.5]), r'model_args\.thresholds\.0 is 7\.0'),
     'NaN for a threshold': (raw(hub.CONFIG, lambda b: b.replace(b'0.89999', b'NaN, 0')), 'config'),
     'a million thresholds in the table': (
         table(lambda t: t['points'][0].update(thresholds=[0.5] * 10**6)),
-        'thresholds',
+        r'points\.0\.thresholds is .* at most 256',
     ),
     'a table for other heads': (table(lambda t: t.update(heads_hash='0' * 16)), 'heads_hash'),
-    'deep table': (text(hub.TABLE, '{"a":' + DEEP + '}'), 'not a threshold table'),
-    'table of the future': (table(lambda t: t.update(format_version=99)), 'newer'),
-    'table without points': (table(lambda t: t.pop('points')), 'missing'),
+    'deep table': (text(hub.TABLE, '{"a":' + DEEP + '}'), 'nested more than'),
+    'table of the future': (table(lambda t: t.update(format_version=99)), 'format_version is 99.*newer.*upgrade'),
+    'table without points': (table(lambda t: t.pop('points')), 'points is missing'),
     'calibration of junk': (raw(hub.CALIBRATION, lambda b: b'junk'), 'not a calibration'),
     'calibration flipped': (raw(hub.CALIBRATION, lambda b: flip(b, 30)), 'calibration'),
     'deep config': (text(hub.CONFIG, '{"cascade":' + DEEP + '}'), 'deep'),
     'config of a list': (text(hub.CONFIG, '[]'), 'not a JSON object'),
     'config of bytes': (raw(hub.CONFIG, lambda b: b'\xff\xfe' + b), 'config'),
     'huge config': (text(hub.CONFIG, ' ' * (9 << 20)), 'at most'),
-    'format of the future': (entry(format_version=99), 'upgrade'),
-    'missing keys': (config(lambda c: c['cascade'].pop('exits')), 'exit points'),
-    'no thresholds': (config(lambda c: c['model_args'].pop('thresholds')), 'thresholds for 2'),
+    'format of the future': (entry(format_version=99), r'cascade\.format_version is 99.*upgrade'),
+    'missing keys': (config(lambda c: c['cascade'].pop('exits')), r'cascade\.exits is missing'),
+    'no thresholds': (config(lambda c: c['model_args'].pop('thresholds')), r'model_args\.thresholds is missing'),
     'a huge label list': (config(lambda c: c.update(label_names=['x'] * 200_000)), '200000 label_names for 4'),
-    'a label that is a list': (config(lambda c: c.update(label_names=['a', 'b', 'c', []])), 'label'),
-    'another architecture': (config(lambda c: c.update(architecture='resnet18')), 'no cascade'),
+    'a label that is a list': (
+        config(lambda c: c.update(label_names=['a', 'b', 'c', []])),
+        'label_names: it should be a list of texts',
+    ),
+    'another architecture': (config(lambda c: c.update(architecture='resnet18')), 'not a cascade'),
     'unknown architecture': (config(lambda c: c.update(architecture='cascade_../../x')), 'does not know'),
     'a path for an exit': (args(exits=['layer1/../../x', 'layer2']), r'layer1/\.\./\.\./x'),
-    "an argument that is not the model's to set": (args(checkpoint_path='/etc/passwd'), 'checkpoint_path'),
+    "an argument that is not the model's to set": (
+        args(checkpoint_path='/etc/passwd'),
+        'model_args: .*checkpoint_path',
+    ),
     'an argument nobody knows': (args(frobnicate=1), 'frobnicate'),
     'giant width': (args(num_classes=2**40), 'model_args.num_classes'),
     'giant model': (args(depth=10**9), 'model_args.depth'),
@@ -169,18 +188,80 @@ HOSTILE = {
         ),
         'do not fit',
     ),
-    'wrong head': (args(head='linear'), 'grid, hidden and norm'),
-    'giant head': (args(head=[dict(grid=1, hidden=2**40, norm=True)] * 2), 'grid, hidden and norm'),
-    'unknown key for timm': (config(lambda c: c['pretrained_cfg'].update(run='rm')), 'run'),
+    'wrong head': (args(head='linear'), r"model_args\.head is 'linear'"),
+    'giant head': (
+        args(head=[dict(grid=1, hidden=2**40, norm=True)] * 2),
+        r'model_args\.head\.0\.hidden is 1099511627776',
+    ),
+    'unknown key for timm': (config(lambda c: c['pretrained_cfg'].update(run='rm')), 'pretrained_cfg has keys .*run'),
     'images of 10**9 pixels': (
         config(lambda c: c['pretrained_cfg'].update(input_size=[1, 10**9, 10**9])),
-        'input_size',
+        r'pretrained_cfg\.input_size\.1 is 1000000000',
     ),
-    'a backbone by path': (backbone(hub_id='../../etc'), 'hub_id'),
-    'a backbone by pickle': (backbone(filename='../x.bin'), 'safetensors'),
-    'a backbone that is not pinned': (backbone(revision='main'), 'revision'),
-    'heads for another backbone': (backbone(name='resnet18'), 'resnet18'),
+    'a backbone by path': (backbone(hub_id='../../etc'), r'cascade\.backbone\.hub_id'),
+    'a backbone by pickle': (backbone(filename='../x.bin'), r'cascade\.backbone\.filename .*safetensors'),
+    'a backbone that is not pinned': (backbone(revision='main'), r'cascade\.backbone\.revision'),
+    'heads for another backbone': (backbone(name='resnet18'), r'cascade\.backbone\.name .*resnet18'),
     'a backbone from anywhere': (backbone(hub_id=None), 'no Hub repository'),
+}
+
+EXIT = {
+    'layout': ('NCWH', 'NCHW'),
+    'channels': (0, 'greater'),
+    'size': ([16], 'at least 2'),
+    'prefix_tokens': (-1, 'greater'),
+    'macs': (2**61, 'less'),
+    'cut': ('eval', 'hook'),
+    'item': (64, 'less'),
+    'rows': ([1.5], 'integer'),
+    'module': (None, 'string'),
+    'extra': (1, 'not a known key'),
+}
+for key, (value, message) in EXIT.items():
+    HOSTILE[f'{key} of an exit'] = (
+        config(lambda c, key=key, value=value: c['cascade']['exits'][0].update({key: value})),
+        rf'cascade\.exits\.0\.{key}.*{message}',
+    )
+HOSTILE |= {
+    'exits in another order': (config(lambda c: c['cascade']['exits'].reverse()), 'in the order of their cost'),
+    'exits that the model does not have': (
+        config(lambda c: c['cascade']['exits'][0].update(module='layer3')),
+        r'cascade\.exits has the modules .*layer3.* model_args\.exits',
+    ),
+    'an item without rows': (config(lambda c: c['cascade']['exits'][1].update(item=3)), r'cascade\.exits\.1: item 3'),
+    'a layout of its own': (entry(layout='delta'), r"cascade\.layout is 'delta'"),
+    'a digest of another kind': (entry(backbone=dict(digest='x', base_model=None)), r'cascade\.backbone\.digest'),
+    'a truth value for a number': (config(lambda c: c.update(num_classes=True)), 'num_classes is True'),
+    'a text for a number': (args(head=[dict(grid='1', hidden=0, norm=True)] * 2), r"model_args\.head\.0\.grid is '1'"),
+    'an object for a number': (args(depth=dict(a=1)), r'model_args\.depth: '),
+    'infinite numbers': (raw(hub.CONFIG, lambda b: b.replace(b'0.25', b'1e999')), r'pretrained_cfg\.std\.0 is inf'),
+    'a backbone without a revision': (backbone(revision=None), r'cascade\.backbone: .*needs its revision'),
+    'profiles of junk': (text(hub.PROFILES, 'junk'), 'not a JSON object'),
+    'profiles of the future': (text(hub.PROFILES, '{"format_version": 9}'), 'format_version is 9.*newer'),
+    'deep profiles': (text(hub.PROFILES, '{"a":' + DEEP + '}'), 'nested'),
+    'profiles without end': (
+        text(hub.PROFILES, json.dumps(dict(format_version=1, profiles=[{}] * 2000))),
+        'profiles is .* at most 1000',
+    ),
+    'a time below zero': (
+        text(hub.PROFILES, json.dumps(dict(format_version=1, profiles=[dict(backbone_seconds=-1.0)]))),
+        r'profiles\.0\.',
+    ),
+    'provenance that is no number': (
+        raw(hub.TABLE, lambda b: b.replace(b'"provenance": {', b'"provenance": {"a": NaN,')),
+        r'provenance\.a is nan',
+    ),
+    'calibration without a description': (calibration(lambda m, t: m.clear()), 'calibration'),
+    'calibration of the future': (calibration(lambda m, t: m.update(format_version=9)), 'format_version is 9.*newer'),
+    'calibration of no exits': (calibration(lambda m, t: m.update(exits=[])), 'exits is .*at least 1'),
+    'calibration that costs nothing': (calibration(lambda m, t: m.update(backbone_cost=0)), 'backbone_cost is 0'),
+    'calibration with another key': (calibration(lambda m, t: m.update(run='rm')), 'run is not a known key'),
+    'calibration of other samples': (
+        calibration(lambda m, t: t.update(correct=t['correct'][:3])),
+        'correct does not fit',
+    ),
+    'calibration with another array': (calibration(lambda m, t: t.update(more=t['correct'] * 1)), 'more'),
+    'calibration of logits': (calibration(lambda m, t: t.update(confidence=t['confidence'] + 3)), 'between 0 and 1'),
 }
 
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from ..backbone import input_size_of
 from ..errors import ReleaseError
-from .download import COMMIT, Repository
+from .download import Repository
+
+if TYPE_CHECKING:
+    from ..formats import PublishedEntry
 
 __all__ = ['Published', 'fetch_published', 'identify', 'weights_digest']
 
@@ -51,40 +51,27 @@ class Published:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Any, base: str) -> Published:
-        """What `to_dict` gave, as a stranger's file has it.
+    def from_entry(cls, entry: PublishedEntry, base: str, source: str) -> Published:
+        """What `to_dict` gave, as a file has it.
 
         Args:
+            entry: The description.
             base: timm's name of the backbone, without a tag.
+            source: Name of the file, for messages.
 
         Raises:
-            ReleaseError: Not such a description, or of another backbone.
+            ReleaseError: A description of another backbone, or of one that cannot be fetched.
         """
-        keys = set(cls.__dataclass_fields__)
-        if not isinstance(values, dict) or set(values) != keys:
-            raise ReleaseError(f'the backbone is {str(values)[:200]}; expected an object with {sorted(keys)}.')
-        for key, value in values.items():
-            nullable = key in ('hub_id', 'revision', 'filename')
-            if not (isinstance(value, str) and len(value) < 200) and not (value is None and nullable):
-                raise ReleaseError(f"the backbone's {key} is {str(value)[:200]!r}; expected a short text.")
-        result = cls(**values)
+        result = cls(**entry.model_dump())
         if result.name.split('.')[0] != base:
-            raise ReleaseError(f'the backbone is {result.name!r}; expected {base} with or without a tag.')
-        if result.hub_id is None:
-            if not result.registered.get('url'):
-                raise ReleaseError(
-                    f'the backbone {result.name!r} has no published weights that this version of timm '
-                    f'knows, and no Hub repository is named. Upgrade timm.'
-                )
-            return result
-        try:
-            validate_repo_id(result.hub_id)
-        except HFValidationError as e:
-            raise ReleaseError(f"the backbone's hub_id is {result.hub_id!r}: {e}") from e
-        if result.revision is None or not COMMIT.fullmatch(result.revision):
-            raise ReleaseError(f"the backbone's revision is {result.revision!r}; expected a commit, 40 hex digits.")
-        if not re.fullmatch(r'\w[\w.-]*\.safetensors', result.filename or ''):
-            raise ReleaseError(f"the backbone's file is {result.filename!r}; only a .safetensors file is loaded.")
+            raise ReleaseError(
+                f'{source}: cascade.backbone.name is {result.name!r}; it should be {base} with or without a tag.'
+            )
+        if result.hub_id is None and not result.registered.get('url'):
+            raise ReleaseError(
+                f'{source}: cascade.backbone.name is {result.name!r}, which has no published weights that this version '
+                f'of timm knows, and no Hub repository is named. Upgrade timm.'
+            )
         return result
 
     @property

@@ -84,9 +84,9 @@ class Release:
         if path is None:
             raise ReleaseError(f'{self} is no release: it has no {CONFIG}.')
         try:
-            return parse_config(path.read_text(encoding='utf-8'))
-        except ValueError as e:  # also of an encoding that is not UTF-8
-            raise ReleaseError(f'{path}: {e}.') from e
+            return parse_config(path.read_text(encoding='utf-8'), str(path))
+        except UnicodeDecodeError as e:
+            raise ReleaseError(f'{path}: it is not UTF-8 ({e}).') from e
 
     def weights(self, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
         """The tensors of model.safetensors by name, `backbone.*` and `heads.*`.
@@ -185,7 +185,7 @@ class Release:
         path = self.source.path(TABLE, MAX_TABLE)
         try:
             if path is not None:
-                table = ThresholdTable.from_json(path.read_text(encoding='utf-8'))
+                table = ThresholdTable.from_json(path.read_text(encoding='utf-8'), str(path))
                 table.check(config.model_args['exits'], config.num_classes, heads_hash, config.input_size)
             path = self.source.path(CALIBRATION, MAX_CALIBRATION)
             if path is not None:
@@ -195,10 +195,9 @@ class Release:
                 )
         except ReleaseError:
             raise
-        except Exception as e:  # a stranger's file: whatever reading it raises, it is damaged
-            raise ReleaseError(
-                f'{path}: {e if str(e) else type(e).__name__} Fetch the file again, or calibrate again.'
-            ) from e
+        except Exception as e:  # a file from outside: whatever reading it raises, it is damaged
+            said = str(e).removeprefix(f'{path}: ') or type(e).__name__
+            raise ReleaseError(f'{path}: {said} Fetch the file again, or calibrate again.') from e
         return table, calibration
 
     def profiles(self) -> list[Profile]:
@@ -211,9 +210,9 @@ class Release:
         if path is None:
             return []
         try:
-            profiles = profiles_from_json(path.read_text(encoding='utf-8'))
+            profiles = profiles_from_json(path.read_text(encoding='utf-8'), str(path))
         except ValueError as e:  # also of an encoding that is not UTF-8
-            raise ReleaseError(f'{path}: {e}') from e
+            raise ReleaseError(f'{path}: {str(e).removeprefix(f"{path}: ")}') from e
         if any(list(p.exits) != self.config.model_args['exits'] for p in profiles):
             raise ReleaseError(f'{path}: profiles of other exits; fetch the file again, or measure again.')
         return profiles

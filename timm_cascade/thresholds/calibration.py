@@ -205,25 +205,25 @@ class Calibration:
         Raises:
             TableFormatError: Not such a file, or a newer format version.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
+
+        from ..formats import CalibrationEntry, parse
 
         try:
             with safe_open(path, framework='numpy') as file:
-                rest = json.loads((file.metadata() or {})['calibration'])
+                described = (file.metadata() or {})['calibration']
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            version = rest.pop('format_version')
-            if version != FORMAT_VERSION:
-                raise TableFormatError(
-                    f'{path} has format version {version!r}, known here is {FORMAT_VERSION}; upgrade timm_cascade, or '
-                    f'calibrate again.'
-                )
             shape = tensors['confidence'].shape
             for name in ('correct', 'agreement'):
                 if tensors[name].size != -(-math.prod(shape) // 8):
                     raise TableFormatError(f'{path}: {name} does not fit confidences of shape {shape}.')
                 tensors[name] = np.unpackbits(tensors[name], count=math.prod(shape)).reshape(shape).astype(np.bool_)
+            entry = parse(CalibrationEntry, described, str(path), TableFormatError)
+            rest = entry.model_dump(exclude={'format_version'})
             return cls(**tensors, **{**rest, 'exits': tuple(rest['exits'])})
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except ThresholdError as error:
+            raise TableFormatError(str(error) if str(path) in str(error) else f'{path}: {error}') from error
+        except Exception as error:  # a file from outside: whatever reading it raises, it is damaged
             raise TableFormatError(f'{path} is not a calibration file: {error!r}.') from error
 
     def _right(self, reference: str) -> BoolArray:

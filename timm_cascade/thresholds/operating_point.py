@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import TableFormatError
+
+if TYPE_CHECKING:
+    from ..formats import PointEntry
 
 __all__ = ['RULES', 'OperatingPoint']
 
@@ -87,52 +90,14 @@ class OperatingPoint:
         Raises:
             TableFormatError: A missing key, or a value of the wrong kind or out of range.
         """
-        if not isinstance(values, Mapping):
-            raise TableFormatError(f'an operating point must be an object, got {type(values).__name__}.')
-        names = [f.name for f in fields(cls) if f.name != 'extra']
-        missing = [name for name in names if name not in values]
-        if missing:
-            raise TableFormatError(f'an operating point lacks {", ".join(missing)}; calibrate again.')
-        known = {name: values[name] for name in names}
-        for name in ('accuracy', 'full_accuracy', 'drop', 'cost', 'cost_share'):
-            known[name] = _number(name, known[name])
-        for name in ('max_drop', 'level'):
-            known[name] = None if known[name] is None else _number(name, known[name], 0, 1)
-        for name in ('n', 'measured_on'):
-            if isinstance(known[name], bool) or not isinstance(known[name], int) or known[name] < 0:
-                raise TableFormatError(f'{name} is {known[name]!r}; expected a count.')
-        if known['rule'] not in RULES or known['reference'] not in ('labels', 'backbone'):
-            raise TableFormatError(
-                f'rule {known["rule"]!r} with reference {known["reference"]!r}; expected one of {", ".join(RULES)} '
-                f'with labels or backbone.'
-            )
-        if (known['rule'] == 'cost') != (known['max_drop'] is None):
-            raise TableFormatError(f'rule {known["rule"]!r} does not go with max_drop {known["max_drop"]!r}.')
-        if not isinstance(known['certified'], bool) or (known['certified'] and known['level'] is None):
-            raise TableFormatError('certified must be true or false, and a certified point needs its level.')
-        known['thresholds'] = tuple(
-            math.inf if t is None else _number('threshold', t, 0, 1) for t in _list('thresholds', known['thresholds'])
-        )
-        known['exit_shares'] = tuple(_number('exit share', s, 0, 1) for s in _list('exit_shares', known['exit_shares']))
-        interval = _list('drop_interval', known['drop_interval'])
-        if len(interval) != 2 or len(known['exit_shares']) != len(known['thresholds']) + 1:
-            raise TableFormatError(
-                f'{len(known["thresholds"])} thresholds, {len(known["exit_shares"])} exit shares and a drop_interval '
-                f'of {len(interval)} numbers do not fit together; expected M, M+1 and 2.'
-            )
-        known['drop_interval'] = (_number('drop_interval', interval[0]), _number('drop_interval', interval[1]))
-        return cls(**known, extra={key: value for key, value in values.items() if key not in names})
+        from ..formats import PointEntry, parse
 
+        return cls.from_entry(parse(PointEntry, dict(values), 'an operating point', TableFormatError))
 
-def _list(name: str, value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TableFormatError(f'{name} must be a list, got {type(value).__name__}.')
-    return value
-
-
-def _number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise TableFormatError(f'{name} is {value!r}; expected a finite number.')
-    if not low <= value <= high:
-        raise TableFormatError(f'{name} is {value!r}; expected a number from {low:g} to {high:g}.')
-    return float(value)
+    @classmethod
+    def from_entry(cls, entry: PointEntry) -> OperatingPoint:
+        """The point of a stored table."""
+        values = {f.name: getattr(entry, f.name) for f in fields(cls) if f.name != 'extra'}
+        values['thresholds'] = tuple(math.inf if t is None else t for t in entry.thresholds)
+        values['exit_shares'], values['drop_interval'] = tuple(entry.exit_shares), tuple(entry.drop_interval)
+        return cls(**values, extra=dict(entry.model_extra or {}))

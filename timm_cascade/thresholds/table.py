@@ -15,8 +15,6 @@ from .operating_point import OperatingPoint
 __all__ = ['FORMAT_VERSION', 'ThresholdTable']
 
 FORMAT_VERSION = 1
-MAX_POINTS = 10_000
-MAX_CHARACTERS = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,6 @@ class ThresholdTable:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.points) > MAX_POINTS:
-            raise TableFormatError(f'{len(self.points)} operating points; expected at most {MAX_POINTS}.')
         for point in self.points:
             if len(point.thresholds) != len(self.exits):
                 raise TableFormatError(
@@ -161,62 +157,25 @@ class ThresholdTable:
         )
 
     @classmethod
-    def from_json(cls, text: str) -> ThresholdTable:
+    def from_json(cls, text: str, source: str = 'thresholds.json') -> ThresholdTable:
         """Reads what `to_json` wrote; unknown keys are kept.
+
+        Args:
+            text: JSON.
+            source: Name of the file, for messages.
 
         Raises:
             TableFormatError: Not such a table, a newer format version, or values that cannot be right.
         """
-        if len(text) > MAX_CHARACTERS:
-            raise TableFormatError(f'a threshold table of {len(text)} characters; expected at most {MAX_CHARACTERS}.')
-        try:
-            content = json.loads(text, parse_constant=_refuse)
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, TableFormatError):
-                raise
-            raise TableFormatError(f'this is not a threshold table: {error}.') from error
-        if not isinstance(content, dict) or 'format_version' not in content:
-            raise TableFormatError('this is not a threshold table: no format_version.')
-        version = content.pop('format_version')
-        if type(version) is not int or version < 1:
-            raise TableFormatError(f'format_version is {version!r}; expected a whole number from 1.')
-        if version > FORMAT_VERSION:
-            raise TableFormatError(
-                f'this threshold table has format version {version}, newer than the {FORMAT_VERSION} known here; '
-                f'upgrade timm_cascade, or calibrate again.'
-            )
-        kinds: dict[str, tuple[type, ...]] = {
-            'exits': (list,),
-            'num_classes': (int,),
-            'heads_hash': (str,),
-            'input_size': (list, type(None)),
-            'points': (list,),
-            'provenance': (dict,),
-        }
-        known = {}
-        for name, kind in kinds.items():
-            if name not in content or not isinstance(content[name], kind) or isinstance(content[name], bool):
-                raise TableFormatError(
-                    f'{name} is {type(content[name]).__name__ if name in content else "missing"} in this threshold '
-                    f'table; expected {kind[0].__name__}.'
-                )
-            known[name] = content.pop(name)
-        if not known['exits'] or not all(isinstance(name, str) for name in known['exits']):
-            raise TableFormatError('exits must be names, at least one.')
-        if known['input_size'] is not None and not all(type(size) is int for size in known['input_size']):
-            raise TableFormatError(f'input_size is {known["input_size"]!r}; expected whole numbers.')
-        if len(known['points']) > MAX_POINTS:
-            raise TableFormatError(f'{len(known["points"])} operating points; expected at most {MAX_POINTS}.')
+        from ..formats import TableFile, parse
+
+        file = parse(TableFile, text, source, TableFormatError)
         return cls(
-            exits=tuple(known['exits']),
-            num_classes=known['num_classes'],
-            heads_hash=known['heads_hash'],
-            input_size=None if known['input_size'] is None else tuple(known['input_size']),
-            points=tuple(OperatingPoint.from_dict(p) for p in known['points']),
-            provenance=known['provenance'],
-            extra=content,
+            exits=tuple(file.exits),
+            num_classes=file.num_classes,
+            heads_hash=file.heads_hash,
+            input_size=None if file.input_size is None else tuple(file.input_size),
+            points=tuple(OperatingPoint.from_entry(p) for p in file.points),
+            provenance=file.provenance,
+            extra=dict(file.model_extra or {}),
         )
-
-
-def _refuse(constant: str) -> float:
-    raise TableFormatError(f'{constant} in a threshold table; expected finite numbers, or null for a closed exit.')

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from .routing import outcome
 __all__ = ['Profile', 'Saving', 'in_time', 'profiles_from_json', 'profiles_to_json', 'savings']
 
 FORMAT_VERSION = 1
-MAX_PROFILES = 1000
 
 Seconds = NDArray[np.float64]
 
@@ -79,44 +77,6 @@ class Profile:
         """(M,) share of the images in flight that must have left for a cut to save time; see the model's min_leave."""
         return np.array(self.cut_seconds) / (self.rest + self.cut_seconds)
 
-    @classmethod
-    def from_dict(cls, values: Any) -> Profile:
-        """
-        Raises:
-            TableFormatError: Keys or values that cannot be right.
-        """
-        names = [f.name for f in fields(cls)]
-        if not isinstance(values, dict) or sorted(values) != sorted(names):
-            raise TableFormatError(f'a profile must be an object with {", ".join(names)}; measure again.')
-        exits, versions = values['exits'], values['versions']
-        if not isinstance(exits, list) or not exits or not all(isinstance(e, str) for e in exits):
-            raise TableFormatError('exits of a profile must be names, at least one.')
-        for name, kind in (('device', str), ('dtype', str), ('compiled', bool), ('versions', dict)):
-            if not isinstance(values[name], kind):
-                raise TableFormatError(f'{name} of a profile is {values[name]!r}; expected {kind.__name__}.')
-        if not all(isinstance(v, str) for v in versions.values()):
-            raise TableFormatError('versions of a profile must be texts.')
-        for name in ('batch_size', 'repeats'):
-            if type(values[name]) is not int or values[name] < 1:
-                raise TableFormatError(f'{name} of a profile is {values[name]!r}; expected a count.')
-        for name, count in (
-            ('stage_seconds', len(exits) + 1),
-            ('head_seconds', len(exits)),
-            ('cut_seconds', len(exits)),
-            ('backbone_seconds', None),
-        ):
-            numbers = [values[name]] if count is None else values[name]
-            if not isinstance(numbers, list) or len(numbers) != (count or 1) or not all(map(_is_time, numbers)):
-                raise TableFormatError(f'{name} of a profile: expected {count or 1} numbers of seconds.')
-        if not values['backbone_seconds'] > 0 or not sum(values['stage_seconds']) > 0:
-            raise TableFormatError('a profile in which the backbone takes no time; measure again.')
-        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**known)
-
-
-def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
-
 
 def profiles_to_json(profiles: Sequence[Profile]) -> str:
     """A text that `profiles_from_json` reads."""
@@ -131,26 +91,21 @@ def profiles_to_json(profiles: Sequence[Profile]) -> str:
     )
 
 
-def profiles_from_json(text: str) -> list[Profile]:
+def profiles_from_json(text: str, source: str = 'profiles.json') -> list[Profile]:
     """Reads what `profiles_to_json` wrote.
 
+    Args:
+        text: JSON.
+        source: Name of the file, for messages.
+
     Raises:
-        TableFormatError: Not such a text, or a newer format version.
+        TableFormatError: Not such a text, a newer format version, or values that cannot be right.
     """
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TableFormatError(f'these are no profiles: {error}.') from error
-    if not isinstance(content, dict) or not isinstance(content.get('profiles'), list):
-        raise TableFormatError('these are no profiles: no list of them.')
-    if content.get('format_version') != FORMAT_VERSION:
-        raise TableFormatError(
-            f'profiles of format version {str(content.get("format_version"))[:50]}, known here is '
-            f'{FORMAT_VERSION}; upgrade timm_cascade, or measure again.'
-        )
-    if len(content['profiles']) > MAX_PROFILES:
-        raise TableFormatError(f'{len(content["profiles"])} profiles; expected at most {MAX_PROFILES}.')
-    return [Profile.from_dict(p) for p in content['profiles']]
+    from ..formats import ProfilesFile, parse
+
+    found = [p.model_dump() for p in parse(ProfilesFile, text, source, TableFormatError).profiles]
+    known: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in p.items()} for p in found]
+    return [Profile(**values) for values in known]
 
 
 def in_time(calibration: Calibration, profile: Profile) -> Calibration:
