@@ -1,0 +1,32 @@
+"""The README and the pages beside it: short, with links that lead somewhere and code that is run elsewhere."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from helpers import ROOT
+
+
+def test_the_readme_is_short_and_its_quickstart_is_the_example():
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert text.count('\n') <= 120
+    example = (ROOT / 'scripts' / 'examples' / 'quickstart.py').read_text(encoding='utf-8')
+    assert f'```python\n{example.partition("import timm_cascade")[1]}' in text
+    assert example[example.index('import timm_cascade') :] in text
+
+
+@pytest.mark.parametrize('name', ['README.md', '.github/CONTRIBUTING.md', 'hub/samples/README.md'])
+def test_links_lead_to_files(name):
+    page = ROOT / name
+    for target in re.findall(r'\]\(([^)#]+)', page.read_text(encoding='utf-8')):
+        assert target.startswith('https://') or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize('name', ['README.md', '.github/CONTRIBUTING.md', 'docs/pages/how-to', 'docs/pages/evidence'])
+def test_scripts_that_are_named_exist(name):
+    """`python scripts/...` in a page is a command that can be given."""
+    page = ROOT / name
+    for file in [page] if page.is_file() else page.glob('*.md'):
+        for script in re.findall(r'python (scripts/[\w/.]+)', file.read_text(encoding='utf-8')):
+            assert (ROOT / script).exists(), f'{file.name}: {script}'
