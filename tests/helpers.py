@@ -92,11 +92,11 @@ def whole(results):
 
 
 def same(results, want, atol=1e-4):
-    index, logits, exits, sure = whole(results)
+    index, logits, exits, found = whole(results)
     assert sorted(index.tolist()) == list(range(len(want.exit)))
     assert torch.equal(exits, want.exit[index])
     assert torch.allclose(logits, want.logits[index], atol=atol)
-    assert torch.allclose(sure, want.confidence[index], atol=atol)
+    assert torch.allclose(found, want.confidence[index], atol=atol)
 
 
 def split_thresholds(model, x):

@@ -8,29 +8,29 @@ from timm_cascade.heads import MAX_SHARE, ExitHead, head_configs
 
 @pytest.mark.parametrize('grid', [1, 2, 4])
 def test_the_layouts_are_the_same_picture(grid):
-    tap = torch.randn(3, 8, 6, 6)
-    tokens = torch.cat([torch.randn(3, 2, 8), tap.flatten(2).transpose(1, 2)], 1)
+    features = torch.randn(3, 8, 6, 6)
+    tokens = torch.cat([torch.randn(3, 2, 8), features.flatten(2).transpose(1, 2)], 1)
     pooled = [
-        ExitHead(8, (6, 6), 5, 'NCHW', grid=grid).pool(tap),
-        ExitHead(8, (6, 6), 5, 'NHWC', grid=grid).pool(tap.permute(0, 2, 3, 1)),
+        ExitHead(8, (6, 6), 5, 'NCHW', grid=grid).pool(features),
+        ExitHead(8, (6, 6), 5, 'NHWC', grid=grid).pool(features.permute(0, 2, 3, 1)),
         ExitHead(8, (6, 6), 5, 'NLC', prefix_tokens=2, grid=grid).pool(tokens),
     ]
     assert pooled[0].shape == (3, 8 * grid * grid)
     assert all(torch.allclose(p, pooled[0], atol=1e-6) for p in pooled)
 
 
-def test_a_grid_is_at_most_the_tap_s_and_tokens_without_a_grid_are_averaged():
+def test_a_grid_is_at_most_the_features_own_and_tokens_without_a_grid_are_averaged():
     assert ExitHead(8, (2, 3), 5, grid=4).in_features == 8 * 6
     head = ExitHead(8, (1, 7), 5, 'NLC', grid=1)
-    tap = torch.randn(2, 7, 8)
-    assert torch.allclose(head.pool(tap), tap.mean(1), atol=1e-6)
+    features = torch.randn(2, 7, 8)
+    assert torch.allclose(head.pool(features), features.mean(1), atol=1e-6)
 
 
 def test_forward_is_pool_then_classify():
     head = ExitHead(8, (6, 6), 5).eval()
-    tap = torch.randn(3, 8, 6, 6)
-    assert torch.equal(head(tap), head.classify(head.pool(tap)))
-    assert head(tap).shape == (3, 5)
+    features = torch.randn(3, 8, 6, 6)
+    assert torch.equal(head(features), head.classify(head.pool(features)))
+    assert head(features).shape == (3, 5)
 
 
 def test_descriptions():
@@ -63,6 +63,6 @@ def test_default_heads_cost_less_than_one_percent(name, hidden):
     assert {c['hidden'] for c in model._model_args['head']} == {hidden}
 
 
-def test_heads_that_are_described_are_taken_at_their_word():
+def test_an_explicit_description_is_used_unchanged():
     model = timm.create_model('cascade_tinynet_e', head=dict(grid=4, hidden=64))
     assert {c['hidden'] for c in model._model_args['head']} == {64}

@@ -11,7 +11,7 @@ import timm_cascade
 from timm_cascade import NotCalibratedError
 
 
-def test_in_training_mode_nobody_leaves(small):
+def test_in_training_mode_no_sample_exits(small):
     small.thresholds = [0.0, 0.0]
     small.train()
     small.backbone.eval()  # batch norm as in evaluation, so that the two can be compared

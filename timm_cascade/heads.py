@@ -1,4 +1,4 @@
-"""Exit heads: a tap in, logits out."""
+"""Exit heads: small classifiers of the features at an exit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 __all__ = ['MAX_SHARE', 'PRESETS', 'ExitHead', 'create_heads', 'head_configs', 'within_share']
 
-# grid: side of the grid the tap is pooled to; hidden: width of the hidden layer, 0 for none; norm: BatchNorm in front
+# grid: side of the grid that features are pooled to; hidden: width of the hidden layer or 0; norm: BatchNorm first
 PRESETS: dict[str, list[dict[str, Any]]] = {
     'linear': [dict(grid=1, hidden=0, norm=True)],
     'enhanced': [dict(grid=4, hidden=64, norm=True)],
@@ -25,17 +25,17 @@ HeadSpec = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 class ExitHead(nn.Module):
-    """Pools a tap to a small grid, normalises it, and classifies it with one or two linear layers.
+    """Pools features to a small grid, standardises them, and classifies them with one or two linear layers.
 
-    `pool` has no parameters: with a frozen backbone its output can be computed once and kept.
+    `pool` has no parameters: with a frozen backbone its output can be computed once and stored.
 
     Args:
-        channels: Channels of the tap.
-        size: Height and width of the tap's grid.
-        num_classes: Number of classes; 0 makes a head that cannot answer.
+        channels: Channels of the features.
+        size: Height and width of the features' grid.
+        num_classes: Number of classes; with 0 the head has no classifier, and its exit stays closed.
         layout: NCHW, NHWC or NLC.
-        prefix_tokens: Tokens before the grid's in NLC.
-        grid: Side of the pooled grid, at most the tap's own.
+        prefix_tokens: Tokens in front of the grid's in NLC.
+        grid: Side of the pooled grid, at most that of the features.
         hidden: Width of the hidden layer, 0 for a linear head.
         norm: Standardise the pooled features (BatchNorm1d) first.
     """
@@ -61,17 +61,17 @@ class ExitHead(nn.Module):
         self.hidden = nn.Sequential(nn.Linear(self.in_features, hidden), nn.ReLU()) if hidden else nn.Identity()
         self.fc = nn.Linear(hidden or self.in_features, num_classes) if num_classes else nn.Identity()
 
-    def pool(self, tap: Tensor) -> Tensor:
-        """Tap in this head's layout to (N, in_features)."""
+    def pool(self, features: Tensor) -> Tensor:
+        """Features (N, ...) in this head's layout to (N, in_features)."""
         if self.layout == 'NHWC':
-            tap = tap.permute(0, 3, 1, 2)
+            features = features.permute(0, 3, 1, 2)
         elif self.layout == 'NLC':
-            tap = tap[:, self.prefix_tokens :].transpose(1, 2)
-            tap = tap.unflatten(2, (self._rows(tap.shape[2]), -1))
-        return F.adaptive_avg_pool2d(tap, self.grid).flatten(1)
+            features = features[:, self.prefix_tokens :].transpose(1, 2)
+            features = features.unflatten(2, (self._rows(features.shape[2]), -1))
+        return F.adaptive_avg_pool2d(features, self.grid).flatten(1)
 
     def _rows(self, tokens: int) -> int:
-        """Rows of the grid that the tokens form: of the aspect that `size` has, if the images have another size."""
+        """Rows of the grid that the tokens form, for images of any size with the aspect ratio of `size`."""
         h, w = self.size
         return h if h == 1 or tokens == h * w else round(math.sqrt(tokens * h / w))
 
@@ -79,42 +79,41 @@ class ExitHead(nn.Module):
         """(N, in_features) to logits (N, num_classes)."""
         return self.fc(self.hidden(self.norm(pooled)))
 
-    def forward(self, tap: Tensor) -> Tensor:
-        return self.classify(self.pool(tap))
+    def forward(self, features: Tensor) -> Tensor:
+        return self.classify(self.pool(features))
 
 
 def head_configs(head: HeadSpec, count: int) -> list[dict[str, Any]]:
-    """One dict of ExitHead's grid, hidden and norm for each of `count` exits.
+    """A dict of ExitHead's grid, hidden and norm for each of `count` exits.
 
     Args:
-        head: A preset's name, one dict for all exits, or a sequence of them; the last one serves the exits left.
+        head: Name of a preset, one dict for all exits, or a sequence of dicts, of which the last serves the remaining
+            exits.
 
     Raises:
         ValueError: An unknown preset or key.
     """
     if isinstance(head, str):
         if head not in PRESETS:
-            raise ValueError(
-                f'head={head!r} is not known; choose from {sorted(PRESETS)} or give a dict of grid, hidden and norm.'
-            )
+            raise ValueError(f'head is {head!r}; expected one of {sorted(PRESETS)} or a dict of grid, hidden and norm.')
         configs: Sequence[Mapping[str, Any]] = PRESETS[head]
     else:
         configs = [head] if isinstance(head, Mapping) else head
     for config in configs:
         unknown = set(config) - {'grid', 'hidden', 'norm'}
         if unknown:
-            raise ValueError(f'head has the keys {sorted(unknown)}; known are grid, hidden and norm.')
+            raise ValueError(f'head has the keys {sorted(unknown)}; expected grid, hidden and norm.')
         if int(config.get('grid', 4)) < 1 or int(config.get('hidden', 64)) < 0:
-            raise ValueError(f'head={dict(config)}: grid is at least 1 and hidden at least 0.')
+            raise ValueError(f'head={dict(config)}: expected a grid of at least 1 and hidden of at least 0.')
     if isinstance(head, str):
         configs = configs[:count]
     if not 1 <= len(configs) <= count:
-        raise ValueError(f'{len(configs)} head descriptions for {count} exits; give one, or one an exit.')
+        raise ValueError(f'{len(configs)} head descriptions for {count} exits; expected one for all, or one per exit.')
     return [{**PRESETS['enhanced'][0], **configs[min(i, len(configs) - 1)]} for i in range(count)]
 
 
 def within_share(configs: list[dict[str, Any]], points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:
-    """The same heads, their hidden layers halved until together they cost at most MAX_SHARE of the backbone."""
+    """Halves the hidden layers until all heads together cost at most MAX_SHARE of the backbone."""
 
     def macs(c: Mapping[str, Any], point: Any) -> int:
         grid = min(c['grid'], point.size[0]) * min(c['grid'], point.size[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from .thresholds.operating_point import OperatingPoint
 from .thresholds.table import ThresholdTable
 from .thresholds.timing import Profile
 from .utils.clock import device_name
+from .utils.digest import heads_digest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -125,7 +125,7 @@ class CascadeModel(nn.Module):
         max_held: int | None = None,
         accelerator: Accelerator | None = None,
     ) -> Iterator[StreamOutput]:
-        """Exited a long input with full batches in every stage: survivors of several batches go on together.
+        """Predicts a long input with full batches in every stage: remaining samples of several batches go on together.
 
         Gradients are not kept. What was read before the input raised is answered before it is raised.
 
@@ -395,7 +395,7 @@ class CascadeModel(nn.Module):
 
     def heads_hash(self) -> str:
         """Identifies exits and trained heads: a table made for others does not apply."""
-        return hash_heads([p.module for p in self._points], self.heads.state_dict())
+        return heads_digest([p.module for p in self._points], self.heads.state_dict())
 
     # ---- timm's contract
 
@@ -471,12 +471,3 @@ class CascadeModel(nn.Module):
         if state_dict and not any(key.startswith(('backbone.', 'heads.')) for key in state_dict):
             return self.backbone.load_state_dict(state_dict, strict=strict, assign=assign)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-
-def hash_heads(exits: Sequence[str], state: Mapping[str, Tensor]) -> str:
-    """Identifies exits (names of modules) and the state of their heads."""
-    digest = hashlib.sha256(repr(list(exits)).encode())
-    for name, tensor in sorted(state.items()):
-        digest.update(f'{name} {tuple(tensor.shape)}'.encode())
-        digest.update(tensor.detach().to('cpu', torch.float64).numpy().tobytes())
-    return digest.hexdigest()[:16]

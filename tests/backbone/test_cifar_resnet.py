@@ -14,8 +14,8 @@ def test_depth_and_timm_s_contract(layers):
     x = torch.randn(2, 1, 29, 29)  # an odd size: the shortcut must meet the convolution's
     assert model(x).shape == (2, 7)
     assert torch.equal(model.forward_head(model.forward_features(x)), model(x))
-    final, taps = model.forward_intermediates(x)
-    assert [t.shape[1] for t in taps] == [i['num_chs'] for i in model.feature_info]
+    final, features = model.forward_intermediates(x)
+    assert [t.shape[1] for t in features] == [i['num_chs'] for i in model.feature_info]
     assert torch.equal(final, model.forward_features(x))
     model.reset_classifier(3)
     assert model(x).shape == (2, 3)
@@ -28,7 +28,7 @@ def test_other_depths_and_widths():
     assert narrow.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
-def paper_macs(model: nn.Module, image: torch.Tensor, tap: int) -> int:
+def paper_macs(model: nn.Module, image: torch.Tensor, pooled: int) -> int:
     """The paper's count of one stage's layers run in one forward: conv = H*W*Cout*k*k*Cin + Cout, BN one operation an
     output element, pooling its input elements, FC = in*out + out. Shortcuts and activations are free."""
     total = 0
@@ -47,7 +47,7 @@ def paper_macs(model: nn.Module, image: torch.Tensor, tap: int) -> int:
     model(image)
     for handle in handles:
         handle.remove()
-    return total + tap
+    return total + pooled
 
 
 def test_the_paper_s_stages_under_its_counting_and_under_ours():
@@ -55,14 +55,14 @@ def test_the_paper_s_stages_under_its_counting_and_under_ours():
     cascade = timm.create_model('cascade_cifar_resnet110', exits=['layer1', 'layer2'], head='paper').eval()
     net, heads = cascade.backbone, cascade.heads
     x = torch.zeros(1, 3, 32, 32)
-    taps = net.forward_intermediates(x, intermediates_only=True)
-    head = [paper_macs(h, t, tap=t[0].numel()) for h, t in zip(heads, taps[1:3], strict=True)]
+    features = net.forward_intermediates(x, intermediates_only=True)
+    head = [paper_macs(h, t, pooled=t[0].numel()) for h, t in zip(heads, features[1:3], strict=True)]
     stages = [
         # the authors' sheet has no batch norm behind the stem (16 * 32 * 32 operations)
         paper_macs(nn.Sequential(net.conv1, net.layer1), x, 0) + head[0],
-        paper_macs(net.layer2, taps[1], 0) + head[1],
+        paper_macs(net.layer2, features[1], 0) + head[1],
         # and 64 operations more for the final pooled vector
-        paper_macs(nn.Sequential(net.layer3, net.global_pool, net.fc), taps[2], taps[3][0].numel()) + 64,
+        paper_macs(nn.Sequential(net.layer3, net.global_pool, net.fc), features[2], features[3][0].numel()) + 64,
     ]
     assert stages == [86_000_922, 84_068_170, 83_909_578]
 

@@ -1,4 +1,4 @@
-"""The smallest model of every module file of timm, on small pictures: exits by default, and nobody answers wrongly."""
+"""The smallest model of every module file of timm, on small pictures: exits by default, and every result is right."""
 
 import pytest
 import timm
@@ -63,7 +63,7 @@ def test_the_list_has_every_module_file():
 
 
 @pytest.mark.parametrize('name', sorted(FAMILIES))
-def test_survivors_get_the_logits_they_get_in_the_whole_batch(name):
+def test_remaining_samples_get_the_logits_they_get_in_the_whole_batch(name):
     torch.manual_seed(0)
     model = timm.create_model(f'cascade_{name}', num_classes=11, **FAMILIES[name]).eval()
     # four: batch norm of few numbers (maps of one pixel) would be ill-conditioned

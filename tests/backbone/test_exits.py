@@ -12,8 +12,8 @@ from timm_cascade.backbone import (
     backbone_macs,
     candidates,
     cut,
+    features_of,
     resolve_exits,
-    tap_of,
 )
 from timm_cascade.backbone.layouts import find_layout
 
@@ -162,6 +162,6 @@ def test_layouts_of_pictures_that_are_not_square(shape, want):
 def test_rows_of_several_tensors():
     point = ExitPoint('m', 'NLC', 2, (1, 1), 0, 1, 2, item=1, rows=(3, 1, 0))
     output = (torch.arange(12.0).reshape(12, 1), [torch.arange(4.0).reshape(4, 1, 1), torch.zeros(7)], 'text')
-    rows, (tap, shared), text = cut(output, torch.tensor([0, 2]), point)
-    assert rows.flatten().tolist() == [0, 1, 2, 6, 7, 8] and tap.flatten().tolist() == [0, 2]
-    assert shared is output[1][1] and text == 'text' and tap_of(output, point) is output[1][0]
+    rows, (features, shared), text = cut(output, torch.tensor([0, 2]), point)
+    assert rows.flatten().tolist() == [0, 1, 2, 6, 7, 8] and features.flatten().tolist() == [0, 2]
+    assert shared is output[1][1] and text == 'text' and features_of(output, point) is output[1][0]

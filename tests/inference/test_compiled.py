@@ -50,13 +50,13 @@ class Plain(nn.Module):
 
 
 def spread(model, x):
-    """Thresholds between two confidences; half of those who come to an exit leave there."""
+    """Thresholds between two confidences; half of the samples that reach an exit leave there."""
     here = torch.ones(len(x), dtype=torch.bool)
     thresholds = []
     for logits in model.forward_exits(x)[:-1]:
-        sure = confidence(logits)
-        thresholds.append(float(sure[here].median()) * 1.0001)
-        here &= sure < thresholds[-1]
+        found = confidence(logits)
+        thresholds.append(float(found[here].median()) * 1.0001)
+        here &= found < thresholds[-1]
     model.thresholds = thresholds
 
 
@@ -144,7 +144,7 @@ def test_padding_to_a_few_batch_sizes_changes_nothing(cascade):
 
 
 @torch.no_grad()
-def test_new_weights_are_compiled_anew(cascade):
+def test_new_weights_are_compiled_again(cascade):
     model, x = cascade
     model.thresholds = None
     model.compile(backend='eager')

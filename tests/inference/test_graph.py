@@ -27,10 +27,10 @@ def images():
     return torch.randn(4, 3, 16, 16) * torch.linspace(0.3, 3, 4)[:, None, None, None]
 
 
-def test_survivors_get_the_logits_they_get_in_the_whole_batch(model, images):
+def test_remaining_samples_get_the_logits_they_get_in_the_whole_batch(model, images):
     assert [p.cut for p in model.exits] == ['export'] * 3
     assert check(model, images) < TOLERANCE
-    assert len(model._router._exported) == 1  # one export served every number of survivors
+    assert len(model._router._exported) == 1  # one export served every number of remaining samples
 
 
 def test_the_inside_of_a_block_is_not_offered(model):
@@ -41,7 +41,7 @@ def test_the_inside_of_a_block_is_not_offered(model):
 
 @torch.no_grad()
 def test_weights_are_the_backbone_s_own(model, images):
-    model.thresholds = [1.5] * 3  # stages run, nobody leaves
+    model.thresholds = [1.5] * 3  # stages run, no sample exits
     assert torch.allclose(model(images), model.backbone(images), atol=1e-5)
     exported = next(iter(model._router._exported.values()))
     before = model(images)
@@ -53,7 +53,7 @@ def test_weights_are_the_backbone_s_own(model, images):
 
 
 @torch.no_grad()
-def test_another_size_dtype_or_classifier_is_exported_anew(model, images):
+def test_another_size_dtype_or_classifier_is_exported_again(model, images):
     model.thresholds = [1.5] * 3
     model(images)
     model.bfloat16()

@@ -1,4 +1,4 @@
-"""Who leaves, who goes on, and that those who left are really gone."""
+"""Which samples exit, which remain, and that the backbone no longer computes those that exited."""
 
 import copy
 import threading
@@ -46,7 +46,7 @@ def test_every_image_gets_the_logits_of_the_exit_that_answers(cascade):
 
 
 @torch.no_grad()
-def test_blocks_see_only_the_survivors(cascade):
+def test_blocks_see_only_the_remaining_samples(cascade):
     x = batch_for(cascade)
     cascade.thresholds = split_thresholds(cascade, x)
     seen = {}
@@ -81,7 +81,7 @@ def test_a_fresh_model_is_its_backbone_and_runs_no_head(cascade):
 
 
 @torch.no_grad()
-def test_everybody_leaves_at_the_first_exit(cascade):
+def test_all_samples_exit_at_the_first_exit(cascade):
     x = batch_for(cascade)
     cascade.thresholds = [0.0] * len(cascade.exits)
     out = cascade.predict(x)
@@ -90,9 +90,9 @@ def test_everybody_leaves_at_the_first_exit(cascade):
 
 
 @torch.no_grad()
-def test_nobody_leaves(cascade):
+def test_no_sample_exits(cascade):
     x = batch_for(cascade)
-    cascade.thresholds = [1.5] * len(cascade.exits)  # heads run, and nobody is that sure
+    cascade.thresholds = [1.5] * len(cascade.exits)  # heads run, and no confidence is that high
     assert torch.allclose(cascade(x), cascade.backbone(x), atol=1e-5)
 
 
@@ -122,11 +122,11 @@ def test_nan_in_a_head_goes_on_to_the_end(cascade):
 
 
 @torch.no_grad()
-def test_a_tie_leaves(cascade):
+def test_a_tie_exits(cascade):
     x = batch_for(cascade)
-    sure = confidence(cascade.forward_exits(x)[0])
-    cascade.thresholds = [float(sure[2]), *[None] * (len(cascade.exits) - 1)]
-    assert torch.equal(cascade.predict(x).exit == 0, sure >= sure[2])
+    found = confidence(cascade.forward_exits(x)[0])
+    cascade.thresholds = [float(found[2]), *[None] * (len(cascade.exits) - 1)]
+    assert torch.equal(cascade.predict(x).exit == 0, found >= found[2])
 
 
 @torch.no_grad()
@@ -181,10 +181,10 @@ def test_detached_hooks_are_gone(small):
 
 @torch.no_grad()
 def test_a_backbone_that_mixes_rows_is_caught(small):
-    """One survivor can be broadcast silently: the number of rows that come back is checked every time."""
+    """A single remaining sample can be broadcast silently: the number of rows that come back is checked every time."""
     x = torch.randn(3, 1, 16, 16) * torch.tensor([0.2, 1, 3])[:, None, None, None]
-    sure = confidence(small.forward_exits(x)[0])
-    small.thresholds = [float(sure.sort().values[1]), None]  # one goes on
+    found = confidence(small.forward_exits(x)[0])
+    small.thresholds = [float(found.sort().values[1]), None]  # one goes on
     small.backbone.fc.register_forward_hook(lambda module, args, out: out.expand(3, -1))
     with pytest.raises(RoutingError, match='1 samples reached the end'):
         small.predict(x)
@@ -253,7 +253,7 @@ def test_one_synchronisation_an_exit_and_no_loop_over_samples(cascade, min_leave
         cascade.min_leave = min_leave
         for n in (6, 24):
             x = batch_for(cascade, n)
-            # half leave at the first exit, nobody at the others
+            # half exit at the first exit, none at the others
             cascade.thresholds = [split_thresholds(cascade, x)[0], *[1.5] * (len(cascade.exits) - 1)]
             with Counted() as counted:
                 exits = cascade.predict(x).exit
@@ -290,8 +290,8 @@ def test_a_batch_that_is_not_worth_cutting_goes_on_whole(cascade):
 
 
 @torch.no_grad()
-def test_a_sample_answers_once_though_it_flies_on(small):
-    """Later heads are sure of everybody; who left keeps the first answer."""
+def test_a_sample_exits_once_though_its_row_goes_on(small):
+    """Later thresholds let every sample exit; samples that exited before keep the first result."""
     x = torch.randn(10, 1, 16, 16)
     small.thresholds = [float(confidence(small.forward_exits(x)[0]).median()), 0.0]
     small.min_leave = 1.0

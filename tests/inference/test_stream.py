@@ -1,4 +1,4 @@
-"""Bulk inference: whatever is merged on the way, every sample gets what it gets in `predict`."""
+"""Bulk inference: however batches are merged, every sample gets the same result as in `predict`."""
 
 import gc
 import math
@@ -37,7 +37,7 @@ def pictures(model, n=N):
 
 
 def spread(model, x):
-    """Thresholds between two confidences, so that rounding moves nobody; some leave at each exit."""
+    """Thresholds between two confidences, so that rounding moves no sample; some leave at each exit."""
     model.thresholds = [t * 1.0001 for t in split_thresholds(model, x)]
 
 
@@ -69,7 +69,7 @@ def test_samples_get_what_they_get_in_predict(cascade):
 
 @torch.no_grad()
 @pytest.mark.parametrize('thresholds', [0.0, 1.5, None])
-def test_all_leave_at_once_or_nobody_does(cascade, thresholds):
+def test_all_samples_exit_at_once_or_none(cascade, thresholds):
     x = pictures(cascade)
     cascade.thresholds = [thresholds] * len(cascade.exits)
     results = list(cascade.stream(x.split(BATCH)))
@@ -80,8 +80,8 @@ def test_all_leave_at_once_or_nobody_does(cascade, thresholds):
 @torch.no_grad()
 def test_later_stages_run_on_full_batches(small):
     x = torch.randn(64, 1, 16, 16)
-    sure = confidence(small.forward_exits(x)[0])
-    small.thresholds = [float(sure.median()) * 1.0001, None]
+    found = confidence(small.forward_exits(x)[0])
+    small.thresholds = [float(found.median()) * 1.0001, None]
     seen = sizes_seen(small)
     results = list(small.stream(x.split(8)))
     stay = int((whole(results)[2] == 2).sum())
@@ -104,7 +104,7 @@ def test_memory_is_bounded(small):
             yield images
 
     given = 0
-    # the last one to leave may wait long; nobody is kept waiting by more than the stated number
+    # the last one to leave may wait long; no more than the stated number of samples wait
     for result in small.stream(batches(), max_held=24):
         assert read - given <= 24 + 4  # the batch that was read last is on its way in
         given += len(result.index)
@@ -139,7 +139,7 @@ class Peak(TorchDispatchMode):
 @torch.no_grad()
 @pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
 def test_peak_memory_is_the_backbone_s_and_the_buffers(name):
-    """At most 1.2 times the plain backbone's peak, and what may wait: one batch of taps an exit."""
+    """At most 1.2 times the plain backbone's peak, and what may wait: one batch of features per exit."""
     model = timm.create_model(f'cascade_{name}', num_classes=7, exits=3).eval()
     x = pictures(model, 192)
     spread(model, x)
@@ -223,8 +223,8 @@ def test_images_of_another_size_do_not_meet(small):
 @torch.no_grad()
 def test_loaders_nan_ties_and_the_order_of_the_input(small):
     x = torch.randn(24, 1, 16, 16)
-    sure = confidence(small.forward_exits(x)[0])
-    small.thresholds = [float(sure[3]), None]  # image 3 stands on the threshold, and leaves
+    found = confidence(small.forward_exits(x)[0])
+    small.thresholds = [float(found[3]), None]  # image 3 stands on the threshold, and leaves
     loader = DataLoader(TensorDataset(x, torch.arange(24)), batch_size=6)
     results = list(small.stream(loader))
     same(results, small.predict(x))
@@ -243,10 +243,10 @@ def test_half_precision(small, dtype):
     small.to(dtype)
     x = torch.randn(20, 1, 16, 16).to(dtype)
     spread(small, x)
-    _, logits, exits, sure = whole(small.stream(x.split(6)))
-    assert logits.dtype == dtype and sure.dtype == torch.float32
+    _, logits, exits, found = whole(small.stream(x.split(6)))
+    assert logits.dtype == dtype and found.dtype == torch.float32
     want = small.predict(x)
-    agree = exits == want.exit  # other batches round otherwise, and who is nearly on a threshold may go the other way
+    agree = exits == want.exit  # other batches round otherwise, and a sample close to a threshold may go the other way
     assert agree.float().mean() >= 0.8
     assert torch.allclose(logits[agree].float(), want.logits[agree].float(), atol=0.05)
 
@@ -269,8 +269,8 @@ torch.manual_seed(0)
 model = timm.create_model('cascade_test_resnet', num_classes=5, exits=2).eval()
 x = torch.randn(27, 3, 32, 32) * torch.linspace(0.2, 3, 27)[:, None, None, None]
 with torch.no_grad():
-    sure = [confidence(e) for e in model.forward_exits(x)[:-1]]
-    model.thresholds = [float(s.median()) * 1.0001 for s in sure]
+    found = [confidence(e) for e in model.forward_exits(x)[:-1]]
+    model.thresholds = [float(f.median()) * 1.0001 for f in found]
     want = model.predict(x)
 loader = DataLoader(TensorDataset(x), batch_size=4)
 

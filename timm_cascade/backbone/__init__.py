@@ -1,8 +1,8 @@
-"""timm models as backbones: where exits may sit, the layout of their taps, MACs; and the paper's CIFAR ResNets."""
+"""timm models as backbones: where exits may sit, the layout of their features, MACs; and the paper's CIFAR ResNets."""
 
 from ..errors import BackboneError, ExitError
 from . import cifar_resnet
-from .exits import ExitPoint, candidates, cut, input_size_of, resolve_exits, tap_of
+from .exits import ExitPoint, candidates, cut, features_of, input_size_of, resolve_exits
 from .groups import nested_groups
 from .probe import backbone_macs
 from .rows import merge_rows, select_rows
@@ -15,10 +15,10 @@ __all__ = [
     'candidates',
     'cifar_resnet',
     'cut',
+    'features_of',
     'input_size_of',
     'merge_rows',
     'nested_groups',
     'resolve_exits',
     'select_rows',
-    'tap_of',
 ]

@@ -1,4 +1,4 @@
-"""Where exits may sit in a timm model, what their taps look like and what the network costs up to them."""
+"""Where exits may sit in a timm model, what their features look like and what the network costs up to them."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from .layouts import find_layout
 from .probe import PROBE_BATCH, meta_pass
 from .rows import select_rows
 
-__all__ = ['ExitPoint', 'candidates', 'cut', 'input_size_of', 'resolve_exits', 'tap_of']
+__all__ = ['ExitPoint', 'candidates', 'cut', 'features_of', 'input_size_of', 'resolve_exits']
 
-# an exit that hooks can cut is preferred to one that needs the exported graph, unless it lies this much farther away
-# from the share of the cost that was asked for
+# an exit that hooks can cut is preferred to one that needs the exported graph, unless its share of the cost is
+# farther from the requested one by this much
 EXPORT_PENALTY = 0.1
 
 
 @dataclass(frozen=True)
 class ExitPoint:
-    """A place in the backbone where samples may leave.
+    """A place in the backbone where samples may exit.
 
     Attributes:
-        module: Name of the backbone module whose output is the tap.
-        layout: Order of the tap's dimensions: NCHW, NHWC or NLC.
+        module: Name of the backbone module whose output the exit reads.
+        layout: Order of the features' dimensions: NCHW, NHWC or NLC.
         channels: Size of its channel dimension.
         size: Height and width of its grid.
-        prefix_tokens: Tokens before the grid's (class token, registers), NLC only.
-        macs: Multiply-accumulates of the backbone for one image up to and with this module, no heads.
+        prefix_tokens: Tokens in front of the grid's (class token, registers), NLC only.
+        macs: Multiply-accumulates of the backbone for one image up to and including this module, without heads.
         total: The same for the whole backbone.
-        cut: How samples leave here: `hook` (the batch shrinks inside the module's output), or `export` (the backbone
-            is exported and split here, because its own code keeps the full batch in other places).
-        item: Which tensor of the module's output is the tap, where it returns several.
-        rows: Rows that each tensor of the output has for one sample; 0 for one that all samples share.
+        cut: How the batch shrinks here: `hook` (inside the module's output), or `export` (the backbone is exported and
+            split here, because its own code keeps the full batch in other places).
+        item: Index of the features among the tensors that the module returns.
+        rows: Rows of each returned tensor that belong to one sample; 0 for a tensor that all samples share.
     """
 
     module: str
@@ -61,7 +61,7 @@ class ExitPoint:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample's tap."""
+        """Shape of one sample's features."""
         (h, w), c = self.size, self.channels
         return {'NCHW': (c, h, w), 'NHWC': (h, w, c), 'NLC': (self.prefix_tokens + h * w, c)}[self.layout]
 
@@ -73,13 +73,13 @@ def _tensors(output: Any) -> list[Tensor]:
     return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
 
 
-def tap_of(output: Any, point: ExitPoint) -> Tensor:
+def features_of(output: Any, point: ExitPoint) -> Tensor:
     """The tensor that a head reads from a module's output."""
     return output if isinstance(output, Tensor) else _tensors(output)[point.item]
 
 
 def cut(output: Any, keep: Tensor, point: ExitPoint) -> Any:
-    """Samples `keep` (indices) of a module's output."""
+    """A module's output for the samples `keep` (indices) alone; tensors that all samples share stay as they are."""
     rows = iter(point.rows)
     return tree_map(lambda t: select_rows(t, keep, next(rows)) if isinstance(t, Tensor) else t, output)
 
@@ -113,7 +113,7 @@ def _block_names(backbone: nn.Module) -> list[str]:
         if stem != child and _has_children(m):
             series.setdefault(stem, []).append(child)
     names.update(child for children in series.values() if len(children) > 1 for child in children)
-    # stems and single layers are places too, but poor ones: only for networks that have nothing else (VGG)
+    # stems and single layers are poor places: used only in networks that have nothing else (VGG)
     blocks = {n for n in names if _has_children(modules[n]) and not re.match(r'stem|patch_embed|conv_?1|pos_', n)}
     names = blocks if len(blocks) > 3 else names
     return [name for name in modules if name in names and name]
@@ -133,7 +133,7 @@ def candidates(backbone: nn.Module) -> list[ExitPoint]:
 
 
 def _distinct(places: Sequence[ExitPoint]) -> list[ExitPoint]:
-    # the last block of a stage and the stage end at the same place: the shorter name stands for both
+    # the last block of a stage and the stage itself end at the same place: the shorter name is kept
     points: dict[tuple, ExitPoint] = {}
     for p in places:
         key = (p.macs, p.shape)
@@ -168,7 +168,9 @@ def _places(backbone: nn.Module) -> list[ExitPoint]:
         }
         if not layouts:
             continue
-        item = max(layouts, key=lambda i: (layouts[i]['channels'], i))  # of several scales the one that tells most
+        item = max(
+            layouts, key=lambda i: (layouts[i]['channels'], i)
+        )  # of several scales the one with the most channels
         places.append(ExitPoint(name, **layouts[item], macs=macs, total=total, item=item, rows=rows))
     return places
 
@@ -177,7 +179,7 @@ def _check_classifier(backbone: nn.Module, output: Any) -> None:
     classes = getattr(backbone, 'num_classes', None)
     want = (PROBE_BATCH, classes) if classes else (PROBE_BATCH,)
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    # with num_classes=0 a classifier gives features; what can never have classes is none
+    # with num_classes=0 a classifier returns features; a model that can never have classes is not a classifier
     logits = isinstance(output, Tensor) and (output.ndim == 2 if classes else hasattr(backbone, 'reset_classifier'))
     if classes is None or not logits or found[: len(want)] != want:
         name = (getattr(backbone, 'pretrained_cfg', None) or {}).get('architecture') or type(backbone).__name__
@@ -188,29 +190,29 @@ def _check_classifier(backbone: nn.Module, output: Any) -> None:
         )
 
 
-def _survives(backbone: nn.Module, points: Sequence[ExitPoint], leaving: int) -> bool:
-    """Whether the backbone, `leaving` samples gone at each of these exits, ends with those that were kept."""
+def _can_shrink(backbone: nn.Module, points: Sequence[ExitPoint], exiting: int) -> bool:
+    """Whether the backbone returns the remaining samples when `exiting` of them exit at each of these points."""
     reached = [PROBE_BATCH]
 
     def drop(point: ExitPoint) -> Callable:
         def hook(macs: int, output: Any) -> Any:
-            if len(tap_of(output, point)) != reached[-1]:
-                raise ValueError('a tap has other rows than samples')
-            reached.append(reached[-1] - leaving)
+            if len(features_of(output, point)) != reached[-1]:
+                raise ValueError('the features do not have one row per sample')
+            reached.append(reached[-1] - exiting)
             return cut(output, torch.empty(reached[-1], dtype=torch.long, device='meta'), point)
 
         return hook
 
     try:
         output, _ = meta_pass(backbone, input_size_of(backbone), {p.module: drop(p) for p in points}, count=False)
-    except Exception:  # whatever a model raises when its batch shrinks on the way, it cannot be cut here
+    except Exception:  # a model may raise anything when its batch shrinks; then it cannot be cut here
         return False
-    return isinstance(output, Tensor) and len(output) == reached[-1] == PROBE_BATCH - leaving * len(points)
+    return isinstance(output, Tensor) and len(output) == reached[-1] == PROBE_BATCH - exiting * len(points)
 
 
 def _in_sequence(backbone: nn.Module, points: Sequence[ExitPoint]) -> bool:
-    step = PROBE_BATCH - 2  # more exits than images are tried in parts
-    return all(_survives(backbone, points[i : i + step], 1) for i in range(0, len(points), step))
+    step = PROBE_BATCH - 2  # with more exits than images, they are tried in groups
+    return all(_can_shrink(backbone, points[i : i + step], 1) for i in range(0, len(points), step))
 
 
 def _kind(name: str) -> str:
@@ -221,7 +223,7 @@ def _kind(name: str) -> str:
 
 
 class _Cuts:
-    """How samples can leave at each place of a backbone; found when asked, each place once."""
+    """How the batch can be cut at each place of a backbone; each place is tried once, when it is asked for."""
 
     def __init__(self, backbone: nn.Module, points: Sequence[ExitPoint]) -> None:
         self.backbone = backbone
@@ -237,9 +239,9 @@ class _Cuts:
                 name.startswith(f'{p.module}.') and not _is_list(self.backbone.get_submodule(p.module))
                 for p in self.points
             )
-            # where two of a kind could not be cut, such as the branches of a block, the others are not tried
+            # once two places of a kind could not be cut, such as the branches of a block, the others are not tried
             kind = re.sub(r'\d+', '#', name) if inside else _kind(name)
-            if self.failed[kind] < 2 and _survives(self.backbone, [point], 7):
+            if self.failed[kind] < 2 and _can_shrink(self.backbone, [point], 7):
                 self.known[name] = 'hook'
             else:
                 self.failed[kind] += 1
@@ -251,11 +253,11 @@ class _Cuts:
 
 
 def resolve_exits(backbone: nn.Module, exits: int | Sequence[float] | Sequence[str]) -> list[ExitPoint]:
-    """The exit points that `exits` asks for, in order of cost.
+    """The exit points described by `exits`, in order of cost.
 
     Args:
         backbone: A timm classifier.
-        exits: How many (spread evenly over the cost), their cost fractions (each in 0..1), or module names.
+        exits: Their number (spread evenly over the cost), their cost fractions (each in 0..1), or module names.
 
     Raises:
         BackboneError: The model does not classify.
@@ -270,7 +272,7 @@ def resolve_exits(backbone: nn.Module, exits: int | Sequence[float] | Sequence[s
         return _by_name([str(e) for e in exits], places, cuts)
     if isinstance(exits, int):
         if exits < 1:
-            raise ExitError(f'exits={exits}: a cascade has at least one exit.')
+            raise ExitError(f'exits={exits}: expected at least one exit.')
         exits = [(i + 1) / (exits + 1) for i in range(exits)]
     fractions = sorted(float(f) for f in exits)
     if not fractions or any(not 0 < f < 1 for f in fractions):
@@ -282,9 +284,9 @@ def _by_name(names: list[str], points: Sequence[ExitPoint], cuts: _Cuts) -> list
     by_name = {p.module: p for p in points}
     unknown = [name for name in names if name not in by_name]
     if unknown:
-        raise ExitError(f'no exit can sit at {unknown}; choose from (module, share of the cost): {cuts.listing()}')
+        raise ExitError(f'no exit can sit at {unknown}. Choose from (module, share of the cost): {cuts.listing()}')
     if len(set(names)) < len(names):
-        raise ExitError(f'exits {names} names a module twice; name each once.')
+        raise ExitError(f'exits {names} name a module twice; name each once.')
     chosen = sorted((by_name[name] for name in names), key=lambda p: p.macs)
     if _in_sequence(cuts.backbone, chosen):
         return chosen
@@ -298,7 +300,7 @@ def _by_name(names: list[str], points: Sequence[ExitPoint], cuts: _Cuts) -> list
 
 
 def _by_fraction(fractions: list[float], points: Sequence[ExitPoint], cuts: _Cuts) -> list[ExitPoint]:
-    # nearly always hooks can cut at the nearest places; one pass shows it
+    # hooks can nearly always cut at the nearest places; one pass confirms it
     picked: list[ExitPoint] = []
     for fraction in fractions:
         picked.extend(sorted((p for p in points if p not in picked), key=lambda p: abs(p.fraction - fraction))[:1])
@@ -322,7 +324,7 @@ def _by_fraction(fractions: list[float], points: Sequence[ExitPoint], cuts: _Cut
                 break
         if best is None:
             raise ExitError(
-                f'{len(fractions)} exits asked for, {len(picked)} found; the backbone can have them at: '
+                f'{len(fractions)} exits were requested, {len(picked)} found. The backbone can have exits at: '
                 f'{cuts.listing()}'
             )
         picked.append(best)
@@ -330,7 +332,7 @@ def _by_fraction(fractions: list[float], points: Sequence[ExitPoint], cuts: _Cut
 
 
 def _one_way(points: list[ExitPoint], cuts: _Cuts) -> list[ExitPoint]:
-    """A backbone is run in one way: where one exit needs the exported graph, all take it."""
+    """All exits are cut in one way: where one needs the exported graph, all use it."""
     if all(cuts.at(p) == 'hook' for p in points) and _in_sequence(cuts.backbone, points):
         return points
     return [replace(p, cut='export') for p in points]

@@ -1,4 +1,4 @@
-"""timm's parameter groups (layer decay, freezing) for a backbone that stands inside another module."""
+"""timm's parameter groups (layer decay, freezing) for a backbone inside another module."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _ANCHOR = re.compile(r'(?<![\[\\])\^')
 
 
 def nested_groups(matcher: Callable[..., Any], prefix: str) -> Callable[..., Any]:
-    """A backbone's `group_matcher` for its parameters under the names they have behind `prefix`.
+    """A backbone's `group_matcher` for parameters whose names begin with `prefix`.
 
-    Parameters outside `prefix` match no group, so timm puts them last.
+    Other parameters match no group, so timm puts them last.
 
     Args:
         matcher: The backbone's own, called as matcher(coarse=...).
@@ -23,7 +23,7 @@ def nested_groups(matcher: Callable[..., Any], prefix: str) -> Callable[..., Any
     """
 
     def renamed(pattern: str) -> str:
-        # timm matches from the start of a name, so anchors say nothing; behind a prefix they would never hold
+        # timm matches from the start of a name, so anchors are redundant; after a prefix they would never match
         return rf'^{re.escape(prefix)}(?:{_ANCHOR.sub("", pattern)})'
 
     def group(coarse: bool = False) -> dict[str, Any] | Callable[[str], Any]:

@@ -1,4 +1,4 @@
-"""What a tap's dimensions mean."""
+"""The meaning of each dimension of an exit's features."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import nn
 __all__ = ['find_layout']
 
 MAX_PREFIX = 16  # class and register tokens before the grid's
-# models whose tokens do not stand in the order of the picture: Hiera's are sorted by mask unit until its end
+# models whose tokens are not in the order of the picture: Hiera's are sorted by mask unit
 UNORDERED = ('Hiera',)
 
 
 def find_layout(backbone: nn.Module, shape: tuple[int, ...], input_size: tuple[int, ...]) -> dict[str, Any] | None:
-    """Layout, channels, size and prefix_tokens of a tap of `shape` (one sample's), None if it holds no picture.
+    """Layout, channels, size and prefix_tokens of one sample's features; None if they do not form a picture.
 
-    A grid has the picture's aspect; that tells the channels from it. Where several readings fit, the model's own
+    A grid has the picture's aspect ratio, which tells it from the channels. Where several layouts fit, the model's own
     `output_fmt` and `num_prefix_tokens` decide.
 
     Args:
         backbone: The model.
-        shape: Shape of the tap without its batch dimension.
+        shape: Shape of the features without the batch dimension.
         input_size: (C, H, W) of the images.
     """
     _, height, width = input_size

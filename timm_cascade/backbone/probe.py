@@ -29,9 +29,9 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _on_meta(model: nn.Module) -> Iterator[None]:
-    """Lends the modules meta tensors for their own.
+    """Replaces the tensors of all modules by meta tensors, for a while.
 
-    torch.func.functional_call does not: where one module stands under two names it puts the lent tensors back.
+    torch.func.functional_call does not: for a module with two names it puts the meta tensors back.
     """
     lent: dict[Tensor, Tensor] = {}
     owned = [(m.__dict__, key, m.__dict__[key]) for m in model.modules() for key in ('_parameters', '_buffers')]
@@ -50,7 +50,7 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
 def meta_pass(
     model: nn.Module, input_size: tuple[int, ...], hooks: Mapping[str, Callable[[int, Any], Any]], count: bool = True
 ) -> tuple[Any, int]:
-    """Runs `model` on PROBE_BATCH meta images (or taps) of `input_size`, with forward hooks on named modules.
+    """Runs `model` on PROBE_BATCH meta images (or features) of `input_size`, with forward hooks on named modules.
 
     A hook is called as hook(macs of one image so far, output); what it returns, if not None, replaces the output.
     MACs are 0 unless `count`, which makes the pass slower.
@@ -79,5 +79,5 @@ def meta_pass(
 
 
 def backbone_macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
-    """MACs of one forward pass for one image (or one tap) of `input_size`."""
+    """MACs of one forward pass for one image (or the features) of `input_size`."""
     return meta_pass(model, input_size, {})[1]

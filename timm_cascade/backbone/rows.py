@@ -1,7 +1,7 @@
-"""The rows that samples own in a tensor, whatever order its memory is in.
+"""Selects and concatenates the rows that belong to samples, and keeps the memory order of the tensors.
 
-Convolutions run on channels-last memory, and an exported graph holds views of the memory it was exported with: what is
-taken out of a tensor or put together from several keeps their order.
+Convolutions run on channels-last memory, and an exported graph holds views of the memory it was exported with, so the
+order of the memory must not change.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ['merge_rows', 'select_rows']
 
 
 def select_rows(tensor: Tensor, keep: Tensor, rows: int = 1) -> Tensor:
-    """The rows of samples `keep` (indices); a sample owns `rows` consecutive ones, 0 for all samples the same."""
+    """The rows of samples `keep` (indices), `rows` consecutive ones each; 0 for a tensor that all samples share."""
     if rows == 0:
         return tensor
     if rows > 1:
@@ -24,7 +24,7 @@ def select_rows(tensor: Tensor, keep: Tensor, rows: int = 1) -> Tensor:
 
 
 def merge_rows(tensors: Sequence[Tensor], rows: int = 1) -> Tensor:
-    """The samples of several tensors in one; the first of them where `rows` is 0."""
+    """Concatenates the samples of several tensors; the first tensor where `rows` is 0."""
     if len(tensors) == 1 or rows == 0:
         return tensors[0]
     return _in_memory_order(tensors, torch.cat)

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from timm.models import get_pretrained_cfg
-from torch import Tensor, nn
+from torch import nn
 
 from ..backbone import input_size_of
 from ..errors import ReleaseError
+from ..utils.digest import state_digest
 from .download import Repository
 
 if TYPE_CHECKING:
     from ..formats import PublishedEntry
 
-__all__ = ['Published', 'fetch_published', 'identify', 'weights_digest']
+__all__ = ['Published', 'fetch_published', 'identify']
 
 MAX_BYTES = 100 << 30  # of a backbone's weights
 
@@ -36,7 +34,7 @@ class Published:
         hub_id: Repository on the Hub; None for timm's few checkpoints that are elsewhere.
         revision: Its commit.
         filename: Of the weights there.
-        digest: Of the weights as timm loads them (`weights_digest`).
+        digest: Of the weights as timm loads them (`state_digest`).
         dtype: That they had when the digest was taken.
     """
 
@@ -106,7 +104,7 @@ class Published:
         Raises:
             ReleaseError: Others.
         """
-        found = weights_digest(backbone.state_dict())
+        found = state_digest(backbone.state_dict())
         if found != self.digest:
             raise ReleaseError(
                 f'{what} was made for a backbone {self.name} with the weights {self.digest}; '
@@ -114,20 +112,6 @@ class Published:
                 f"Delete the backbone's file from the cache if it may be damaged, or ask for a release that holds "
                 f'its backbone (layout="full").'
             )
-
-
-def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """Identifies weights: any one value changed changes it. Fast: the XOR of each tensor's bytes, and 64 of them.
-
-    Not made against an adversary, who could publish other weights in the first place.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        octets = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        words = octets.view(np.uint64) if len(octets) % 8 == 0 else octets
-        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)} {np.bitwise_xor.reduce(words)} '.encode())
-        digest.update(words[:: max(1, len(words) // 64)].tobytes())
-    return digest.hexdigest()[:16]
 
 
 def identify(backbone: nn.Module, cache_dir: str | Path | None = None) -> Published | None:
@@ -151,7 +135,7 @@ def identify(backbone: nn.Module, cache_dir: str | Path | None = None) -> Publis
             return None
     state = backbone.state_dict()
     dtype = str(next(t.dtype for t in state.values() if t.is_floating_point())).removeprefix('torch.')
-    return Published(name, hub_id, revision, filename, weights_digest(state), dtype)
+    return Published(name, hub_id, revision, filename, state_digest(state), dtype)
 
 
 def fetch_published(published: Published, cache_dir: str | Path | None = None) -> int | None:

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 from ..backbone import input_size_of
 from ..errors import ReleaseError
-from ..model import CascadeModel, hash_heads
+from ..model import CascadeModel
 from ..thresholds import Calibration, Profile, ThresholdTable, profiles_from_json, profiles_to_json
+from ..utils.digest import heads_digest, state_digest
 from ..utils.files import replacing, write_text
 from .card import GENERATED, PICTURE, render
 from .config import LAYOUTS, ReleaseConfig, cascade_entry, parse_config
 from .download import Folder, Repository
-from .pretrained import Published, weights_digest
+from .pretrained import Published
 
 __all__ = [
     'CALIBRATION',
@@ -160,14 +161,14 @@ class Release:
 
     def _check_hashes(self, path: Path, state: Mapping[str, Tensor]) -> None:
         config = self.config
-        self._heads_hash = hash_heads(config.model_args['exits'], _part(state, 'heads'))
+        self._heads_hash = heads_digest(config.model_args['exits'], _part(state, 'heads'))
         if config.heads_hash is not None and self._heads_hash != config.heads_hash:
             raise ReleaseError(
                 f'{path}: its heads are {self._heads_hash}, but {CONFIG} and the table were made '
                 f'for the heads {config.heads_hash}. The file is damaged, or from another release.'
             )
         if config.digest is not None:
-            digest = weights_digest(_part(state, 'backbone'))
+            digest = state_digest(_part(state, 'backbone'))
             if digest != config.digest:
                 raise ReleaseError(
                     f'{path}: its backbone is {digest}, but {CONFIG} was made for {config.digest}. The '
@@ -293,7 +294,7 @@ def save(model: nn.Module, folder: str | Path, layout: str | None = None, card: 
         layout,
         model.exits,
         model.heads_hash(),
-        weights_digest(_part(state, 'backbone')) if layout == 'full' else None,
+        state_digest(_part(state, 'backbone')) if layout == 'full' else None,
         published if layout == 'heads' else None,
         model.base_model,
     )
@@ -343,6 +344,6 @@ def _config_text(model: CascadeModel, entry: dict[str, Any]) -> str:
 
 def _unchanged(model: CascadeModel) -> Published | None:
     """The published checkpoint that the backbone still is."""
-    if model.published is None or weights_digest(model.backbone.state_dict()) != model.published.digest:
+    if model.published is None or state_digest(model.backbone.state_dict()) != model.published.digest:
         return None
     return model.published

@@ -1,4 +1,4 @@
-"""Decides which samples exit early, once per exit, and collects what they get in input order."""
+"""Decides which samples exit early, once per exit, and collects the results in input order."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ EMPTY = torch.empty(0, dtype=torch.int64)
 
 
 class CascadeOutput(NamedTuple):
-    """What a cascade answers for a batch, in input order.
+    """Results of a cascade for a batch, in input order.
 
     Attributes:
         logits: (N, C)
-        exit: (N,) int64, the exit that answered, M for the backbone's own classifier.
+        exit: (N,) int64, the exit of each sample, M for the backbone's own classifier.
         confidence: (N,) float32, max softmax of `logits`.
     """
 
@@ -32,7 +32,7 @@ class CascadeOutput(NamedTuple):
 
 
 class Exited(NamedTuple):
-    """Samples answered by one exit: ids (K,), logits (K, C), confidence (K,), and the exit's number."""
+    """Samples that left at one exit: ids (K,), logits (K, C), confidence (K,), and the number of the exit."""
 
     ids: Tensor
     logits: Tensor
@@ -46,16 +46,16 @@ def confidence(logits: Tensor) -> Tensor:
 
 
 class ActiveBatch:
-    """The samples of a batch that are still in the backbone. The one place that decides which of them exit.
+    """The remaining samples of a batch. The one place that decides which of them exit.
 
-    Shrinking a batch copies all that goes on, so it must save more than that. With `min_leave` > 0 a batch goes on
-    whole until at least this share of its rows has been answered; answered rows still in flight are ignored from then
-    on. What each sample gets is the same either way.
+    Shrinking a batch copies all that remains, so it must save more than that. With `min_leave` > 0 a batch goes on
+    whole until at least this share of its rows has exited; rows that have exited are ignored from then on. Each sample
+    gets the same result either way.
 
     Args:
-        ids: (N,) int64, identifies the samples in what is returned.
+        ids: (N,) int64, identifies the samples in the results.
         heads: One per exit.
-        thresholds: M numbers. A confidence that is NaN never passes.
+        thresholds: M numbers; infinity closes an exit. A confidence that is NaN never exits.
         min_leave: Share of the rows, in 0..1.
     """
 
@@ -66,35 +66,35 @@ class ActiveBatch:
         thresholds: Sequence[float],
         min_leave: float = 0.0,
     ) -> None:
-        self.ids = ids  # of the rows in flight
+        self.ids = ids  # of the rows that the backbone works on
         self.heads = heads
         self.thresholds = thresholds
         self.min_leave = min_leave
         self.exited: list[Exited] = []
-        self._done: Tensor | None = None  # (rows,) bool: answered, but still in flight
-        self._open = ids.numel()  # rows that are not answered
+        self._done: Tensor | None = None  # (rows,) bool: has exited, but is still among the rows
+        self._open = ids.numel()  # rows that have not exited
 
     def exit_confident(self, index: int, features: Tensor) -> Tensor | None:
-        """Answers the samples whose confidence at exit `index` reaches its threshold.
+        """Takes out the samples whose confidence at exit `index` reaches its threshold.
 
         Args:
             index: The exit.
-            features: What its head reads, one row per sample in flight.
+            features: What its head reads, one row per remaining sample.
 
         Returns:
             Indices of the rows that remain, if the batch is to shrink (empty if none remains); None if all go on.
 
         Raises:
-            RoutingError: Another number of rows than there are samples in flight.
+            RoutingError: The features do not have one row per remaining sample.
         """
         if math.isinf(self.thresholds[index]):
             return None
-        rows = self.ids.numel()  # and not len(), which takes a Tensor through Python: single images feel that too
+        rows = self.ids.numel()  # not len(), which goes through Python: that would cost single images time
         if features.shape[0] != rows:
             raise RoutingError(f'{rows} samples reached exit {index}, but its features have {len(features)} rows.')
         logits = self.heads[index](features)
         found = confidence(logits)
-        if rows == 1:  # a single image has no rows to sort out, and feels every operation
+        if rows == 1:  # a single image needs no selection of rows
             if not found.item() >= self.thresholds[index]:
                 return None
             self.exited.append(Exited(self.ids, logits, found, index))
@@ -122,7 +122,7 @@ class ActiveBatch:
         return keep
 
     def replace(self, ids: Tensor) -> None:
-        """Replaces the samples in flight (used by `stream`)."""
+        """Replaces the remaining samples (used by `stream`)."""
         self.ids, self._done, self._open = ids, None, ids.numel()
 
     def finish(self, logits: Tensor) -> None:
@@ -140,8 +140,8 @@ class ActiveBatch:
         self.exited.append(Exited(self.ids, logits, confidence(logits), len(self.thresholds)))
 
     def output(self) -> CascadeOutput:
-        """What all samples got, in the order of `ids`, which must be 0..N-1."""
-        if len(self.exited) == 1:  # samples keep their order on the way
+        """The results of all samples in the order of `ids`, which must be 0..N-1."""
+        if len(self.exited) == 1:  # samples keep their order
             ((ids, logits, found, index),) = self.exited
             return CascadeOutput(logits, torch.full_like(ids, index), found)
         ids = torch.cat([e.ids for e in self.exited])
@@ -155,5 +155,5 @@ class ActiveBatch:
         )
 
     def _remaining(self, done: Tensor) -> Tensor:
-        # how many there are is known, so sorting finds them without asking the device again
+        # their number is known, so sorting finds them without another synchronisation
         return done.to(torch.uint8).argsort(stable=True)[: self._open]

@@ -1,8 +1,8 @@
-"""The backbone's stages, each compiled with its weights in it.
+"""The backbone's stages, each compiled together with its weights.
 
-A stage is compiled once for all numbers of samples. On a GPU, where CUDA graphs replay one shape only, samples are
-padded up to a few batch sizes and each of those is compiled when it first comes. Where compiling fails, the stage runs
-as it was exported, and a warning says why.
+A stage is compiled once for any number of samples. On a GPU, where a CUDA graph replays one shape, samples are padded
+to a few batch sizes, each compiled when it is first needed. Where compiling fails, the stage runs as exported, and a
+warning says why.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ class CompileOptions:
     """How stages are compiled.
 
     Attributes:
-        backend: Of torch.compile.
-        mode: Of torch.compile; None is its default on a CPU and `max-autotune` on a GPU.
+        backend: Backend of torch.compile.
+        mode: Mode of torch.compile; None is its default on a CPU and `max-autotune` on a GPU.
         channels_last: Images and weights of convolutions in channels-last memory.
-        fold: Let the compiler compute with the weights: batch norms go into their convolutions, and on a CPU weights
-            are packed for it.
+        fold: Let the compiler fold weights: batch norms into convolutions, and packed weights on a CPU.
         buckets: Pad to a few batch sizes; None where CUDA graphs need it.
     """
 
@@ -46,7 +45,7 @@ class CompileOptions:
 
 
 class CompiledBackbone(StagedBackbone):
-    """A StagedBackbone whose stages hold the weights they were made with, and are compiled.
+    """A StagedBackbone whose stages are compiled together with the current weights.
 
     Args:
         backbone, run, images, count: See StagedBackbone.
@@ -72,15 +71,14 @@ class CompiledBackbone(StagedBackbone):
             stage.module = CompiledStage(
                 plain, kwargs, [self._rows(n) for n in stage.inputs], [self._rows(n) for n in stage.outputs]
             )
-        # compiled now, so that what cannot be compiled is found out before anything depends on it; for any number of
-        # samples, which a batch of one does not stand for
+        # compiled at once, so that errors show here; for any number of samples, which a batch of one does not represent
         example = images if self.buckets or len(images) > 1 else images.expand(2, *images.shape[1:])
         self.run(backbone, example, lambda index, boundary: None)
         for stage in self.stages:
             stage.module.settled = True
 
     def _state(self, backbone: nn.Module) -> tuple[int, int]:
-        """Differs once weights were written to, moved or replaced."""
+        """Changes when weights are written to, moved or replaced."""
         return sum(t._version for t in self.tensors), next(backbone.parameters()).data_ptr()
 
     def stale(self, backbone: nn.Module) -> bool:
@@ -91,7 +89,7 @@ class CompiledBackbone(StagedBackbone):
         return self.rows_of(value) if isinstance(value, Tensor) else 0
 
     def _with_weights(self, stage: Stage, backbone: nn.Module, channels_last: bool) -> fx.GraphModule:
-        """The stage with its weights as attributes, where a compiler may compute with them."""
+        """The stage with its weights as attributes, so that the compiler can use their values."""
         root, graph, copies = nn.Module(), fx.Graph(), dict[fx.Node, fx.Node]()
         for node in stage.inputs:
             if node in self.weights or node in self.constants:
@@ -126,16 +124,16 @@ class CompiledBackbone(StagedBackbone):
             outputs = form(inputs, size if self.buckets else 0)
         if not self.buckets:
             return outputs
-        # CUDA graphs write to the same memory every time: what is kept has to be copied out of it
+        # CUDA graphs write to the same memory every time, so outputs are copied
         return [(t[: alive * r] if r else t).clone() for t, r in zip(outputs, form.output_rows, strict=True)]
 
 
 class CompiledStage:
-    """A stage and its compiled forms. Until `settled`, failing to compile is an error; from then on it runs without.
+    """A stage and its compiled forms. Until `settled`, a failure to compile is raised; later the stage runs eagerly.
 
     Args:
         plain: The stage.
-        kwargs: For torch.compile.
+        kwargs: Arguments of torch.compile.
         input_rows, output_rows: Rows of each input and output that belong to one sample.
     """
 
@@ -150,18 +148,18 @@ class CompiledStage:
         self.settled = self.failed = False
 
     def __call__(self, inputs: Sequence[Any], size: int) -> Sequence[Tensor]:
-        """Outputs of the form compiled for batches of `size` samples, 0 for the one that takes any number."""
+        """Outputs of the form that was compiled for `size` samples; 0 is the form for any number."""
         if self.failed:
             return self.plain(*inputs)
         if size not in self.forms:
-            # a copy has code of its own, and with it its own share of the compiler's cache
+            # a copy has its own code, and so its own entries in the compiler's cache
             self.forms[size] = torch.compile(fx.GraphModule(self.plain, self.plain.graph), **self.kwargs)
         try:
             return self.forms[size](*inputs)
         except Exception as e:  # a compiler may raise anything
             if not self.settled:
                 raise
-            outputs = self.plain(*inputs)  # where the inputs are at fault, this raises as well
+            outputs = self.plain(*inputs)  # raises too if the inputs are at fault
             self.failed = True
             warnings.warn(
                 f'a stage of the cascade is no longer compiled and runs eagerly: {type(e).__name__}: '

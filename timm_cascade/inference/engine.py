@@ -1,7 +1,7 @@
 """The contract between the ways to run a backbone and what happens at its exits.
 
-A `Runner` (forward hooks, the exported graph, or compiled stages) calls `OnExit` at every exit. Whoever decides which
-samples exit (a routed batch, a stream, a profile) implements `OnExit` and knows no runner; a runner knows no decision.
+A `Runner` (forward hooks, the exported graph, or compiled stages) calls `OnExit` at every exit. What decides which
+samples exit (a routed batch, a stream, a profile) implements `OnExit`; neither side depends on the other.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class StopForward(Exception):
 
 
 class Boundary(NamedTuple):
-    """All that passes from an exit to the rest of the backbone, for the samples in flight.
+    """All that passes from an exit to the rest of the backbone, for the remaining samples.
 
     Attributes:
         features: The tensor that the exit's head reads.
-        tensors: Every tensor that passes, often the features alone.
+        tensors: Every tensor that passes, often only the features.
         rows: Rows of each tensor that belong to one sample; 0 where all samples share it.
     """
 
@@ -34,7 +34,7 @@ class Boundary(NamedTuple):
     rows: Sequence[int]
 
     def select(self, keep: Tensor) -> list[Tensor]:
-        """The tensors of samples `keep` (indices) alone."""
+        """The tensors of the samples `keep` (indices) alone."""
         return [select_rows(t, keep, r) for t, r in zip(self.tensors, self.rows, strict=True)]
 
 
@@ -46,7 +46,7 @@ leaves them as they are; what it raises ends the forward."""
 class Runner(Protocol):
     """Runs the backbone: images (N, C, H, W) to the logits of the samples that reach the end.
 
-    With `start` = k > 0 the forward begins behind exit k-1 with `tensors`, as they passed that boundary before;
+    With `start` = k > 0 the forward begins after exit k-1 with `tensors`, as they passed that boundary before;
     `images` is then any single image of the same kind.
     """
 

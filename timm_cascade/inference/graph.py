@@ -1,7 +1,7 @@
 """The second way to cut a batch: the backbone exported as one graph and split at its exits.
 
-Some networks keep the whole batch, or its size, in local variables of their forward, where no hook reaches it. In the
-exported graph everything that crosses an exit is visible, and its rows can be selected.
+Some networks keep the whole batch, or its size, in local variables of their forward, out of reach of hooks. In the
+exported graph every tensor that crosses an exit is visible, and its rows can be selected.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ['Stage', 'StagedBackbone', 'mark']
 
 @torch.library.custom_op('timm_cascade::mark', mutates_args=())
 def mark(features: Tensor, index: int) -> Tensor:
-    """Stands in the exported graph where exit `index` is; never runs."""
+    """Marks exit `index` in the exported graph; never runs."""
     return features.clone()
 
 
@@ -59,8 +59,8 @@ class Stage:
 class StagedBackbone:
     """The backbone as M+1 graphs, for images like those it was exported with, but of any number.
 
-    It owns no weights: they are looked up in the backbone at every run, so loading or training them needs no new
-    export. What an export fixes is the size, dtype, device and memory format of the images.
+    Weights are looked up in the backbone at every run, so new weights need no new export. An export is for one size,
+    dtype, device and memory format of the images.
 
     Args:
         backbone: The network, in eval mode.
@@ -69,12 +69,12 @@ class StagedBackbone:
         count: Number of exits.
 
     Raises:
-        ValueError: The graph does not have its exits, or something crosses one that cannot be cut by samples.
+        ValueError: The graph lacks an exit, or something that cannot be cut by samples crosses an exit.
     """
 
     def __init__(self, backbone: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, count: int) -> None:
         self.memory_format = torch.contiguous_format if images.is_contiguous() else torch.channels_last
-        # of two images: torch.export takes a dimension of 1 for a constant
+        # of two images: torch.export treats a dimension of 1 as a constant
         example = torch.empty(
             (2, *images.shape[1:]), dtype=images.dtype, device=images.device, memory_format=self.memory_format
         )
@@ -90,7 +90,7 @@ class StagedBackbone:
         constants = signature.inputs_to_lifted_tensor_constants
         self.weights: dict[fx.Node, Callable[[nn.Module], Tensor]] = {}
         self.constants: dict[fx.Node, Any] = {}
-        self.numbers: dict[tuple[fx.Node, int], int] = {}  # sizes for a number of samples, so far
+        self.numbers: dict[tuple[fx.Node, int], int] = {}  # computed sizes, for each number of samples
         for node in program.graph.find_nodes(op='placeholder'):
             if node.name in names:
                 self.weights[node] = operator.attrgetter(names[node.name].removeprefix('backbone.'))
@@ -119,7 +119,7 @@ class StagedBackbone:
                 (result,) = (n for n in tree_leaves(node.args) if isinstance(n, fx.Node))
                 stages[count].features = result
             elif node.op != 'placeholder' and not _is_assertion(node):
-                # one of several results is taken where they are made, so that tensors only cross an exit
+                # items of a tuple are taken in the stage that computes it, so that only tensors cross an exit
                 home[node] = home[node.args[0]] if node.target is operator.getitem else current
                 stages[home[node]].nodes.append(node)
         missed = [i for i, stage in enumerate(stages) if stage.features is None]
@@ -147,7 +147,7 @@ class StagedBackbone:
         return fx.GraphModule(root, graph)
 
     def rows_of(self, value: Any) -> int:
-        """Rows of a live tensor for each sample."""
+        """Rows of a tensor that belong to one sample."""
         if not isinstance(value, Tensor):
             raise ValueError(f'{type(value).__name__} crosses an exit')
         sizes: list[Any] = [s.node.expr if isinstance(s, torch.SymInt) else s for s in value.shape]
@@ -159,7 +159,7 @@ class StagedBackbone:
         return int(each)
 
     def stale(self, backbone: nn.Module) -> bool:
-        """Whether it no longer does what the backbone does."""
+        """Whether the stages no longer compute what the backbone does."""
         return False
 
     def run(
@@ -168,7 +168,7 @@ class StagedBackbone:
         """Runs the stages from `start` on; see `engine.Runner`.
 
         Raises:
-            AttributeError: The backbone no longer has a weight that the graphs use: export it again.
+            AttributeError: The backbone no longer has a weight that the graphs use.
         """
         if start == 0:
             values = {self.images: images.contiguous(memory_format=self.memory_format)}
@@ -204,7 +204,7 @@ class StagedBackbone:
             return self.weights[node](backbone)
         if node in self.constants:
             return self.constants[node]
-        # a size that follows from the number of samples; it was computed before some of them left
+        # a size that depends on the number of samples, and was computed before some of them exited
         if (node, alive) not in self.numbers:
             self.numbers[node, alive] = int(node.meta['val'].node.expr.subs(self.batch, alive))
         return self.numbers[node, alive]

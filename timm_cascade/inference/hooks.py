@@ -1,7 +1,7 @@
-"""The first way to run a backbone: forward hooks at its exits, which may shrink the batch in flight.
+"""The first way to run a backbone: forward hooks at its exits, which may shrink the batch.
 
-The hooks stay on the backbone and do nothing unless `HookRunner.run` is active in the same thread, so the backbone used
-on its own is the plain timm model, and several threads may use one model.
+The hooks do nothing unless `HookRunner.run` is active in the same thread, so the backbone on its own is the plain timm
+model, and several threads may use one model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _ExitHook:
         run: _ActiveRun | None = getattr(_thread, 'run', None)
         if run is None or run.runner is not self.runner or self.index < run.start - 1:
             return None
-        # flattening a single tensor is a cost that single images feel
+        # a single tensor is not flattened: that would cost single images time
         leaves, spec = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
         places = [0] if spec is None else [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if self.index == run.start - 1:

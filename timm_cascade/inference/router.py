@@ -33,7 +33,7 @@ _export_lock = threading.Lock()
 
 
 class Router:
-    """The ways to run one backbone.
+    """Runs one backbone, in one of several ways.
 
     Args:
         backbone: The network.
@@ -41,7 +41,7 @@ class Router:
 
     Attributes:
         cuts: Whether hooks can shrink the batch at every exit.
-        options: How the exported stages are compiled; None for not at all.
+        options: How the exported stages are compiled; None where they are not.
     """
 
     def __init__(self, backbone: nn.Module, points: Sequence[ExitPoint]) -> None:
@@ -52,14 +52,14 @@ class Router:
         self._exported: dict[tuple, StagedBackbone] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_exported': {}}  # a copy exports its own backbone when it has to
+        return {**self.__dict__, '_exported': {}}  # a copy exports its own backbone when it needs to
 
     def remove_hooks(self) -> None:
         """Removes the hooks from the backbone."""
         self._hooks.remove()
 
     def forget(self) -> None:
-        """Drops the exported stages: the backbone's structure, or what was compiled into them, has changed."""
+        """Drops the exported stages, because the backbone or the compile options have changed."""
         self._exported.clear()
 
     def runner(self, backbone: nn.Module, images: Tensor, early_exit: bool = True) -> Runner:
@@ -68,7 +68,7 @@ class Router:
         Args:
             backbone: The network that carries the hooks.
             images: (N, C, H, W), an example.
-            early_exit: Whether samples may exit early; if not, hooks serve every backbone.
+            early_exit: Whether samples may exit early; if not, hooks work with every backbone.
         """
         compiled = self.options is not None and not backbone.training and not _needs_grad(backbone, images)
         if compiled or (early_exit and not self.cuts):
@@ -82,7 +82,7 @@ class Router:
         return partial(self._hooks.run, backbone)
 
     def fall_back_to_eager(self, reason: str) -> None:
-        """Goes back to what runs without a compiler, and warns with the reason."""
+        """Stops compiling, and warns with the reason."""
         self.options = None
         self.forget()
         warnings.warn(f'the cascade runs eagerly, without compiled stages: {reason}', stacklevel=4)
@@ -90,7 +90,7 @@ class Router:
     def collect(
         self, backbone: Callable[[Tensor], Tensor], images: Tensor, readers: Sequence[Callable[[Tensor], Tensor]]
     ) -> tuple[list[Tensor], Tensor]:
-        """What each reader makes of its exit's features, and what `backbone` returns; no sample exits early."""
+        """The output of each reader for its exit's features, and the output of `backbone`; no sample exits early."""
         read: list[Tensor | None] = [None] * len(self.points)
 
         def on_exit(index: int, boundary: Boundary) -> None:
@@ -116,7 +116,7 @@ class Router:
             backbone: The network that carries the hooks.
             images: (N, ...), N >= 1.
             heads: One per exit; not run where the threshold is infinite.
-            thresholds: M numbers. A confidence that is NaN never passes.
+            thresholds: M numbers; infinity closes an exit.
             min_leave: See ActiveBatch.
         """
         batch = ActiveBatch(torch.arange(images.shape[0], device=images.device), heads, thresholds, min_leave)

@@ -1,7 +1,7 @@
-"""Bulk inference with full batches in every stage: survivors of several batches go on together.
+"""Bulk inference with full batches in every stage: the remaining samples of several batches go on together.
 
-At every exit survivors wait until there are enough of them for a full batch; the run of whoever came last then carries
-on with all of them. What is left at the end of the input is carried through by a run of one image.
+At every exit samples wait until there are enough for a full batch; the forward that brought the last of them goes on
+with all. At the end of the input the waiting samples are carried on by the forward of a single blank image.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ __all__ = ['StreamOutput', 'stream']
 
 
 class StreamOutput(NamedTuple):
-    """Exited of some of the samples.
+    """Results of some of the samples.
 
     Attributes:
-        index: (K,) int64, which samples: 0 is the first of the whole input.
+        index: (K,) int64, positions of the samples in the whole input.
         logits: (K, C)
-        exit: (K,) int64, the exit that answered, M for the backbone's own classifier.
+        exit: (K,) int64, the exit of each sample, M for the backbone's own classifier.
         confidence: (K,) float32, max softmax of `logits`.
     """
 
-    index: Tensor  # type: ignore[assignment]  # and not tuple's method
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
     logits: Tensor
     exit: Tensor
     confidence: Tensor
@@ -56,14 +56,14 @@ class _Waiting:
         self.count += len(ids)
 
     def take(self, most: int) -> tuple[Tensor, list[Tensor]]:
-        """The samples that waited longest, `most` of them or all."""
+        """Up to `most` samples, those that waited longest."""
         taken: list[tuple[Tensor, list[Tensor]]] = []
         missing = min(most, self.count)
         self.count -= missing
         while missing:
             ids, tensors = self.chunks.popleft()
             if len(ids) > missing:
-                # copied: a view would hold the memory of the whole chunk
+                # copied, because a view would keep the memory of the whole chunk
                 rest = [t[missing * r :].clone() if r else t for t, r in zip(tensors, self.rows, strict=True)]
                 self.chunks.appendleft((ids[missing:], rest))
                 ids = ids[:missing]
@@ -75,7 +75,7 @@ class _Waiting:
 
 
 class _Stages:
-    """What waits in front of each stage, and the runs that bring it forward."""
+    """The samples that wait in front of each stage, and the forwards that carry them on."""
 
     def __init__(self, cascade: _Cascade, batch_size: int) -> None:
         self.cascade = cascade
@@ -91,7 +91,7 @@ class _Stages:
         return sum(w.count for w in self.waiting)
 
     def feed(self, ids: Tensor, images: Tensor) -> Iterator[Exited]:
-        """Takes images in, and runs what has become full."""
+        """Adds images, and runs every stage that has a full batch."""
         kind = (images.shape[1:], images.dtype, images.device)
         if kind != self.kind:
             yield from self.drain()  # samples of another size cannot go on together
@@ -103,13 +103,13 @@ class _Stages:
             yield from self._run(0, self.batch_size)
 
     def drain(self) -> Iterator[Exited]:
-        """Runs everything that waits."""
+        """Runs all waiting samples to their end."""
         for stage, waiting in enumerate(self.waiting):
             while waiting.count:
                 yield from self._run(stage, 1)
 
     def _run(self, stage: int, least: int) -> list[Exited]:
-        """Runs `stage`, and those behind it before which at least `least` samples wait by then."""
+        """Runs `stage`, and the following stages as long as at least `least` samples wait for them."""
         assert self.runner is not None
         ids, tensors = self.waiting[stage].take(self.batch_size)
         batch = ActiveBatch(ids, self.heads, self.thresholds)
@@ -139,17 +139,17 @@ class _Stages:
 
 
 class _InOrder:
-    """Exited put back into the input's order; each batch is handed out when all of it is answered.
+    """Puts results back into the input's order; each batch is handed out once it is complete.
 
     Args:
-        size: Room for so many samples, from the oldest that is not answered on.
+        size: Number of samples to hold, counted from the oldest incomplete one.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.batches: deque[tuple[Tensor, int, int]] = deque()  # index of its samples, first and last place
         self.end = 0
-        self.answered = torch.zeros(size, dtype=torch.bool)
+        self.complete = torch.zeros(size, dtype=torch.bool)
         self.table: list[Tensor] | None = None
 
     @property
@@ -157,37 +157,37 @@ class _InOrder:
         return self.end - self.batches[0][1] if self.batches else 0
 
     def expect(self, index: Tensor) -> Tensor:
-        """Places for a batch."""
+        """Reserves places for a batch."""
         self.batches.append((index, self.end, self.end + len(index)))
         self.end += len(index)
         return torch.arange(self.end - len(index), self.end, device=index.device)
 
-    def put(self, answers: Exited) -> None:
-        places = answers.ids % self.size
-        columns = [answers.logits, torch.full_like(places, answers.exit), answers.confidence]
+    def put(self, exited: Exited) -> None:
+        places = exited.ids % self.size
+        columns = [exited.logits, torch.full_like(places, exited.exit), exited.confidence]
         if self.table is None:
             self.table = [c.new_empty(self.size, *c.shape[1:]) for c in columns]
         for i, column in enumerate(columns):
             if self.table[i].dtype != column.dtype:  # exits may answer in several dtypes under autocast
                 self.table[i] = self.table[i].to(torch.promote_types(self.table[i].dtype, column.dtype))
             self.table[i].index_copy_(0, places, column.to(self.table[i].dtype))
-        self.answered[places.cpu()] = True
+        self.complete[places.cpu()] = True
 
     def ready(self) -> Iterator[StreamOutput]:
         while self.batches:
             index, first, last = self.batches[0]
             places = torch.arange(first, last) % self.size
-            if not self.answered[places].all():
+            if not self.complete[places].all():
                 return
-            self.answered[places] = False
+            self.complete[places] = False
             self.batches.popleft()
             assert self.table is not None
-            logits, exits, sure = (t[places.to(t.device)] for t in self.table)
-            yield StreamOutput(index, logits, exits, sure)
+            logits, exits, found = (t[places.to(t.device)] for t in self.table)
+            yield StreamOutput(index, logits, exits, found)
 
 
 class _Cascade(NamedTuple):
-    """What a stream knows of a model."""
+    """The parts of a model that a stream needs."""
 
     runner: Callable[[Tensor], Runner]
     prepare: Callable[[Tensor], Tensor]
@@ -211,8 +211,8 @@ def stream(
 
     Args:
         batches: Images, or tuples that begin with them.
-        runner: Gives the way to run images of a kind.
-        prepare: Checks images and brings them to the device; what it raises ends the stream.
+        runner: Returns the runner for images of a kind.
+        prepare: Checks images and moves them to the device; its exceptions end the stream.
         heads: One per exit.
         thresholds: M numbers.
         batch_size, ordered, max_held, accelerator: See `CascadeModel.stream`.
@@ -240,7 +240,7 @@ def _stream(
             images = cascade.prepare(images)
         except StopIteration:
             break
-        except Exception as e:  # whatever the input raises comes after the answers to what it gave before
+        except Exception as e:  # an exception of the input is raised after the results of earlier samples
             failure = e
             break
         if not len(images):
@@ -255,40 +255,40 @@ def _stream(
             if ordered and order is None:
                 order = _InOrder(max_held)
             if (order.held if order else stages.held) + len(part) > max_held:
-                yield from _answers(stages.drain(), order)
+                yield from _results(stages.drain(), order)
             ids = order.expect(index) if order else index
-            yield from _answers(stages.feed(ids, part), order)
-        del images, part  # not held while the next ones are made
+            yield from _results(stages.feed(ids, part), order)
+        del images, part  # freed while the next ones are made
     if stages is not None:
-        yield from _answers(stages.drain(), order)
+        yield from _results(stages.drain(), order)
     if failure is not None:
         raise failure
 
 
-def _answers(answers: Iterator[Exited], order: _InOrder | None) -> Iterator[StreamOutput]:
-    for a in answers:
+def _results(exited: Iterator[Exited], order: _InOrder | None) -> Iterator[StreamOutput]:
+    for e in exited:
         if order is None:
-            yield StreamOutput(a.ids, a.logits, torch.full_like(a.ids, a.exit), a.confidence)
+            yield StreamOutput(e.ids, e.logits, torch.full_like(e.ids, e.exit), e.confidence)
         else:
-            order.put(a)
+            order.put(e)
             yield from order.ready()
 
 
 class _ProcessShard:
-    """This process's part of the batches: every P-th, with the index of its first sample in the whole input."""
+    """Every P-th batch, for this process, with the position of its first sample in the whole input."""
 
     def __init__(self, batches: Iterable[Any], accelerator: Accelerator | None) -> None:
         self.processes = accelerator.num_processes if accelerator is not None else 1
         self.process = accelerator.process_index if accelerator is not None else 0
         self.batches = batches
-        self.size: int | None = None  # of all batches, where they were divided before they are loaded
+        self.size: int | None = None  # of all batches, where the loader was sharded before loading
         if self.processes == 1 or not isinstance(batches, DataLoader):
             return
         from accelerate.data_loader import DataLoaderShard, prepare_data_loader
 
         if isinstance(batches, DataLoaderShard):
             raise ValueError(
-                "these batches are one process's share already. Pass the plain loader with the "
+                'these batches are already sharded for this process. Pass the plain loader with the '
                 'accelerator, or the prepared one without it.'
             )
         if type(batches.batch_sampler) is BatchSampler:
@@ -315,17 +315,17 @@ class _ProcessShard:
                     yield start, images
                 start += len(images)
             number += 1
-            del batch, images  # not held while the next ones are made
+            del batch, images  # freed while the next ones are made
 
 
 def _raise_everywhere(results: Iterator[StreamOutput], share: _ProcessShard) -> Iterator[StreamOutput]:
-    """Ends in all processes alike: where one fails, the others do not pass for a whole."""
+    """If one process fails, all raise."""
     if share.processes == 1:
         yield from results
         return
     from accelerate.utils import gather_object
 
-    failure: str | None = 'it stopped before the end of its share'
+    failure: str | None = 'it stopped early'
     try:
         yield from results
         failure = None
@@ -336,6 +336,6 @@ def _raise_everywhere(results: Iterator[StreamOutput], share: _ProcessShard) -> 
         failures = gather_object([failure])
         if failure is None and any(failures):
             raise RuntimeError(
-                'the stream is not whole: '
+                'the stream is incomplete: '
                 + '; '.join(f'process {i} failed ({f})' for i, f in enumerate(failures) if f)
             )

@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 
 from ..data import View
 from ..errors import BadImageError
-from ..model import CascadeModel, hash_heads
+from ..model import CascadeModel
+from ..utils.digest import heads_digest
 from ..utils.distributed import on_main
 from ..utils.files import write_text
 
@@ -122,7 +123,7 @@ class Taps:
             )
         parts = dict(
             format=FORMAT,
-            weights=hash_heads([type(model.backbone).__name__], state),
+            weights=heads_digest([type(model.backbone).__name__], state),
             exits=[(p.module, p.item, p.layout, p.prefix_tokens) for p in model.exits],
             grids=[h.grid for h in model.heads],
             features=self.features,
