@@ -12,6 +12,7 @@ from .errors import (
     BadImageError,
     CascadeError,
     ExitError,
+    ExportError,
     HubUnavailableError,
     LaunchError,
     NotCalibratedError,
@@ -26,6 +27,7 @@ from .errors import (
     TableMismatchError,
     ThresholdError,
 )
+from .exporters import export
 from .hub import load, push_to_hub, save
 from .inference.batch import CascadeOutput
 from .inference.stream import StreamOutput
@@ -46,6 +48,7 @@ __all__ = [
     'CascadeModel',
     'CascadeOutput',
     'ExitError',
+    'ExportError',
     'HubUnavailableError',
     'ImageData',
     'LaunchError',
@@ -69,6 +72,7 @@ __all__ = [
     'calibrate',
     'create_model',
     'evaluate',
+    'export',
     'load',
     'load_data',
     'predict',

@@ -7,6 +7,7 @@ __all__ = [
     'BadImageError',
     'CascadeError',
     'ExitError',
+    'ExportError',
     'HubUnavailableError',
     'LaunchError',
     'NotCalibratedError',
@@ -93,6 +94,13 @@ class PushConflictError(PushError):
 
 class PushDeniedError(PushError):
     """The token is missing, not valid, or may not write to the repository."""
+
+
+# ---- export
+
+
+class ExportError(CascadeError, ValueError):
+    """A cascade cannot be exported as asked, or exported files are damaged; nothing was written."""
 
 
 # ---- training

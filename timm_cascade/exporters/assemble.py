@@ -1,0 +1,241 @@
+"""Writes a cascade as a folder that runs without this library, and without torch."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data.model_config import resolve_input_data_config
+
+from ..backbone import input_size_of
+from ..errors import ExportError
+from ..model import CascadeModel
+from ..version import __version__
+from .manifest import MANIFEST, LiveTensor, Manifest, Preprocessing, StageEntry
+from .onnx_stages import require, write_stage
+from .stage_module import StageModule
+
+__all__ = ['export']
+
+FORMATS = ('onnx',)
+RUNNER = 'runner.py'
+
+
+def export(
+    model: CascadeModel,
+    folder: str | Path,
+    format: str = 'onnx',
+    *,
+    opset: int | None = None,
+    batch_size: int | None = None,
+    fp16: bool = False,
+) -> Path:
+    """Writes a cascade as one file per stage, with all that is needed to run it elsewhere.
+
+    Each stage reads the tensors that cross the exit before it and gives those that cross the next one, logits and
+    confidence; weights are written once. The folder also holds `cascade.json` and `runner.py`, which routes samples
+    with numpy and onnxruntime alone.
+
+    Args:
+        model: A cascade in eval mode. Its active thresholds and its table go with it; without a calibration all exits
+            are closed, and a warning says so.
+        folder: Must not exist. It is written beside and renamed, so it is there as a whole or not at all.
+        format: `onnx`.
+        opset: Version of the ONNX operators; by default 18.
+        batch_size: Number of samples that each stage takes, for runtimes that need fixed shapes; by default any.
+        fp16: Compute in half precision. Thresholds of one precision do not serve another: the runner refuses them
+            until the exported files have been calibrated (`timm-cascade calibrate FOLDER`).
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: The folder exists, a package is missing, the model is in training mode, or a stage cannot be
+            written; nothing is left behind.
+
+    Example:
+        >>> model = timm.create_model('hf-hub:me/cascade_resnet50.flowers', pretrained=True).eval()
+        >>> timm_cascade.export(model, 'exported')
+        >>> # python exported/runner.py image.jpg --max-drop 0.01
+    """
+    folder = Path(folder)
+    if format not in FORMATS:
+        raise ExportError(f'format is {format!r}; expected {" or ".join(FORMATS)}.')
+    if not isinstance(model, CascadeModel):
+        raise ExportError(f'{type(model).__name__} is not a cascade; create one with timm.create_model("cascade_...").')
+    if model.training:
+        raise ExportError('the model is in training mode; call model.eval() first.')
+    if not model.num_classes:
+        raise ExportError('this model has no classes, so its exits cannot answer; reset_classifier(num_classes) first.')
+    if batch_size is not None and batch_size < 1:
+        raise ExportError(f'batch_size is {batch_size}; expected at least 1, or None for any number of samples.')
+    require('onnx', 'onnxscript')
+    dtype = next(model.parameters()).dtype
+    if dtype not in (torch.float32, torch.float16):
+        raise ExportError(
+            f'the model computes in {dtype}; call model.float() first, and give fp16=True for half precision.'
+        )
+    precision = torch.float16 if fp16 or dtype == torch.float16 else torch.float32
+    with new_folder(folder) as temporary:
+        stages = stage_modules(model, precision)
+        found = [write_stage(s, temporary / f'stage_{s.index}.onnx', opset, batch_size) for s in stages]
+        manifest = describe(
+            model,
+            stages,
+            temporary,
+            kind=format,
+            suffix='.onnx',
+            precision=str(precision).removeprefix('torch.'),
+            opset=found[0],
+            batch_size=batch_size,
+        )
+        shutil.copyfile(Path(__file__).with_name(RUNNER), temporary / RUNNER)
+        write_manifest(manifest, temporary, [RUNNER])
+    return folder
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields a folder beside `folder` to write to; renames it on success, removes it on failure.
+
+    Raises:
+        ExportError: `folder` exists.
+    """
+    if folder.exists():
+        raise ExportError(f'{folder} exists already; give a new folder, or remove it first.')
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.', suffix='.tmp'))
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        if folder.exists():  # a rename would replace an empty one
+            raise ExportError(f'{folder} was made by another program meanwhile; nothing was written.')
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def stage_modules(model: CascadeModel, dtype: torch.dtype) -> list[StageModule]:
+    """The stages of a cascade, on the CPU.
+
+    Raises:
+        ExportError: The backbone cannot be exported as one graph.
+    """
+    weight = next(model.parameters())
+    if weight.dtype != dtype or weight.device.type != 'cpu':
+        model = copy.deepcopy(model).to(device='cpu', dtype=dtype)
+    images = torch.zeros(2, *input_size_of(model.backbone), dtype=dtype)
+    try:
+        staged = model._router._export(model.backbone, images, False)
+        return [StageModule(staged, k, model.backbone, head) for k, head in enumerate([*model.heads, None])]
+    except RuntimeError as e:
+        raise ExportError(str(e)) from e
+
+
+def describe(
+    model: CascadeModel,
+    stages: list[StageModule],
+    folder: Path,
+    *,
+    kind: Any,
+    suffix: str,
+    precision: Any,
+    opset: int | None,
+    batch_size: int | None,
+) -> Manifest:
+    """The manifest of stage files that lie in a folder."""
+    config = resolve_input_data_config(model)
+    stage_macs, head_macs = model.stage_macs(), [*model.head_macs(), 0.0]
+    entries = []
+    for stage in stages:
+        path = folder / f'stage_{stage.index}{suffix}'
+        entries.append(
+            StageEntry(
+                file=path.name,
+                sha256=sha256(path),
+                bytes=path.stat().st_size,
+                inputs=stage.inputs,
+                outputs=stage.outputs,
+                live=[LiveTensor(name=name, rows=rows) for name, rows in stage.live],
+                exit=model.exits[stage.index].module if stage.index < len(model.exits) else None,
+                macs=float(stage_macs[stage.index]),
+                head_macs=float(head_macs[stage.index]),
+            )
+        )
+    table = None
+    if model.table is not None:
+        model.table.check(
+            [p.module for p in model.exits], model.num_classes, model.heads_hash(), input_size_of(model.backbone)
+        )
+        table = json.loads(model.table.to_json())
+    measured = None if table is None else str(table['provenance'].get('dtype', 'float32'))
+    weights = str(next(model.parameters()).dtype).removeprefix('torch.')
+    thresholds = [None if math.isinf(t) else max(t, 0.0) for t in model.thresholds.tolist()]
+    if precision != weights and any(t is not None for t in thresholds):
+        warnings.warn(
+            f'the thresholds were chosen in {weights} and do not serve {precision}: all exits are closed until the '
+            f'exported files are calibrated (timm-cascade calibrate FOLDER --data DATA).',
+            stacklevel=3,
+        )
+        thresholds = [None] * len(thresholds)
+    elif table is None:
+        warnings.warn(
+            'this cascade is not calibrated: the exported folder has no table, and set_max_drop has nothing to choose '
+            'from. Calibrate the model, or the folder: timm-cascade calibrate FOLDER --data DATA.',
+            stacklevel=3,
+        )
+    return Manifest(
+        kind=kind,
+        architecture=str(model.pretrained_cfg['architecture']),
+        precision=precision,
+        opset=opset,
+        batch_size=batch_size,
+        num_classes=model.num_classes,
+        label_names=model.label_names,
+        preprocessing=Preprocessing(
+            input_size=list(input_size_of(model.backbone)),
+            mean=list(config['mean']),
+            std=list(config['std']),
+            interpolation=str(config['interpolation']),
+            crop_pct=float(config['crop_pct']),
+            crop_mode=str(config.get('crop_mode', 'center')),
+        ),
+        stages=entries,
+        backbone_macs=float(model.exits[-1].total),
+        heads_hash=model.heads_hash(),
+        thresholds=thresholds,
+        table=table,
+        table_precision=measured,
+        versions=dict(
+            timm_cascade=__version__,
+            timm=timm.__version__,
+            torch=str(torch.__version__),
+            **({'onnx': version('onnx'), 'onnxscript': version('onnxscript')} if kind == 'onnx' else {}),
+        ),
+    )
+
+
+def write_manifest(manifest: Manifest, folder: Path, others: list[str]) -> None:
+    """Writes cascade.json, with the hashes of the other files."""
+    manifest.others = {name: sha256(folder / name) for name in others}
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding='utf-8')
+
+
+def sha256(path: Path) -> str:
+    """Of a file, as hex digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
