@@ -1,0 +1,190 @@
+"""The runner in an exported folder: it routes as the model does, without torch, and refuses what does not belong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from exporters.cases import load_runner
+from helpers import batch_for
+from PIL import Image
+
+from timm_cascade.data.views import eval_transform
+
+
+@pytest.fixture
+def cascade(exported):
+    return load_runner(exported).Cascade(exported, threads=1)
+
+
+@pytest.fixture
+def pictures(calibrated):
+    return batch_for(calibrated, 9)
+
+
+def between(model, x, shares=(0.4, 0.7)):
+    """Thresholds that lie between two samples' confidences, so that no rounding decides."""
+    result = []
+    with torch.no_grad():
+        for logits, share in zip(model.forward_exits(x)[:-1], shares, strict=True):
+            ordered = logits.softmax(1).amax(1).sort(descending=True).values
+            at = round(share * len(x))
+            result.append(float(ordered[at - 1 : at + 1].mean()))
+    return result
+
+
+def changed(exported, tmp_path, change):
+    """A copy of the folder whose manifest `change` was applied to."""
+    folder = tmp_path / 'copy'
+    shutil.copytree(exported, folder)
+    manifest = json.loads((folder / 'cascade.json').read_text())
+    change(manifest)
+    (folder / 'cascade.json').write_text(json.dumps(manifest))
+    return folder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('case', ['none', 'some', 'all'])
+def test_routes_as_the_model_does(case, cascade, calibrated, pictures):
+    before = calibrated.thresholds
+    values = dict(none=[None, None], some=between(calibrated, pictures), all=[0.0, 0.0])[case]
+    calibrated.thresholds = values
+    want = calibrated.predict(pictures)
+    calibrated.thresholds = before
+    cascade.set_thresholds(values)
+    got = cascade.predict(pictures.numpy())
+    assert (got.exit == want.exit.numpy()).all() and len(set(got.exit)) == (3 if case == 'some' else 1)
+    assert np.allclose(got.logits, want.logits, atol=1e-5)
+    assert np.allclose(got.confidence, want.confidence, atol=1e-6)
+    order = np.random.default_rng(0).permutation(len(pictures))
+    again = cascade.predict(pictures.numpy()[order])
+    assert (again.exit == got.exit[order]).all() and np.allclose(again.logits, got.logits[order], atol=1e-6)
+    for i in range(3):  # a batch of one
+        alone = cascade.predict(pictures.numpy()[i : i + 1])
+        assert alone.exit[0] == got.exit[i] and np.allclose(alone.logits[0], got.logits[i], atol=1e-6)
+
+
+def test_a_tie_leaves_and_nan_does_not(cascade, calibrated, pictures):
+    cascade.set_thresholds([0.0, None])
+    confidence = cascade.predict(pictures.numpy()).confidence
+    cascade.set_thresholds([float(confidence[0]), None])
+    assert cascade.predict(pictures.numpy()[:1]).exit[0] == 0
+    cascade.set_thresholds([float(np.nextafter(confidence[0], np.float32(2))), None])
+    assert cascade.predict(pictures.numpy()[:1]).exit[0] == 2
+    cascade.set_thresholds([0.0, 0.0])
+    broken = pictures.numpy()[:3].copy()
+    broken[1] = np.nan
+    assert cascade.predict(broken).exit.tolist() == [0, 2, 0]
+
+
+def test_an_empty_batch(cascade):
+    out = cascade.predict(np.empty((0, 3, 16, 16), np.float32))
+    assert out.logits.shape == (0, 5) and out.exit.shape == out.confidence.shape == (0,)
+
+
+def test_threads_share_a_cascade(cascade, pictures, calibrated):
+    cascade.set_thresholds(between(calibrated, pictures))
+    want = cascade.predict(pictures.numpy())
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(cascade.predict, [pictures.numpy()] * 16):
+            assert (got.exit == want.exit).all() and np.allclose(got.logits, want.logits, atol=1e-6)
+
+
+@pytest.mark.parametrize('rule', ['certified', 'joint', 'per_exit'])
+def test_set_max_drop_chooses_what_the_models_table_chooses(rule, cascade, calibrated):
+    for max_drop in (0.01, 0.05, 0.3):
+        want = calibrated.table.point(max_drop, rule)
+        point = cascade.set_max_drop(max_drop, rule)
+        assert point['max_drop'] == want.max_drop
+        assert cascade.thresholds.tolist() == np.float32(want.thresholds).tolist()
+
+
+def test_the_models_thresholds_are_active_at_first(cascade, calibrated):
+    assert cascade.thresholds.tolist() == calibrated.thresholds.tolist()
+
+
+@pytest.mark.parametrize(
+    'mode, shape, crop_mode',
+    [('RGB', (40, 30), 'center'), ('L', (20, 55), 'center'), ('RGBA', (33, 33), 'squash'), ('RGB', (17, 90), 'border')],
+)
+def test_preprocessing_is_timms(mode, shape, crop_mode, exported, tmp_path, calibrated):
+    folder = changed(exported, tmp_path, lambda m: m['preprocessing'].update(crop_mode=crop_mode))
+    cascade = load_runner(folder).Cascade(folder)
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 255, (*shape, 3), dtype=np.uint8)).convert(mode)
+    before = dict(calibrated.backbone.pretrained_cfg), dict(calibrated.pretrained_cfg)
+    calibrated.pretrained_cfg['crop_mode'] = crop_mode
+    try:
+        want = eval_transform(calibrated)(image).numpy()
+    finally:
+        calibrated.pretrained_cfg['crop_mode'] = before[1].get('crop_mode', 'center')
+    assert np.abs(cascade.preprocess(image) - want).max() < 1e-5
+
+
+def test_runs_where_torch_cannot_be_imported(exported, tmp_path, cascade, pictures):
+    block = tmp_path / 'block'
+    for name in ('torch', 'timm', 'timm_cascade', 'onnx', 'scipy', 'pydantic'):
+        (block / name).mkdir(parents=True)
+        (block / name / '__init__.py').write_text('raise ImportError("not here")')
+    image = np.random.default_rng(1).integers(0, 255, (30, 30, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / 'image.png')
+    command = [sys.executable, exported / 'runner.py', tmp_path / 'image.png', '--max-drop', '0.05']
+    environment = {**os.environ, 'PYTHONPATH': str(block)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    cascade.set_max_drop(0.05)
+    want = cascade.predict(cascade.preprocess(Image.fromarray(image))[None])
+    label = cascade.manifest['label_names'][int(want.logits.argmax())]
+    assert f'{label}, confidence {want.confidence[0]:.3f}, exit {want.exit[0]},' in done.stdout
+    assert '% of MACs saved' in done.stdout
+
+
+def test_the_runner_is_small():
+    from timm_cascade.exporters import assemble
+
+    path = assemble.Path(assemble.__file__).with_name('runner.py')
+    assert len(path.read_text().splitlines()) < 150
+
+
+@pytest.mark.parametrize(
+    'images', [np.zeros((2, 3, 16, 17), np.float32), np.zeros((3, 16, 16), np.float32), np.zeros((1, 3, 16, 16))]
+)
+def test_images_of_the_wrong_kind(images, cascade):
+    with pytest.raises(ValueError, match=r'expected float32 \(N, 3, 16, 16\)'):
+        cascade.predict(images)
+
+
+def test_swapped_and_truncated_files(exported, tmp_path):
+    folder = tmp_path / 'copy'
+    shutil.copytree(exported, folder)
+    first, second = folder / 'stage_0.onnx', folder / 'stage_1.onnx'
+    whole = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(ValueError, match=r'stage_0\.onnx is damaged or another file'):
+        load_runner(folder).Cascade(folder)
+    first.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r'stage_0\.onnx is damaged or another file'):
+        load_runner(folder).Cascade(folder)
+
+
+def test_another_format_and_a_table_of_another_precision(exported, tmp_path):
+    folder = changed(exported, tmp_path, lambda m: m.update(table_precision='float16'))
+    cascade = load_runner(folder).Cascade(folder)
+    with pytest.raises(ValueError, match=r'no table for float32, only float16.*timm-cascade calibrate'):
+        cascade.set_max_drop(0.01)
+    shutil.rmtree(folder)
+    folder = changed(exported, tmp_path, lambda m: m.update(format_version=2))
+    with pytest.raises(ValueError, match='not an ONNX export that this runner can read'):
+        load_runner(folder).Cascade(folder)
+
+
+def test_a_drop_that_the_table_does_not_have(cascade):
+    with pytest.raises(ValueError, match=r'no certified point for max_drop 0.0001.*the table has \[0.0025'):
+        cascade.set_max_drop(0.0001)
+    with pytest.raises(ValueError, match='expected 2 numbers'):
+        cascade.set_thresholds([0.5])
