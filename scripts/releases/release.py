@@ -85,8 +85,7 @@ def build(recipe: dict[str, Any], work: Path) -> dict[str, Any]:
         model.load_state_dict(torch.load(work / 'backbone.pt', map_location='cpu', weights_only=True)['model'])
         model.pretrained_cfg.update(license=recipe['model']['licence'])
         model.label_names = train.class_names
-        (work / 'heads.jsonl').unlink(missing_ok=True)
-        timm_cascade.train_heads(model, train, calibration, **recipe['heads'], log=work / 'heads.jsonl')
+        timm_cascade.train_heads(model, train, calibration, **recipe['heads'], work_dir=work)
         hub.save(model, staged)
         steps.finish('heads')
 

@@ -103,9 +103,9 @@ def test_a_linear_probe_on_other_classes(capsys, tmp_path):
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == [
         'README.md',
         'config.json',
+        'features',
+        'heads.jsonl',
         'model.safetensors',
-        'taps',
-        'training.jsonl',
     ]
     assert json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names'] == ['cat', 'dog', 'owl']
     status, result, _ = run(capsys, 'evaluate', tmp_path / 'out', '--data', tmp_path / 'data', '--split', 'test')

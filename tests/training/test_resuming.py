@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 import timm_cascade
 from timm_cascade.data import ImageData
-from timm_cascade.training.features import StoredTaps
+from timm_cascade.training.features import StoredFeatures
 
 
 class Slow(ImageData):
@@ -34,19 +34,7 @@ class Slow(ImageData):
 
 
 def work(model, data, where, epochs):
-    timm_cascade.train_heads(
-        model,
-        data,
-        data,
-        epochs=epochs,
-        batch_size=16,
-        cache=where / 'taps',
-        state=where / 'state',
-        save_every=0,
-        log=where / 'log.jsonl',
-        classifier=True,
-        views=2,
-    )
+    timm_cascade.train_heads(model, data, data, epochs=epochs, batch_size=16, work_dir=where, classifier=True, views=2)
 
 
 def in_a_fork(*args):
@@ -66,18 +54,16 @@ def killed_when(condition, *args):
     return process.exitcode == -signal.SIGKILL
 
 
-def chunks_done(where):
-    parts = list((where / 'taps').glob('*.part'))
+def records_done(where):
     try:
-        return sum(int((StoredTaps(p).sums != 0).sum()) for p in parts)
+        return sum(int((StoredFeatures(p).records['checksum'] != 0).sum()) for p in (where / 'features').glob('*.part'))
     except (OSError, ValueError):
         return 0
 
 
 def epoch_of(where):
     try:
-        saved = torch.load(where / 'state', weights_only=True)
-        return saved['epoch'] + saved['step'] / 100
+        return len(torch.load(where / 'heads.pt', weights_only=True)['history'])
     except FileNotFoundError:
         return 0
 
@@ -87,33 +73,51 @@ def test_killed_again_and_again_it_ends_the_same(small, images, tmp_path):
     epochs = 40
     history, whole = trained(small, images, images, epochs=epochs, batch_size=16, classifier=True, views=2)
     slow = Slow(images.images, images.labels, images.class_names)
-    for moment in (lambda: chunks_done(tmp_path) >= 2, lambda: chunks_done(tmp_path) >= 4):
+    for moment in (lambda: records_done(tmp_path) >= 32, lambda: records_done(tmp_path) >= 64):
         assert killed_when(moment, small, slow, tmp_path, epochs)
-    assert chunks_done(tmp_path) >= 4  # those are not computed again
-    for moment in (3.02, 17.04, 30):
+    assert records_done(tmp_path) >= 64  # those are not computed again
+    for moment in (3, 17, 30):
         assert killed_when(lambda moment=moment: epoch_of(tmp_path) >= moment, small, slow, tmp_path, epochs)
         assert moment <= epoch_of(tmp_path) < epochs
     work(small, slow, tmp_path, epochs)
     assert all(torch.equal(v, whole[k]) for k, v in small.state_dict().items())
-    lines = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / 'heads.jsonl').read_text().splitlines()]
     for line in (*lines, *history):
         line.pop('seconds')
     assert lines == history
 
 
 def test_what_is_finished_is_only_loaded(small, images, tmp_path):
-    _, first = trained(small, images, epochs=2, state=tmp_path / 'state')
-    began = (tmp_path / 'state').stat().st_mtime_ns
-    _, again = trained(small, images, epochs=2, state=tmp_path / 'state')
+    _, first = trained(small, images, epochs=2, work_dir=tmp_path)
+    began = (tmp_path / 'heads.pt').stat().st_mtime_ns
+    _, again = trained(small, images, epochs=2, work_dir=tmp_path)
     assert all(torch.equal(first[k], again[k]) for k in first)
-    assert (tmp_path / 'state').stat().st_mtime_ns >= began
+    assert (tmp_path / 'heads.pt').stat().st_mtime_ns >= began
+
+
+def test_a_state_that_cannot_be_read_is_named(small, images, tmp_path):
+    trained(small, images, epochs=1, work_dir=tmp_path)
+    state = tmp_path / 'heads.pt'
+    state.write_bytes(state.read_bytes()[:1000])
+    before = {k: v.clone() for k, v in small.state_dict().items()}
+    with pytest.raises(ValueError, match=r'heads\.pt cannot be read'):
+        timm_cascade.train_heads(small, images, epochs=1, work_dir=tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
+
+
+def test_a_log_that_is_a_line_short_is_completed(small, images, tmp_path):
+    history, _ = trained(small, images, epochs=2, work_dir=tmp_path)
+    log = tmp_path / 'heads.jsonl'
+    log.write_text(log.read_text().splitlines()[0] + '\n')  # killed between the two files
+    trained(small, images, epochs=2, work_dir=tmp_path)
+    assert [json.loads(line) for line in log.read_text().splitlines()] == history
 
 
 def test_the_state_of_another_training_is_not_continued(small, images, tmp_path, caplog):
-    trained(small, images, epochs=2, state=tmp_path / 'state')
+    trained(small, images, epochs=2, work_dir=tmp_path)
     _, expected = trained(small, images, epochs=2, lr=1e-3)
-    _, found = trained(small, images, epochs=2, lr=1e-3, state=tmp_path / 'state')
-    assert 'starting anew' in caplog.text
+    _, found = trained(small, images, epochs=2, lr=1e-3, work_dir=tmp_path)
+    assert 'other settings' in caplog.text
     assert all(torch.equal(found[k], expected[k]) for k in found)
 
 
@@ -122,7 +126,7 @@ TWO = """
     from pathlib import Path
     import numpy as np, timm, torch, timm_cascade
     from timm_cascade.data import ImageData
-    from timm_cascade.training.trainer import Trainer
+    from timm_cascade.training.work_dir import WorkDir
     from timm_cascade.utils.distributed import create_accelerator
     folder, resumes = Path(sys.argv[1]), sys.argv[2] == 'resume'
     torch.set_num_threads(1)
@@ -136,7 +140,7 @@ TWO = """
         model = timm.create_model('cascade_cifar_resnet20', in_chans=1, num_classes=4, exits=['layer1', 'layer2'],
                                   pretrained_cfg_overlay=dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,)))
         timm_cascade.train_heads(model, data, data, epochs=3, batch_size=16, accelerator=accelerator, classifier=True,
-                                 cache=folder / name, **kwargs)
+                                 work_dir=folder / name, **kwargs)
         calibration = timm_cascade.calibrate(model, data, batch_size=16, accelerator=accelerator)
         if accelerator.is_main_process:
             state = {**model.state_dict(), 'confidence': torch.tensor(calibration.confidence)}
@@ -144,14 +148,13 @@ TWO = """
 
     if not resumes:
         train('whole')
-        save, saves = Trainer._save, []
-        def dies(self, state, key):
-            save(self, state, key)
-            saves.append(key)
-            if len(saves) == 5:
+        save = WorkDir.save
+        def dies(self, history, **parts):
+            save(self, history, **parts)
+            if len(history) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
-        Trainer._save = dies
-    train('killed', state=folder / 'state', save_every=0)
+        WorkDir.save = dies
+    train('killed')
 """
 
 
@@ -162,7 +165,7 @@ def test_two_processes_killed_and_continued_are_as_one(tmp_path):
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(script)]
     first = subprocess.run([*launch, str(tmp_path), 'start'], capture_output=True, text=True)
     assert 'SIGKILL' in first.stderr and (tmp_path / 'whole.pt').exists() and not (tmp_path / 'killed.pt').exists()
-    assert (saved := torch.load(tmp_path / 'state', weights_only=True))['epoch'] == 1 and saved['step'] == 2
+    assert len(torch.load(tmp_path / 'killed' / 'heads.pt', weights_only=True)['history']) == 2
     subprocess.run([*launch, str(tmp_path), 'resume'], check=True, capture_output=True)
     whole, killed = (torch.load(tmp_path / f'{n}.pt', weights_only=True) for n in ('whole', 'killed'))
     assert all(torch.equal(whole[k], killed[k]) for k in whole)
@@ -206,8 +209,6 @@ def command(tmp_path_factory):
             '100',
             '--model-kwargs',
             'in_chans=1',
-            '--save-every',
-            '0.1',
             '--views',
             '2',
             '--json',
@@ -218,9 +219,7 @@ def command(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'sign', ['taps/*.part/tap0.npy', 'taps/????????????????????????', 'unfinished.pt', 'model.safetensors']
-)
+@pytest.mark.parametrize('sign', ['features/*.part', 'features/*.npy', 'heads.pt', 'model.safetensors'])
 def test_the_command_is_killed_and_given_again(command, tmp_path, sign):
     """In the first pass, the second, the epochs, while saving: afterwards the release has the bytes of the other."""
     arguments, whole = command
@@ -236,7 +235,7 @@ def test_the_command_is_killed_and_given_again(command, tmp_path, sign):
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith('.')) == [
         'README.md',
         'config.json',
+        'features',
+        'heads.jsonl',
         'model.safetensors',
-        'taps',
-        'training.jsonl',
     ]

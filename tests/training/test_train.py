@@ -27,14 +27,12 @@ def forget_accelerators():
 def test_heads_learn_and_the_backbone_does_not_change(small, images, tmp_path):
     before = {k: v.clone() for k, v in small.backbone.state_dict().items()}
     small.train()
-    history = timm_cascade.train_heads(
-        small, images, images, epochs=12, batch_size=32, lr=1e-2, log=tmp_path / 'log.jsonl'
-    )
+    history = timm_cascade.train_heads(small, images, images, epochs=12, batch_size=32, lr=1e-2, work_dir=tmp_path)
     assert small.training
     assert all(torch.equal(v, before[k]) for k, v in small.backbone.state_dict().items())
     assert history[-1]['loss'] < 0.5 * history[0]['loss']
     assert min(history[-1]['accuracy'][:2]) > 0.9 and len(history[-1]['accuracy']) == 3
-    assert [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()] == history
+    assert [json.loads(line) for line in (tmp_path / 'heads.jsonl').read_text().splitlines()] == history
 
 
 def test_the_same_seed_gives_the_same_heads(small, images):
@@ -159,11 +157,9 @@ def test_data_that_cannot_be_learned(small, images, tmp_path):
         (data([0, 1, 2, 3, 4], list('abcde')), '5 classes, the model 4'),
     ):
         with pytest.raises(ValueError, match=message):
-            timm_cascade.train_heads(
-                small, wrong, epochs=1, cache=tmp_path / 'taps', state=tmp_path / 'state', log=tmp_path / 'log'
-            )
+            timm_cascade.train_heads(small, wrong, epochs=1, work_dir=tmp_path / 'work')
     with pytest.raises(ValueError, match="class 2 is 'd' there"):
-        timm_cascade.train_heads(small, images, data([0, 1, 2, 3], list('abdc')), epochs=1, cache=tmp_path / 'taps')
+        timm_cascade.train_heads(small, images, data([0, 1, 2, 3], list('abdc')), epochs=1, work_dir=tmp_path / 'work')
     assert not list(tmp_path.iterdir())
     assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
 

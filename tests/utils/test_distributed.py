@@ -13,7 +13,7 @@ def test_processes_that_believe_to_be_alone(small, images, monkeypatch, tmp_path
     accelerator = Accelerator(cpu=True)
     monkeypatch.setenv('WORLD_SIZE', '2')  # as torchrun sets it
     with pytest.raises(LaunchError, match='2 processes, but each runs for itself'):
-        timm_cascade.train_heads(small, images, epochs=1, cache=tmp_path / 'taps', accelerator=accelerator)
+        timm_cascade.train_heads(small, images, epochs=1, work_dir=tmp_path / 'work', accelerator=accelerator)
     assert not list(tmp_path.iterdir())
 
 

@@ -19,7 +19,6 @@ from .options import Commands, data_options, exits_value, load_data_of, output_o
 __all__ = ['add_command', 'run']
 
 _logger = logging.getLogger(__name__)
-TAPS, STATE, LOG = 'taps', 'unfinished.pt', 'training.jsonl'  # in the folder of `train --out`
 
 
 def add_command(commands: Commands) -> None:
@@ -55,10 +54,15 @@ def add_command(commands: Commands) -> None:
     train.add_argument(
         '--views', type=int, default=1, help='looks at each image: the first as in evaluation, the others augmented'
     )
-    cache = train.add_mutually_exclusive_group()
-    cache.add_argument('--cache', type=Path, help=f'folder for what the backbone computes, by default OUT/{TAPS}')
-    cache.add_argument('--no-cache', action='store_true', help='keep nothing: the backbone runs in every epoch')
-    train.add_argument('--save-every', type=float, default=30.0, help='seconds between two states to continue from')
+    train.add_argument(
+        '--work-dir',
+        type=Path,
+        help='folder for stored features, the state to continue from and the log; by default OUT itself. Several '
+        'trainings of one backbone can share it, one after the other',
+    )
+    train.add_argument(
+        '--no-cache', action='store_true', help='store no features; the backbone then runs in every epoch'
+    )
     train.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'])
     train.add_argument('--grad-accum', type=int, default=1, help='batches to a step')
     train.add_argument('--log-with', nargs='*', default=[], help='trackers that Accelerate knows: tensorboard, ...')
@@ -135,6 +139,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     model.label_names = train.class_names
     if args.log_with:
         accelerator.init_trackers('timm-cascade', {k: str(v) for k, v in vars(args).items() if k != 'run'})
+    work_dir = args.work_dir or args.out
     history = train_heads(
         model,
         train,
@@ -147,16 +152,14 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         workers=args.workers,
         views=args.views,
         classifier=classifier,
-        cache=False if args.no_cache else args.cache or args.out / TAPS,
-        state=args.out / STATE,
-        save_every=args.save_every,
-        log=args.out / LOG,
+        work_dir=work_dir,
+        cache=not args.no_cache,
         accelerator=accelerator,
     )
     main_process, processes = accelerator.is_main_process, accelerator.num_processes
     if main_process:
         hub.save(model, args.out)
-        (args.out / STATE).unlink()  # not before the release is there: whoever is stopped here only saves again
+        (work_dir / 'heads.pt').unlink()  # only now: a command that is killed before has to save again, and no more
     accelerator.end_training()
     if not main_process:
         return None

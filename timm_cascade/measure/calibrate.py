@@ -9,13 +9,13 @@ import timm
 import torch
 from timm.data.model_config import resolve_input_data_config
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from ..data import UNLABELLED, create_loader
 from ..inference.batch import confidence
 from ..model import CascadeModel
 from ..thresholds import Calibration
 from ..utils.distributed import create_accelerator
+from ..utils.progress import progress
 from ..version import __version__
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def record(
     try:
         share = max(1, batch_size // accelerator.num_processes)
         loader = accelerator.prepare_data_loader(create_loader(model, data, share, workers))
-        for images, target in tqdm(loader, desc='every exit', disable=not accelerator.is_main_process):
+        for images, target in progress(loader, 'every exit', accelerator.is_main_process):
             with accelerator.autocast():
                 logits = model.forward_exits(images)
             sure = torch.stack([confidence(x) for x in logits], 1)

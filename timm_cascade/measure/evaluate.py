@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from ..data import create_loader
 from ..model import CascadeModel
 from ..thresholds.routing import exit_costs
 from ..utils.clock import clock
+from ..utils.progress import progress
 from .calibrate import record
 
 __all__ = ['EveryExit', 'Report', 'evaluate']
@@ -112,7 +112,7 @@ def evaluate(
     exits, right, full_right, ratios, weights = [], [], [], [], []
     try:
         for i, (images, target) in enumerate(
-            tqdm(create_loader(model, data, batch_size, workers), desc=title, leave=False)
+            progress(create_loader(model, data, batch_size, workers), title, leave=False)
         ):
             images = images.to(device)
             if i == 0:  # the first batch warms both up

@@ -1,7 +1,6 @@
 """Training exit heads on a frozen backbone, with Accelerate.
 
-The backbone runs over the images once: what the heads classify (the pooled taps) is kept on disk, and the epochs run on
-it. The state of an unfinished training is one file; with it, the same call continues where it was stopped.
+The backbone runs over the images once: the pooled features that heads classify are stored, and the epochs run on them.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from ..backbone import input_size_of
 from ..data import UNLABELLED, check_classes, check_training_classes
 from ..model import CascadeModel
 from ..utils.distributed import check_launch, create_accelerator, on_main
-from .features import StoredTaps, Taps, store
-from .trainer import Classifier, Heads, Recipe, Trainer, moments
+from .features import FrozenFeatures, StoredFeatures, store
+from .trainer import Classifier, Trainer, moments
+from .work_dir import WorkDir
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,53 +45,59 @@ def train_heads(
     workers: int = 0,
     views: int = 1,
     classifier: bool = False,
-    cache: str | Path | bool = True,
-    state: str | Path | None = None,
-    save_every: float = 30.0,
-    log: str | Path | None = None,
+    work_dir: str | Path | None = None,
+    cache: bool = True,
     accelerator: Accelerator | None = None,
 ) -> list[dict[str, Any]]:
     """Trains the heads in place; the backbone stays in evaluation mode and is not changed.
 
-    Cross-entropy summed over the exits, AdamW, cosine decay; what else was tried stands in docs/ablation.md. A
-    calibration made for the old heads is dropped.
+    Cross-entropy summed over the exits, AdamW, cosine decay. A calibration made for the old heads is dropped. Heads
+    train in float32, whatever the model's precision, and return to it.
 
     Args:
         model: The cascade.
         train: Images with labels 0..C-1: an ImageData, or any data set of (normalised tensor, label). From an image
-            without a label (-1) the heads learn what the frozen network answers; with `classifier` there is no such.
+            without a label (-1) the heads learn what the frozen network answers; with `classifier` every image needs
+            a label.
         val: Images to report accuracy on (without labels: agreement with the network), never trained on.
-        batch_size: Over all processes together; with gradient accumulation (the accelerator's) of each part of a step.
-        views: How many looks at each image, one an epoch in turn: the first as in evaluation, the others augmented by
-            timm's training transform (or whatever is random about a data set of your own).
+        epochs: Passes over the stored features.
+        batch_size: Images per batch, over all processes together; with gradient accumulation (the accelerator's) of
+            each part of a step.
+        lr: Learning rate of the first step.
+        weight_decay: AdamW's, for weights and not for biases.
+        seed: Seed of the order of images and of the augmentation.
+        workers: Processes that decode images.
+        views: Number of views of each image, one per epoch in turn: the first as in evaluation, the others augmented
+            by timm's training transform (or whatever is random about a data set of your own).
         classifier: Train the backbone's classifier too, from nothing, as the final exit's head (a linear probe).
             Nothing else of the backbone changes.
-        cache: Folder for the taps, which stay there for the next training; True for a temporary one; False for none:
-            the backbone then runs anew in every epoch, with the same result but for rounding.
-        state: File of the training's state, written now and then; the same call continues from it. It stays when the
-            training is finished, and the call then only loads the result.
-        save_every: Seconds between two writings of `state`.
-        log: JSON-lines file, one line an epoch; replaced.
+        work_dir: Folder for the stored features, the state after each epoch (`heads.pt`) and a log with one line per
+            epoch (`heads.jsonl`). The same call continues from there after an interruption, and only loads the result
+            of a training that is finished. None stores the features in a temporary folder.
+        cache: False stores no features: the backbone runs in every epoch, with the same result but for rounding.
         accelerator: Yours (device, processes, mixed precision, gradient accumulation, trackers), or one with defaults.
 
     Returns:
-        One dict an epoch: epoch, loss, train_accuracy (one for each that is trained, while it is), seconds, and with
-        `val` accuracy: one an exit, the backbone's own last.
+        One dict per epoch: epoch, loss, train_accuracy (of everything that is trained, while it is), seconds, and with
+        `val` accuracy: one per exit, the backbone's own last.
 
     Raises:
-        ValueError: Labels that are not the model's classes, classes without images, one class only, an image that
+        ValueError: Labels that are not the model's classes, classes without images, a single class, an image that
             cannot be read, a loss that is not finite; the heads are then as they were.
-        OSError: The taps do not fit on the disk.
-        LaunchError: A launch of several processes of which each believes to be alone.
+        OSError: The features do not fit on the disk.
+        LaunchError: A launch of several processes in which each runs as if it were alone.
+
+    Example:
+        >>> model = timm.create_model('cascade_resnet18.a1_in1k', pretrained=True, num_classes=5)
+        >>> train, val = load_data('flowers/', 'train'), load_data('flowers/', 'validation')
+        >>> history = train_heads(model, train, val, classifier=True, work_dir='flowers-cascade')
     """
     if epochs < 1 or batch_size < 1 or views < 1:
-        raise ValueError(f'epochs={epochs}, batch_size={batch_size}, views={views}: each is at least 1.')
+        raise ValueError(f'epochs={epochs}, batch_size={batch_size}, views={views}: each must be at least 1.')
     for data in (train, val):
         check_classes(data, model.num_classes, model.label_names) if data is not None else None
     check_training_classes(train)
-    recipe = Recipe(epochs, batch_size, lr, weight_decay, seed)
-    if accelerator is None:
-        accelerator = create_accelerator()
+    accelerator = accelerator or create_accelerator()
     check_launch(accelerator)
     if accelerator.is_main_process:
         _logger.info(
@@ -100,17 +106,21 @@ def train_heads(
             'es' * (accelerator.num_processes > 1),
             accelerator.device,
         )
-    training = model.training
+    training, dtype = model.training, next(model.heads.parameters()).dtype
     before = {name: tensor.clone() for name, tensor in model.heads.state_dict().items()}
+    folder = None if work_dir is None else Path(work_dir)
     model.to(accelerator.device).eval()
     try:
+        model.heads.float()  # small steps are lost in half precision
         final = _check_classifier(model) if classifier else None
         wanted = [(train, view) for view in range(views)] + ([(val, 0)] if val is not None else [])
-        sources, keys = _sources(
-            [Taps(model, data, accelerator, view, seed, workers, classifier, batch_size) for data, view in wanted],
-            cache,
-            state is not None,
-        )
+        sources: list[Any] = [
+            FrozenFeatures(model, data, accelerator, view, seed, workers, classifier, batch_size)
+            for data, view in wanted
+        ]
+        keys = [] if folder is None else [source.key() for source in sources]
+        if cache:
+            sources = _stored(sources, folder, keys)
         mean, variance = moments(sources[:views], accelerator, model.num_classes, least=0 if classifier else UNLABELLED)
         for head, m, v in zip(model.heads, mean, variance, strict=False):
             # standardised by the training set's own statistics, so that no step depends on how a batch is split
@@ -118,13 +128,16 @@ def train_heads(
                 norm.running_mean.copy_(m)  # type: ignore[union-attr]
                 norm.running_var.copy_(v)  # type: ignore[union-attr]
         probe = None if final is None else Classifier(final, mean[-1], variance[-1])
-        heads = Heads([*model.heads, *([] if probe is None else [probe])])
-        trainer = Trainer(heads, sources[:views], accelerator, recipe, sources[views:], save_every)
-        history = trainer.run(None if state is None else Path(state), keys, None if log is None else Path(log))
+        heads = nn.ModuleList([*model.heads, *([] if probe is None else [probe])])
+        recipe: dict[str, Any] = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed)
+        trainer = Trainer(heads, sources[:views], (sources[views:] or [None])[0], accelerator, **recipe)
+        settings = [recipe, keys, str(heads), trainer.step_size]
+        history = trainer.run(WorkDir(folder, 'heads', accelerator, settings))
     except BaseException:
         model.heads.load_state_dict(before)
         raise
     finally:
+        model.heads.to(dtype)
         model.train(training)
     if probe is not None and final is not None:
         probe.write_to(final)
@@ -143,7 +156,7 @@ def _check_classifier(model: CascadeModel) -> nn.Linear | nn.Conv2d:
     if not isinstance(found, nn.Linear) and not (isinstance(found, nn.Conv2d) and found.kernel_size == (1, 1)):
         raise ValueError(
             f'the classifier of {type(model.backbone).__name__} is {type(found).__name__}, not one linear '
-            f'layer, and is not trained here. {advice}'
+            f'layer, and cannot be trained here. {advice}'
         )
     images = torch.randn(2, *input_size_of(model.backbone), generator=torch.Generator().manual_seed(0)).to(found.weight)
     with torch.no_grad():
@@ -157,30 +170,25 @@ def _check_classifier(model: CascadeModel) -> nn.Linear | nn.Conv2d:
     if not ok:
         raise ValueError(
             f'{type(model.backbone).__name__} does more than its classifier to what forward_head(..., '
-            f'pre_logits=True) gives, so it is not trained here. {advice}'
+            f'pre_logits=True) gives, so it cannot be trained here. {advice}'
         )
     return found
 
 
-def _sources(
-    taps: list[Taps], cache: str | Path | bool, keyed: bool
-) -> tuple[list[Taps] | list[StoredTaps], list[str]]:
-    """Where batches come from, and the keys of what they hold (none where nobody needs them)."""
-    keys = [t.key() for t in taps] if keyed or not isinstance(cache, bool) else []
-    if cache is False:
-        return taps, keys
-    if not isinstance(cache, bool):
-        return [store(t, Path(cache), key) for t, key in zip(taps, keys, strict=True)], keys
-    accelerator = taps[0].accelerator
+def _stored(sources: list[FrozenFeatures], folder: Path | None, keys: list[str]) -> list[StoredFeatures]:
+    """The features on disk: in the work_dir, or in files that are gone once they are mapped."""
+    if folder is not None:
+        return [store(s, folder / 'features' / f'{key}.npy') for s, key in zip(sources, keys, strict=True)]
+    accelerator = sources[0].accelerator
     with contextlib.ExitStack() as stack:
-        folder = Path(
+        temporary = Path(
             on_main(
                 accelerator,
                 lambda: stack.enter_context(
-                    tempfile.TemporaryDirectory(prefix='timm-cascade-taps-', ignore_cleanup_errors=True)
+                    tempfile.TemporaryDirectory(prefix='timm-cascade-features-', ignore_cleanup_errors=True)
                 ),
             )
         )
-        stored = [store(t, folder, str(i), lasting=False) for i, t in enumerate(taps)]
+        stored = [store(source, temporary / f'{i}.npy', lasting=False) for i, source in enumerate(sources)]
         accelerator.wait_for_everyone()  # every process has mapped the files; their names are not needed any more
-    return stored, keys
+    return stored

@@ -1,35 +1,32 @@
-"""The epochs of head training: batches of taps in, trained heads out."""
+"""The epochs of head training: batches of features in, trained heads out."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..data import UNLABELLED
-from ..utils.distributed import on_main
-from ..utils.files import replacing
-from .features import Batch, StoredTaps, Taps
+from ..utils.progress import progress
+from .features import Batch, FrozenFeatures, StoredFeatures
+from .work_dir import WorkDir
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['Classifier', 'Heads', 'Recipe', 'Trainer', 'moments']
+__all__ = ['Classifier', 'Trainer', 'log_to_trackers', 'moments', 'sum_over_processes']
 
 _logger = logging.getLogger(__name__)
-EPSILON = 1e-4  # of the mean variance, added to each: features may be of any scale
+EPSILON = 1e-4  # share of the mean variance that is added to each: features may be of any scale
 TEMPERATURE = 4.0  # at which heads are compared with the network's answers
+
+Source = FrozenFeatures | StoredFeatures
 
 
 class Classifier(nn.Module):
@@ -40,7 +37,7 @@ class Classifier(nn.Module):
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, mean: Tensor, variance: Tensor) -> None:
         super().__init__()
-        weight, bias = layer.weight.flatten(1), layer.bias
+        weight, bias = layer.weight.flatten(1).float(), layer.bias
         self.register_buffer('mean', mean.to(weight) if bias is not None else torch.zeros_like(mean).to(weight))
         self.register_buffer('std', (variance + EPSILON * variance.mean() + 1e-30).sqrt().to(weight))
         self.linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None).to(weight)
@@ -53,74 +50,52 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def write_to(self, layer: nn.Linear | nn.Conv2d) -> None:
-        """Makes `layer` the same function, of the features as they are."""
+        """Makes `layer` the same function of features that are not standardised."""
         weight = self.linear.weight / self.std
         layer.weight.copy_(weight.view_as(layer.weight))
         if layer.bias is not None:
             layer.bias.copy_(self.linear.bias - weight @ self.mean)
 
 
-class Heads(nn.Module):
-    """All that is trained, as one module."""
-
-    def __init__(self, heads: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList(heads)
-
-    def forward(self, pooled: list[Tensor]) -> list[Tensor]:
-        """The logits of each head; of the M+1 arrays in `pooled` those beyond the heads are not used."""
-        return [head.classify(p) for head, p in zip(self.heads, pooled, strict=False)]  # type: ignore[operator]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The hyperparameters; see train_heads."""
-
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    seed: int
-
-
-def _loss(logits: Tensor, labels: Tensor, answer: Tensor) -> Tensor:
-    """What one head loses, summed over a batch.
+def _loss(logits: Tensor, labels: Tensor, final: Tensor) -> Tensor:
+    """Loss of one head, summed over a batch.
 
     Args:
         logits: (N, C) of the head.
-        labels: (N,), -1 where there is none: there the distance to the frozen network's answer counts.
-        answer: (N, C) logits of the frozen network.
+        labels: (N,), -1 where there is none: there the distance to the frozen network's logits counts.
+        final: (N, C) logits of the frozen network.
     """
     loss = F.cross_entropy(logits, labels, reduction='sum', ignore_index=UNLABELLED)
     without = labels == UNLABELLED
     if without.any():
-        mine, theirs = (F.log_softmax(x[without].float() / TEMPERATURE, 1) for x in (logits, answer))
+        mine, theirs = (F.log_softmax(x[without].float() / TEMPERATURE, 1) for x in (logits, final))
         # the square keeps gradients as large as those of labels (Hinton et al., arXiv 1503.02531)
         loss = loss + TEMPERATURE**2 * F.kl_div(mine, theirs, reduction='sum', log_target=True)
     return loss
 
 
-def _targets(labels: Tensor, answer: Tensor) -> Tensor:
-    """What is right: the label, or else what the network answers."""
-    return torch.where(labels == UNLABELLED, answer.argmax(1), labels)
+def _correct(logits: Sequence[Tensor], labels: Tensor, final: Tensor) -> Tensor:
+    """Number of correct answers of each head: the label counts, or else the network's own answer."""
+    target = torch.where(labels == UNLABELLED, final.argmax(1), labels)
+    return torch.stack([(x.argmax(1) == target).sum() for x in logits])
 
 
-def _in_order(taps: Taps | StoredTaps, accelerator: Accelerator) -> Iterator[Batch]:
+def _in_order(source: Source, accelerator: Accelerator) -> Iterator[Batch]:
     """This process's share of all images."""
-    n = len(taps)
-    plan = [np.arange(begin, min(begin + taps.batch, n)) for begin in range(0, n, taps.batch)]
-    return taps.batches(plan[accelerator.process_index :: accelerator.num_processes])
+    n = len(source)
+    plan = [np.arange(begin, min(begin + source.batch, n)) for begin in range(0, n, source.batch)]
+    return source.batches(plan[accelerator.process_index :: accelerator.num_processes])
 
 
-def _sum(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    """Over all processes."""
+def sum_over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """The sum of a tensor that every process has, on its own device."""
     if accelerator.num_processes == 1:
         return tensor
     return accelerator.reduce(tensor.to(accelerator.device), 'sum').to(tensor.device)
 
 
 def moments(
-    views: Sequence[Taps | StoredTaps], accelerator: Accelerator, num_classes: int, least: int = 0
+    views: Sequence[Source], accelerator: Accelerator, num_classes: int, least: int = 0
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Mean and variance of each of the M+1 arrays, over all views; float64 sums, one batch in memory at a time.
 
@@ -139,33 +114,45 @@ def moments(
                     f'classes 0..{num_classes - 1}; create it with num_classes={int(labels.max()) + 1} '
                     f'or correct the labels.'
                 )
-    mean, square = _sum(accelerator, sums) / sum(map(len, views))
+    mean, square = sum_over_processes(accelerator, sums) / sum(map(len, views))
     return list(mean.split(widths)), list((square - mean.square()).clamp(min=0).split(widths))
 
 
 class Trainer:
-    """The epochs: which batches, what is reported, what is written down."""
+    """Trains heads on features: AdamW, cosine decay, one view per epoch in turn.
+
+    Args:
+        heads: What is trained, each with `classify`; in the order of the arrays of a batch.
+        views: Where batches come from.
+        held: What accuracy is reported on; None reports none.
+        accelerator: Device, processes, precision, gradient accumulation and trackers.
+        epochs, batch_size, lr, weight_decay, seed: See train_heads.
+    """
 
     def __init__(
         self,
-        heads: Heads,
-        views: Sequence[Taps | StoredTaps],
+        heads: nn.ModuleList,
+        views: Sequence[Source],
+        held: Source | None,
         accelerator: Accelerator,
-        recipe: Recipe,
-        held: Sequence[Taps | StoredTaps],
-        save_every: float,
+        *,
+        epochs: int,
+        batch_size: int,
+        lr: float,
+        weight_decay: float,
+        seed: int,
     ) -> None:
-        self.heads, self.views, self.held = heads, views, held
-        self.accelerator, self.recipe, self.save_every = accelerator, recipe, save_every
+        self.heads, self.views, self.held, self.accelerator = heads, views, held, accelerator
+        self.epochs, self.batch_size, self.lr, self.seed = epochs, batch_size, lr, seed
         self.n = len(views[0])
-        self.step_size = recipe.batch_size * accelerator.gradient_accumulation_steps
+        self.step_size = batch_size * accelerator.gradient_accumulation_steps
         self.steps = -(-self.n // self.step_size)
         decayed = [p for p in heads.parameters() if p.ndim > 1]
         plain = [p for p in heads.parameters() if p.ndim <= 1]
         optimizer: Any = torch.optim.AdamW(
-            [dict(params=decayed, weight_decay=recipe.weight_decay), dict(params=plain, weight_decay=0.0)], lr=recipe.lr
+            [dict(params=decayed, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)], lr=lr
         )
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs * self.steps)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * self.steps)
         self.optimizer = accelerator.prepare(optimizer)
         if accelerator.num_processes > 1:  # all start from the main process's heads
             from accelerate.utils import broadcast
@@ -174,102 +161,96 @@ class Trainer:
                 for tensor in heads.state_dict().values():
                     tensor.copy_(broadcast(tensor.clone()))
         self.history: list[dict[str, Any]] = []
-        self.epoch, self.step = 0, 0  # the next ones
-        self.totals = torch.zeros(1 + len(heads.heads))  # of this epoch: loss, right answers of each head
-        self.saved = time.monotonic()
 
-    def run(self, state: Path | None, keys: list[str], log: Path | None) -> list[dict[str, Any]]:
-        recipe, accelerator = self.recipe, self.accelerator
-        key = hashlib.sha256(
-            json.dumps(
-                [
-                    asdict(recipe),
-                    keys,
-                    str(self.heads),
-                    self.step_size,
-                    accelerator.num_processes,
-                    str(accelerator.mixed_precision),
-                ]
-            ).encode()
-        ).hexdigest()
-        self._load(state, key)
-        if accelerator.is_main_process and log is not None:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_text(''.join(json.dumps(line) + '\n' for line in self.history), encoding='utf-8')
-        with tqdm(
-            total=recipe.epochs * self.steps,
-            initial=self.epoch * self.steps + self.step,
-            desc='heads',
-            disable=not accelerator.is_main_process,
-        ) as bar:
-            while self.epoch < recipe.epochs:
-                line = self._run_epoch(bar, state, key)
-                accelerator.log({k: v for k, v in _flat(line).items()}, step=line['epoch'])
-                if log is not None and accelerator.is_main_process:
-                    with open(log, 'a', encoding='utf-8') as f:
-                        f.write(json.dumps(line) + '\n')
-                bar.set_postfix_str(_summary(line))
-        self._save(state, key)
+    def run(self, work_dir: WorkDir) -> list[dict[str, Any]]:
+        """Trains the epochs that `work_dir` does not have yet; one dict per epoch."""
+        self._continue(work_dir.load())
+        bar = progress(
+            None,
+            'heads',
+            self.accelerator.is_main_process,
+            total=self.epochs * self.steps,
+            initial=len(self.history) * self.steps,
+        )
+        with bar:
+            while len(self.history) < self.epochs:
+                line = self._run_epoch(bar)
+                self.history.append(line)
+                scaler = self.accelerator.scaler
+                work_dir.save(
+                    self.history,
+                    heads=self.heads.state_dict(),
+                    optimizer=self.optimizer.state_dict(),
+                    schedule=self.schedule.state_dict(),
+                    scaler=scaler.state_dict() if scaler else None,
+                )
+                log_to_trackers(self.accelerator, line)
+                shown = line.get('accuracy', line['train_accuracy'])
+                bar.set_postfix_str(f'loss {line["loss"]:.3f}, accuracy {" ".join(f"{a:.1%}" for a in shown)}')
         return self.history
 
-    def _run_epoch(self, bar: Any, state: Path | None, key: str) -> dict[str, Any]:
-        accelerator, recipe = self.accelerator, self.recipe
+    def _continue(self, saved: dict[str, Any] | None) -> None:
+        if saved is None:
+            return
+        self.heads.load_state_dict(saved['heads'])
+        self.optimizer.load_state_dict(saved['optimizer'])
+        self.schedule.load_state_dict(saved['schedule'])
+        if self.accelerator.scaler and saved['scaler']:
+            self.accelerator.scaler.load_state_dict(saved['scaler'])
+        self.history = saved['history']
+
+    def _run_epoch(self, bar: Any) -> dict[str, Any]:
+        accelerator, epoch = self.accelerator, len(self.history)
         rank, processes = accelerator.process_index, accelerator.num_processes
-        generator = torch.Generator().manual_seed(recipe.seed * 100_003 + self.epoch + 1)
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch + 1)
         order = torch.randperm(self.n, generator=generator).numpy()
-        chosen = [order[i : i + self.step_size] for i in range(self.step * self.step_size, self.n, self.step_size)]
-        parts = [[c[i : i + recipe.batch_size] for i in range(0, len(c), recipe.batch_size)] for c in chosen]
-        batches = self.views[self.epoch % len(self.views)].batches(
+        chosen = [order[i : i + self.step_size] for i in range(0, self.n, self.step_size)]
+        parts = [[c[i : i + self.batch_size] for i in range(0, len(c), self.batch_size)] for c in chosen]
+        batches = self.views[epoch % len(self.views)].batches(
             [part[rank::processes] for step in parts for part in step]
         )
         began = time.monotonic()
+        totals = torch.zeros(1 + len(self.heads), device=accelerator.device)  # loss, correct answers of each head
         for images, step in zip(map(len, chosen), parts, strict=True):
             for _ in step:
-                self._backward(*next(batches), images)
+                totals += self._backward(*next(batches), images)
             self._share_gradients()
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()
-            self.step += 1
             bar.update()
-            if time.monotonic() - self.saved > self.save_every:
-                bar.set_postfix_str(f'loss {float(self.totals[0]) / min(self.n, self.step * self.step_size):.3f}')
-                self._save(state, key)
-        loss, *right = (self.totals / self.n).tolist()
+        loss, *correct = (sum_over_processes(accelerator, totals) / self.n).tolist()
         if not np.isfinite(loss):
             raise ValueError(
-                f'the loss is {loss} in epoch {self.epoch + 1}; the heads were left as they were. '
-                f'Try a smaller lr than {recipe.lr}.'
+                f'the loss is {loss} in epoch {epoch + 1}; the heads were left as they were. '
+                f'Try a smaller lr than {self.lr}.'
             )
-        line: dict[str, Any] = dict(
-            epoch=self.epoch + 1, loss=round(loss, 5), train_accuracy=[round(r, 4) for r in right]
-        )
-        if self.held:
-            line['accuracy'] = [round(a, 4) for a in self._accuracies()]
+        line: dict[str, Any] = dict(epoch=epoch + 1, loss=round(loss, 5), train_accuracy=[round(c, 4) for c in correct])
+        if self.held is not None:
+            line['accuracy'] = [round(a, 4) for a in self._accuracies(self.held)]
         line['seconds'] = round(time.monotonic() - began, 2)
-        self.history.append(line)
-        self.epoch, self.step = self.epoch + 1, 0
-        self.totals.zero_()
         return line
 
-    def _backward(self, arrays: list[Tensor], labels: Tensor, images: int) -> None:
-        """Gradients of this process's part of a step of `images` images."""
+    def _backward(self, arrays: list[Tensor], labels: Tensor, images: int) -> Tensor:
+        """Gradients of this process's part of a step of `images` images; returns loss and correct answers."""
         accelerator = self.accelerator
         arrays, labels = [a.to(accelerator.device) for a in arrays], labels.to(accelerator.device)
         with accelerator.autocast():
-            logits = self.heads(arrays)
+            logits = self._logits(arrays)
         loss = torch.stack([_loss(x.float(), labels, arrays[-1]) for x in logits]).sum()
         # gradients add up to those of the mean over the step's images; Accelerate divides by the number of parts
         accelerator.backward(loss * (accelerator.gradient_accumulation_steps / images))
-        target = _targets(labels, arrays[-1])
-        right = torch.stack([(x.argmax(1) == target).sum() for x in logits])
-        self.totals = self.totals.to(loss) + _sum(accelerator, torch.cat([loss.detach()[None], right]))
+        return torch.cat([loss.detach()[None], _correct(logits, labels, arrays[-1])])
+
+    def _logits(self, arrays: list[Tensor]) -> list[Tensor]:
+        """Logits of each head; arrays beyond the heads are not used."""
+        return [head.classify(a) for head, a in zip(self.heads, arrays, strict=False)]  # type: ignore[operator]
 
     def _share_gradients(self) -> None:
         """Sums them over the processes, all in one piece.
 
-        DistributedDataParallel would cut them up anew after its first step, and so add in another order in a training
-        that is continued.
+        DistributedDataParallel would split them differently after its first step, and so add in another order in a
+        training that is continued.
         """
         if self.accelerator.num_processes == 1:
             return
@@ -279,74 +260,21 @@ class Trainer:
             gradient.copy_(part.view_as(gradient))
 
     @torch.no_grad()
-    def _accuracies(self) -> list[float]:
-        """Of each exit on the validation images, the backbone's own last."""
-        (taps,), device = self.held, self.accelerator.device
-        right = torch.zeros(len(taps.widths))
-        for arrays, labels in _in_order(taps, self.accelerator):
-            logits = self.heads([a.to(device) for a in arrays])
-            logits += [a.to(device) for a in arrays[len(logits) :]]  # a classifier that is not trained
-            target = _targets(labels.to(device), logits[-1])
-            right += torch.stack([(x.argmax(1) == target).sum() for x in logits]).cpu()
-        return (_sum(self.accelerator, right) / len(taps)).tolist()
-
-    def _save(self, state: Path | None, key: str) -> None:
-        """One process writes; all of them have the same weights, and the totals are over all."""
-        self.saved = time.monotonic()
-        if state is None or not self.accelerator.is_main_process or not torch.isfinite(self.totals).all():
-            return
-        scaler = self.accelerator.scaler
-        with replacing(state) as temporary:
-            torch.save(
-                dict(
-                    key=key,
-                    epoch=self.epoch,
-                    step=self.step,
-                    totals=self.totals.cpu(),
-                    heads=self.heads.state_dict(),
-                    optimizer=self.optimizer.state_dict(),
-                    schedule=self.schedule.state_dict(),
-                    scaler=scaler.state_dict() if scaler else None,
-                    history=self.history,
-                ),
-                temporary,
-            )
-
-    def _load(self, state: Path | None, key: str) -> None:
-        if state is None:
-            return
-
-        def found() -> bool:
-            for file in state.parent.glob(f'.{state.name}.*.tmp'):  # of one that was killed while it wrote
-                file.unlink()
-            return state.is_file()
-
-        if not on_main(self.accelerator, found):
-            return
-        saved = torch.load(state, map_location='cpu', weights_only=True)
-        if saved['key'] != key:
-            if self.accelerator.is_main_process:
-                _logger.warning('%s is of a training with other settings, data or processes; starting anew', state)
-            return
-        self.heads.load_state_dict(saved['heads'])
-        self.optimizer.load_state_dict(saved['optimizer'])
-        self.schedule.load_state_dict(saved['schedule'])
-        if self.accelerator.scaler and saved['scaler']:
-            self.accelerator.scaler.load_state_dict(saved['scaler'])
-        self.epoch, self.step, self.totals = saved['epoch'], saved['step'], saved['totals']
-        self.history = saved['history']
-        if self.accelerator.is_main_process:
-            _logger.info('continuing after epoch %d, step %d of %d', self.epoch, self.step, self.steps)
+    def _accuracies(self, held: Source) -> list[float]:
+        """Accuracy of each exit on the validation images, the backbone's own last."""
+        device = self.accelerator.device
+        correct = torch.zeros(len(held.widths))
+        for arrays, labels in _in_order(held, self.accelerator):
+            arrays = [a.to(device) for a in arrays]
+            logits = self._logits(arrays)
+            logits += arrays[len(logits) :]  # a classifier that is not trained
+            correct += _correct(logits, labels.to(device), logits[-1]).cpu()
+        return (sum_over_processes(self.accelerator, correct) / len(held)).tolist()
 
 
-def _flat(line: dict[str, Any]) -> dict[str, float]:
-    """One number a name, as trackers take them."""
-    lists = {
-        f'{name}/exit_{i}': v for name, values in line.items() if isinstance(values, list) for i, v in enumerate(values)
-    }
-    return {**{k: v for k, v in line.items() if not isinstance(v, list)}, **lists}
-
-
-def _summary(line: dict[str, Any]) -> str:
-    shown = line.get('accuracy', line['train_accuracy'])
-    return f'loss {line["loss"]:.3f}, accuracy {" ".join(f"{a:.1%}" for a in shown)}'
+def log_to_trackers(accelerator: Accelerator, line: dict[str, Any]) -> None:
+    """Hands a line of the log to Accelerate's trackers, one number per name."""
+    flat: dict[str, Any] = {}
+    for name, value in line.items():
+        flat |= {f'{name}/exit_{i}': v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
+    accelerator.log(flat, step=line['epoch'])
