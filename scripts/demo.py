@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -30,8 +31,8 @@ MAX_DROPS = (0.0, 0.005, 0.01, 0.02)
 
 
 def table(rows: list[dict[str, Any]], exits: int) -> str:
-    """The rows as text: one for the plain backbone, one a max_drop."""
-    head = ['asked drop', 'accuracy', 'change', 'MACs', 'of backbone', 'time', *(f'x{m}' for m in range(exits)), 'end']
+    """The rows as text: one for the plain backbone, one per max_drop."""
+    head = ['allowed', 'accuracy', 'change', 'MACs', 'share', 'time', *(f'exit {m}' for m in range(exits)), 'whole']
     first = rows[0]
     lines = [
         head,
@@ -76,7 +77,7 @@ def main() -> None:
     model = timm.create_model(f'local-dir:{RELEASE}', pretrained=True).eval()
     model.to('cuda' if torch.cuda.is_available() else 'cpu')
     data = fashion_mnist.load_test()
-    print(f'{RELEASE.name}: {len(model.exits)} exits; {len(data)} test images of {data.source} {data.split}')
+    print(f'{RELEASE.name}: {len(model.exits)} exits, {len(data):,} test images ({data.source})')
 
     rows, thresholds, notes = [], [], []
     for max_drop in MAX_DROPS:
@@ -95,25 +96,28 @@ def main() -> None:
                 **report.to_dict(),
             )
         )
-    print(f"\nrule {args.rule}; time is the cascade's over the backbone's, side by side in this run\n")
-    print('\n'.join([table(rows, len(model.exits)), '', *notes]))
+    print(f"""
+Rule {args.rule}. Each line allows some loss of accuracy. share and time: the cascade's computation and time over
+the backbone's, side by side in this run; then the share of the images that each exit answered.
+""")
+    print('\n'.join([table(rows, len(model.exits)), *(f'\nnote: {note}' for note in notes)]))
 
     # the sheet shows the second row of the table: half a point
     shown = record(model, data)
-    left = route(shown['confidence'], thresholds[1])
+    exits = route(shown['confidence'], thresholds[1])
     args.out.mkdir(parents=True, exist_ok=True)
     names = [f'exit {m} ({p.module}, {p.fraction:.0%} of the network)' for m, p in enumerate(model.exits)]
     sheet, plot, numbers = (args.out / name for name in ('exits.png', 'tradeoff.png', 'table.json'))
     contact_sheet(
         [data[i][0] for i in range(len(data))],
-        left,
-        shown['confidence'][range(len(left)), left],
+        exits,
+        shown['confidence'][range(len(exits)), exits],
         [*names, 'the whole network'],
         sheet,
     )
     plot_tradeoff(dict(rows=rows), plot, RELEASE.name)
     write_text(numbers, json.dumps(dict(data=data.source, split=data.split, n=len(data), rows=rows), indent=1))
-    print(f'\ntable     {numbers}\npictures  {plot}\n          {sheet}')
+    print('\nwritten:', *(os.path.relpath(path) for path in (numbers, plot, sheet)), sep='\n  ')
 
 
 if __name__ == '__main__':

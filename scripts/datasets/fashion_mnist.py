@@ -16,6 +16,7 @@ from timm_cascade.utils.files import replacing
 
 CLASSES = ['T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
 DEBIAN = Path('/usr/share/datasets/fashion-mnist')  # where Debian's package dataset-fashion-mnist puts it
+NAME = 'Fashion-MNIST'
 HUB = 'zalando-datasets/fashion_mnist'
 SAMPLE = Path(__file__).resolve().parents[2] / 'hub' / 'samples' / 'fashion_mnist_test.parquet'
 
@@ -35,7 +36,9 @@ def load_test() -> ImageData:
         try:  # one quick question, so that a machine without network does not wait for retries
             HfApi().dataset_info(HUB, timeout=5)
         except Exception:
-            return load_data(SAMPLE)
+            data = load_data(SAMPLE)
+            data.source, data.split = f'{NAME}, sample in the repository', 'test'
+            return data
     return load('test')
 
 

@@ -47,11 +47,11 @@ def augment(images: Tensor, pad: int, flip: bool, generator: torch.Generator) ->
 @torch.inference_mode()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> float:
     model.eval()
-    right = sum(
+    correct = sum(
         int((model(x.to(device)).argmax(1).cpu() == y).sum())
         for x, y in zip(images.split(1000), labels.split(1000), strict=True)
     )
-    return right / len(labels)
+    return correct / len(labels)
 
 
 def train_backbone(model: nn.Module, train: ImageData, watch: ImageData, state_file: Path, recipe: dict[str, Any]):
@@ -87,7 +87,7 @@ def train_backbone(model: nn.Module, train: ImageData, watch: ImageData, state_f
         state = torch.load(state_file, map_location='cpu', weights_only=True)
         if state['recipe'] != recipe:
             raise ValueError(
-                f'{state_file} was made by {state["recipe"]}, asked is {recipe}; move it away to start anew.'
+                f'{state_file} was made by {state["recipe"]}, asked is {recipe}; move it away to start again.'
             )
         model.load_state_dict(state['model'])
         optimizer.load_state_dict(state['optimizer'])

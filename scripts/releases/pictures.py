@@ -17,7 +17,7 @@ LABELS = {'per_exit': "per_exit (the paper's rule)", 'joint': 'joint', 'certifie
 
 
 def plot_tradeoff(report: dict[str, Any], path: Path, title: str) -> None:
-    """Accuracy against average MACs, one line a rule, each point marked with the drop that was asked."""
+    """Accuracy against average MACs, one line per rule, each point marked with the drop that was asked."""
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150)
     full = 100 * report['rows'][0]['full_accuracy']
     axes.axhline(full, color='0.6', lw=1, ls='--', zorder=0)
@@ -48,19 +48,19 @@ def plot_tradeoff(report: dict[str, Any], path: Path, title: str) -> None:
 def contact_sheet(
     images: list[Image.Image], exits: np.ndarray, confidence: np.ndarray, names: list[str], path: Path, each: int = 14
 ) -> None:
-    """A row of images for each exit that answered any, the surest first; `names` has one entry an exit."""
+    """A row of images for each exit that answered any, the most confident first; `names` has one entry per exit."""
     rows = [m for m in range(len(names)) if (exits == m).any()]
     figure, axes = plt.subplots(len(rows), each, figsize=(each * 0.75, len(rows) * 0.95), dpi=130, squeeze=False)
     for row, m in zip(axes, rows, strict=True):
-        who = np.flatnonzero(exits == m)
-        who = who[np.argsort(-confidence[who], kind='stable')]
-        who = who[np.linspace(0, len(who) - 1, min(each, len(who))).astype(int)]
+        chosen = np.flatnonzero(exits == m)
+        chosen = chosen[np.argsort(-confidence[chosen], kind='stable')]
+        chosen = chosen[np.linspace(0, len(chosen) - 1, min(each, len(chosen))).astype(int)]
         for k, cell in enumerate(row):
             cell.axis('off')
-            if k < len(who):
-                cell.imshow(images[who[k]], cmap='gray_r' if images[who[k]].mode == 'L' else None)
+            if k < len(chosen):
+                cell.imshow(images[chosen[k]], cmap='gray_r' if images[chosen[k]].mode == 'L' else None)
         row[0].set_title(f'{names[m]}: {(exits == m).mean():.1%} of the images', loc='left', fontsize=8)
-    figure.suptitle('where images left, the surest of each exit on the left', fontsize=9)
+    figure.suptitle('which exit answered which images; the most confident of each on the left', fontsize=9)
     figure.subplots_adjust(
         left=0.01, right=0.99, bottom=0.01, top=1 - 0.75 / figure.get_figheight(), wspace=0.05, hspace=0.35
     )

@@ -39,9 +39,9 @@ class Features:
     """One pair's frozen side.
 
     Attributes:
-        pooled: By split, exit and grid: (n, C * g * g) float16, mapped from disk.
-        logits: By split, the backbone's: (n, num_classes) float32.
-        labels: By split: (n,).
+        pooled: For each split, exit and grid: (n, C * g * g) float16, mapped from disk.
+        logits: For each split, the backbone's (n, num_classes) float32.
+        labels: For each split (n,).
         shapes: For each exit the arguments of ExitHead that describe its features.
         macs: For each exit, MACs of the backbone up to it.
         total: MACs of the backbone.
@@ -112,8 +112,8 @@ def _write(pair: dict[str, Any], work: Path) -> None:
             sides = [min(g, point.size[0]) * min(g, point.size[1]) * point.channels for g in GRIDS]
             for grid, array in zip(GRIDS, np.split(np.concatenate(part), np.cumsum(sides)[:-1], axis=1), strict=True):
                 np.save(work / f'{split}.{point.module}.{grid}.npy', array)
-        right = float((torch.cat(logits).argmax(1).numpy() == data.labels).mean())
-        _logger.info('%s: %d images, backbone %.2f %%, %.0f s', split, len(data), 100 * right, time.time() - began)
+        correct = float((torch.cat(logits).argmax(1).numpy() == data.labels).mean())
+        _logger.info('%s: %d images, backbone %.2f %%, %.0f s', split, len(data), 100 * correct, time.time() - began)
         with replacing(work / f'{split}.npz') as temporary, open(temporary, 'wb') as f:  # last: then the split is done
             np.savez(f, logits=torch.cat(logits).numpy(), labels=data.labels)
     points = {
@@ -128,7 +128,7 @@ def _write(pair: dict[str, Any], work: Path) -> None:
 
 
 def _splits(pair: dict[str, Any]) -> list[str]:
-    """Of the features: those of the data, and augmented views of the training images."""
+    """Names of the splits: those of the data, and augmented views of the training images."""
     return [*SPLITS, *(f'view{i}' for i in range(pair.get('views', 0)))]
 
 

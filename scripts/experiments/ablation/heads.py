@@ -26,10 +26,10 @@ class Row:
     Attributes:
         name: What the table calls it.
         exits: `all`, how many of them (spread over the cost), or `paper` (the two of the paper's recipe).
-        head: As the library's `head=`.
+        head: What the library takes as `head=`.
         recipe: `paper` (SGD) or `ours` (AdamW, as `train_heads`).
         distil: Share of the loss that is the distance to the frozen network's answer; the labels have the rest.
-        temperature: Of that distance.
+        temperature: Softmax temperature of that distance.
         carry: Each head also reads the logits of the exit before it, which learns nothing from that.
         combine: `mean` (an exit answers with the average of the log-probabilities so far), or `learned` (with
             weights and biases trained on top of the finished heads, as in Zero Time Waste).
@@ -84,7 +84,7 @@ class Heads(nn.Module):
     Args:
         shapes: For each exit the arguments of ExitHead that describe its features.
         configs: For each exit those that describe its head.
-        num_classes: Of the classifier.
+        num_classes: Number of classes.
         row: What the heads do besides.
     """
 
@@ -114,8 +114,8 @@ class Heads(nn.Module):
         """What the exits answer, given their own logits."""
         if not self.combine:
             return logits
-        sure = torch.stack([F.log_softmax(x, 1) for x in logits])
-        mixed = torch.einsum('mk,knc->mnc', torch.tril(self.weights), sure) + self.biases[:, None]
+        log_probabilities = torch.stack([F.log_softmax(x, 1) for x in logits])
+        mixed = torch.einsum('mk,knc->mnc', torch.tril(self.weights), log_probabilities) + self.biases[:, None]
         return list(mixed)
 
     def macs(self) -> list[int]:
@@ -131,10 +131,10 @@ def fit(heads: Heads, row: Row, features: list[Tensor], labels: Tensor, teacher:
     """Trains in place.
 
     Args:
-        features: Of each exit (n, in_features), any float dtype; the views of all images follow one another.
+        features: For each exit (n, in_features), any float dtype; the views of all images follow one another.
         labels: (n,).
         teacher: (n, C) logits of the frozen network.
-        seed: Of the order of the samples.
+        seed: Seed of the order of the samples.
     """
     views = row.views + 1
     images = len(labels) // views
@@ -196,7 +196,7 @@ def _losses(logits: list[Tensor], labels: Tensor, teacher: Tensor, row: Row) -> 
 
 @torch.no_grad()
 def _weights(logits: list[Tensor], row: Row) -> list[Tensor]:
-    """Of each exit (n,), 1 on average: how unsure the surest exit before was, and a tenth for everybody."""
+    """For each exit (n,), 1 on average: how uncertain the most confident exit before was, plus a tenth."""
     ones = torch.ones(len(logits[0]))
     if not row.weigh:
         return [ones] * len(logits)

@@ -147,7 +147,7 @@ def markdown(table: list[dict[str, Any]], names: Sequence[str], rows: Sequence[R
         accuracy = of[name, BASE]['exit_accuracy']
         text += [
             '',
-            f'Exits of the base row, right on the held-out images: '
+            f'Exits of the base row, correct on the held-out images: '
             f'{", ".join(f"{e} {a:.1%}" for e, a in zip(PAIRS[name]["exits"], accuracy, strict=False))}; '
             f'backbone {accuracy[-1]:.1%}.',
         ]

@@ -82,8 +82,8 @@ with torch.inference_mode():
     else:
         for _ in model.stream(inputs(), ordered=False):
             pass
-taps = sum(p.channels * p.size[0] * p.size[1] for p in model.exits) * 4 * batch
-print(json.dumps(dict(peak=peak() - before, buffer=taps)))
+features = sum(p.channels * p.size[0] * p.size[1] for p in model.exits) * 4 * batch
+print(json.dumps(dict(peak=peak() - before, buffer=features)))
 """
 
 
@@ -124,7 +124,7 @@ def first_forward(name: str, batch: int, args: argparse.Namespace) -> dict[str, 
 
 
 def memory(name: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory of stream and of predict over plain's plus the taps that may wait."""
+    """Peak memory of stream and of predict over plain's plus the features that may wait."""
     side = timm.get_pretrained_cfg(name).input_size[-1] if args.size is None else args.size
     found = {
         way: [alone(MEMORY, name, batch, way, torch.get_num_threads(), side) for _ in range(args.processes)]
@@ -196,8 +196,8 @@ def markdown(section: dict[str, Any]) -> list[str]:
     text += [f'| {r["network"]} | {verdict(r["cascade"], 1.2)} | {cell(r["plain"])} |' for r in section['first']]
     text += [
         '',
-        '**Peak memory** above what the process had with the model loaded, eight batches, 40 % leaving at '
-        "each of three exits: of `stream` over the plain network's plus the stated buffer (one batch of taps an "
+        '**Peak memory** above what the process had with the model loaded, eight batches, 40 % exiting at '
+        "each of three exits: of `stream` over the plain network's plus the stated buffer (one batch of features per "
         "exit), of `predict` over the plain network's. Target: 1.2.",
         '',
         '| network | batch | plain, MB | buffer, MB | stream | predict |',

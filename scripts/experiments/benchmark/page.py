@@ -113,7 +113,7 @@ def plot(sections: dict[str, Any], path: Path) -> None:
     right.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=7)
     right.invert_yaxis()
     right.axvline(1, color='crimson', lw=1, ls='--')
-    right.set(xlabel='cascade faster by', title='beside the peers, at equal accuracy')
+    right.set(xlabel='cascade faster by', title='beside the alternatives, at equal accuracy')
     right.grid(alpha=0.25, axis='x')
     figure.tight_layout()
     with replacing(path) as temporary:

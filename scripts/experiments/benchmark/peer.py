@@ -1,7 +1,7 @@
 """The cascade beside earlyon 0.3.0 (from PyPI), same network, heads, thresholds and images.
 
 earlyon's EarlyExitWrapper takes any backbone and any heads, so it gets the very modules that the cascade has. It routes
-one image at a time (`model(x)`), or a batch that leaves together, as soon as all of it is sure
+one image at a time (`model(x)`), or a batch that exits together, as soon as all of it is confident
 (`forward_inference_batched`); its hooks do not run under torch.compile.
 """
 
@@ -59,7 +59,7 @@ def wrap(model: CascadeModel, size: tuple[int, ...]) -> nn.Module:
 
 
 def same_answers(model: CascadeModel, other: nn.Module, batches: list[Tensor]) -> None:
-    """Both let single images leave at the same exits, with the same logits.
+    """In both, single images exit at the same exits, with the same logits.
 
     Raises:
         AssertionError: They do not, and a comparison of their times would mean nothing.
@@ -121,7 +121,9 @@ def ideal_share(model: CascadeModel, images: Tensor, batch: int, seconds: float,
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--share', type=float, default=0.4, help='of those present that leave at each forced exit')
+    parser.add_argument(
+        '--share', type=float, default=0.4, help='of the remaining images that exit at each forced exit'
+    )
     parser.add_argument('--size', type=int, default=224, help='side of the random pictures')
     parser.add_argument('--images', type=int, default=2048, help='real images; a quarter of them at batch 1')
 
@@ -133,7 +135,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         model = build('resnet18', images).to(args.device, memory_format=torch.channels_last)
         model.thresholds = forced(observe(model, list(images.split(batch))), args.share)
         row = compare(
-            f'resnet18, {args.share:.0%} leave at each of 3 exits', model, images, batch, args.seconds, args.repetitions
+            f'resnet18, {args.share:.0%} exit at each of 3 exits', model, images, batch, args.seconds, args.repetitions
         )
         ideal = ideal_share(model, images, batch, args.seconds / 2, args.repetitions)
         rows.append(dict(row, ideal_to_plain=ideal, target=0.9 / ideal['median'] if batch > 1 else 1.0))
@@ -170,13 +172,13 @@ def markdown(section: dict[str, Any]) -> list[str]:
 
     text = [
         f'earlyon {section["version"]} in its own EarlyExitWrapper, around the same network, heads and thresholds '
-        '(a closed exit is not enabled there); both eager, channels-last, in inference mode. Single images leave at '
+        '(a closed exit is not enabled there); both eager, channels-last, in inference mode. Single images exit at '
         'the same exits with the same logits in both: checked before timing. At batch 64 earlyon keeps a batch '
-        'together until all of it is sure; last column: how many of its batches left early at all. Target at batch '
+        'together until all of it is confident; last column: share of its batches that exited early. Target at batch '
         '64 with forced shares: 0.9 / ideal; on real images 2.5; at batch 1: not slower.',
         '',
         "| what | batch | our throughput over earlyon's | ours, time of plain | earlyon, time of plain "
-        '| earlyon left early |',
+        '| earlyon exited early |',
         '| --- | --- | --- | --- | --- | --- |',
     ]
     for r in section['rows']:

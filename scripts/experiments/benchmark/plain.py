@@ -56,18 +56,18 @@ def build(name: str, images: Tensor, exits: int = 3, **kwargs: Any) -> CascadeMo
     return model
 
 
-def forced(sure: np.ndarray, share: float) -> list[float]:
-    """Thresholds at which `share` of those present leave at each exit.
+def forced(confidences: np.ndarray, share: float) -> list[float]:
+    """Thresholds at which `share` of the remaining images exit at each exit.
 
     Args:
-        sure: (n, M) confidences of every image at every exit.
+        confidences: (n, M) confidences of every image at every exit.
     """
-    present, thresholds = np.arange(len(sure)), []
-    for column in sure.T:
+    present, thresholds = np.arange(len(confidences)), []
+    for column in confidences.T:
         order = np.sort(column[present])[::-1]
-        leaving = round(share * len(present))
-        above = order[leaving - 1] if leaving else 1.0
-        below = order[leaving] if leaving < len(order) else 0.0
+        exiting = round(share * len(present))
+        above = order[exiting - 1] if exiting else 1.0
+        below = order[exiting] if exiting < len(order) else 0.0
         thresholds.append(float(above + below) / 2)
         present = present[column[present] < thresholds[-1]]
     return thresholds
@@ -76,8 +76,8 @@ def forced(sure: np.ndarray, share: float) -> list[float]:
 @torch.inference_mode()
 def observe(model: CascadeModel, batches: list[Tensor]) -> np.ndarray:
     """(n, M) confidences of all images at all exits."""
-    sure = [torch.stack([confidence(x) for x in model.forward_exits(b)[:-1]], 1) for b in batches]
-    return torch.cat(sure).cpu().numpy()
+    confidences = [torch.stack([confidence(x) for x in model.forward_exits(b)[:-1]], 1) for b in batches]
+    return torch.cat(confidences).cpu().numpy()
 
 
 def each(call: Callable[[Tensor], Any], batches: list[Tensor]) -> None:
@@ -149,10 +149,10 @@ def measure(network: Network, images: Tensor, batch: int, seconds: float, least:
     came: dict[tuple[str, float], list[list[int]]] = {}
     for mode in cascades:
         model, batches = network.cascades[mode], to_memory(mode, plain_batches)
-        sure = observe(model, batches)
+        confidences = observe(model, batches)
         for share in SHARES:
-            thresholds = forced(sure, share)
-            planned = route(np.column_stack([sure, np.ones(len(sure))]), np.array(thresholds))
+            thresholds = forced(confidences, share)
+            planned = route(np.column_stack([confidences, np.ones(len(confidences))]), np.array(thresholds))
             came[mode, share] = split_survivors(torch.from_numpy(planned), batch, count)
             contestants[f'cascade {mode} {share}'] = partial(set_and_run, model, thresholds, batches)
         whole = torch.cat(batches).contiguous(memory_format=MEMORY[mode])
@@ -243,15 +243,14 @@ def markdown(section: dict[str, Any]) -> list[str]:
 
     text = [
         "Random weights, three exits, coarse random pictures of the network's own size; thresholds put between the "
-        'confidences that were observed, so that the stated share of the images present leaves at each exit (at batch '
-        '1: of ten images; the ideal counts what really left). Ideal: the measured times of the plain '
+        'confidences that were observed, so that the stated share of the remaining images exits at each exit (at batch '
+        '1: of ten images; the ideal counts what really exited). Ideal: the measured times of the plain '
         "network's stages (compiled: of the compiled stages) and heads, each at the batch sizes that came to it. "
         'Eager is the faster of the two memory formats; best is the plain network in its fastest mode of all. '
         'Targets: at most 1.05 of the ideal at batch 64, 1.10 at batch 1; below 1.00 of the plain network from 20 % '
         'up.',
         '',
-        '| network | batch | mode | leave | of the ideal | of plain, same mode | of plain, best mode '
-        '| ideal of plain |',
+        '| network | batch | mode | exit | of the ideal | of plain, same mode | of plain, best mode | ideal of plain |',
         '| --- | --- | --- | --- | --- | --- | --- | --- |',
     ]
     for r in section['rows']:

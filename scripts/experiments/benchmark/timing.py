@@ -85,12 +85,12 @@ def stage_seconds(model: CascadeModel, images: Tensor, last: int | None = None) 
 
 
 def survivors(exits: Tensor, count: int) -> list[int]:
-    """Samples that come to each of the M+1 = `count` stages, from the exits that answered them (N,)."""
+    """Samples that reach each of the M+1 = `count` stages, from the exits that answered them (N,)."""
     return [int((exits >= k).sum()) for k in range(count)]
 
 
 def occurring(batches: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """(last stage, batch size) pairs to run, so that every stage is timed at every batch size that comes to it."""
+    """(last stage, batch size) pairs to run, so that every stage is timed at every batch size that reaches it."""
     last: dict[int, int] = {}
     for sizes in batches:
         for stage, n in enumerate(sizes):
@@ -103,8 +103,8 @@ def ideal_seconds(batches: Sequence[Sequence[int]], stages: dict[int, np.ndarray
     """(repetitions,) seconds that the batches would take if only their stages cost anything.
 
     Args:
-        batches: For each batch, the samples that come to each stage.
-        stages: By batch size, seconds (repetitions, stages) of the stages at that size.
+        batches: For each batch, the samples that reach each stage.
+        stages: For each batch size, seconds (repetitions, stages) of the stages at that size.
     """
     total = np.zeros(len(next(iter(stages.values()))))
     for sizes in batches:

@@ -43,10 +43,10 @@ def plain_pass(model: timm_cascade.CascadeModel, data: ImageData, batch_size: in
     """Top-1 of the backbone: timm's validation loop, without its printing."""
     model.eval()
     device = next(model.parameters()).device
-    right = sum(
+    correct = sum(
         (model.backbone(x.to(device)).argmax(1).cpu() == y).sum() for x, y in create_loader(model, data, batch_size)
     )
-    return float(right) / len(data)
+    return float(correct) / len(data)
 
 
 def measure(case: dict[str, Any], images: int, rounds: int, batch_size: int) -> dict[str, Any]:
