@@ -16,7 +16,16 @@ PAGES, RESULTS, PACKAGE = DOCS / 'pages', DOCS / 'results', DOCS.parent / 'timm_
 # pages that are not named here follow their section's others by name, so that a new page needs no entry
 SECTIONS = {
     'tutorials': ('Tutorials', 'first-cascade'),
-    'how-to': ('How-to', 'choose-max-drop', 'train-heads', 'save-time', 'share-on-the-hub', 'timm-scripts'),
+    'how-to': (
+        'How-to',
+        'your-own-images',
+        'train-heads',
+        'choose-max-drop',
+        'save-time',
+        'predict',
+        'share-on-the-hub',
+        'timm-scripts',
+    ),
     'explanation': (
         'Explanation',
         'what-the-number-promises',
@@ -59,6 +68,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     markdown = markdown.replace(f'{up}../../hub/releases/', f'{up}results/releases/')
     if '<!-- commands -->' in markdown:
         markdown = markdown.replace('<!-- commands -->', commands())
+    markdown = re.sub(r'<!-- keys of (\w+) -->', lambda match: keys(match[1]), markdown)
     return re.sub('<!-- other names of ([\\w.]+) -->', lambda match: others(markdown, match[1]), markdown)
 
 
@@ -99,3 +109,51 @@ def commands() -> str:
     text = [f'```text\n{whole}\n```']
     text += [f'## timm-cascade {name}\n\n```text\n{printed(name)}\n```' for name in found[1].split(',')]
     return '\n\n'.join(text)
+
+
+def keys(name: str) -> str:
+    """A table of the keys of a file, from its model in timm_cascade.formats."""
+    sys.path.insert(0, str(DOCS.parent))
+    from timm_cascade import formats
+
+    schema = getattr(formats, name).model_json_schema()
+    kinds = dict(integer='whole number', number='number', string='text', boolean='true or false', null='null')
+
+    def resolved(node: dict[str, Any]) -> dict[str, Any]:
+        return {**schema['$defs'][node['$ref'].rpartition('/')[2]], **node} if '$ref' in node else node
+
+    def kind(node: dict[str, Any]) -> str:
+        node = resolved(node)
+        if options := node.get('anyOf') or node.get('oneOf'):
+            return ' or '.join(dict.fromkeys(kind(option) for option in options))
+        if 'enum' in node or 'const' in node:
+            return ', '.join(f'`{value}`' for value in node.get('enum', [node.get('const')]))
+        if node.get('type') == 'array':
+            return f'list of: {kind(node.get("items", {}))}'
+        text = kinds.get(node.get('type', ''), 'object' if node.get('type') == 'object' else 'short value')
+        low, high = node.get('minimum'), node.get('maximum')
+        if low is not None and high is not None and high < 1e5:
+            return f'{text} from {low:g} to {high:g}'
+        return text + (f' from {low:g}' if low is not None else '')
+
+    rows = ['| key | value | required |', '| --- | --- | --- |']
+
+    def walk(node: dict[str, Any], place: str) -> None:
+        node = resolved(node)
+        for key, child in node.get('properties', {}).items():
+            child = resolved(child)
+            required = 'yes' if key in node.get('required', []) else ''
+            rows.append(f'| `{place}{key}` | {kind(child)} | {required} |')
+            options = [resolved(o) for o in [child, *child.get('anyOf', []), *child.get('oneOf', [])]]
+            options += [resolved(o) for option in options for o in option.get('oneOf', [])]
+            inner: dict[str, dict[str, Any]] = {}
+            for option in options:
+                option = resolved(option.get('items', {})) if option.get('type') == 'array' else option
+                if 'properties' in option:
+                    inner[option['title']] = option
+            suffix = '[].' if child.get('type') == 'array' else '.'
+            for option in inner.values():
+                walk(option, f'{place}{key}{suffix}')
+
+    walk(schema, '')
+    return '\n'.join(dict.fromkeys(rows))

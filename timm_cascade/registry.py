@@ -36,7 +36,7 @@ def _entrypoint(base: str) -> Any:
 
 
 def _cascade_cfgs(base: str) -> DefaultCfg | None:
-    """The backbone's tags, without its weights: a cascade nobody published heads for is not pretrained."""
+    """The backbone's tags, without its weights: without published heads a cascade is not pretrained."""
     # timm's public getter copies every cfg deeply, which alone would double what importing this package costs
     known = _model_default_cfgs.get(base)
     if known is None:
@@ -48,7 +48,7 @@ def _cascade_cfgs(base: str) -> DefaultCfg | None:
 
 
 def register_all() -> None:
-    """Registers a cascade for every model timm lists; names that are taken stay what they are."""
+    """Registers a cascade for every model timm lists; existing names are kept."""
     for base in timm.list_models():
         if base.startswith(PREFIX) or timm.is_model(PREFIX + base):
             continue
