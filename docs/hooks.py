@@ -134,7 +134,7 @@ def keys(name: str) -> str:
         low, high = node.get('minimum'), node.get('maximum')
         if low is not None and high is not None and high < 1e5:
             return f'{text} from {low:g} to {high:g}'
-        return text + (f' from {low:g}' if low is not None else '')
+        return text + (f' from {low:g}' if low is not None and low >= 0 else '')
 
     rows = ['| key | value | required |', '| --- | --- | --- |']
 
