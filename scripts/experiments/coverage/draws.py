@@ -203,7 +203,7 @@ def main() -> None:
     done = {(x['n'], x['draw']) for x in kept}
     jobs = [(n, d) for d in range(args.draws) for n in args.n if (n, d) not in done]
     with multiprocessing.Pool(args.processes, _start, (cache,)) as pool, open(log, 'a', encoding='utf-8') as f:
-        for lines in tqdm(pool.imap_unordered(one_draw, jobs), total=len(jobs), desc='draws'):
+        for lines in tqdm(pool.imap_unordered(one_draw, jobs), total=len(jobs), desc='draws', disable=None):
             f.write(
                 json.dumps(
                     dict(

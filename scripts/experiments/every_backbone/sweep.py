@@ -212,7 +212,7 @@ def sizes(names: list[str]) -> dict[str, Any]:
     cache = ROOT / 'runs' / 'sizes.json'
     known = json.loads(cache.read_text()) if cache.exists() else {}
     missing = [n for n in names if n not in known]
-    for name in tqdm(missing, desc='sizes', disable=not missing):
+    for name in tqdm(missing, desc='sizes', disable=None if missing else True):
         try:
             known[name] = size_of(name, {})
         except Exception:  # measure() will say why
@@ -231,7 +231,7 @@ def sweep(names: list[str], timeout: float, until: float, max_macs: float) -> No
     rows: dict[str, dict[str, Any]] = dict(read_rows())
     worker = Worker()
     published = sizes(names)
-    progress = tqdm(names, desc='sweep')
+    progress = tqdm(names, desc='sweep', disable=None)
     for name in progress:
         if time.time() > until:
             print(f'time is up; {len(rows)} rows')
