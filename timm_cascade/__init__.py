@@ -37,6 +37,7 @@ from .measure.profile import profile
 from .model import CascadeModel
 from .prediction.local import predict
 from .thresholds import Calibration, OperatingPoint, Profile, ThresholdTable
+from .training.finetune import finetune
 from .training.train import train_heads
 from .version import __version__
 
@@ -73,6 +74,7 @@ __all__ = [
     'create_model',
     'evaluate',
     'export',
+    'finetune',
     'load',
     'load_data',
     'predict',

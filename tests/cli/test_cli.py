@@ -60,7 +60,7 @@ def test_the_whole_path(capsys, idx, tmp_path):
     assert [e['module'] for e in result['exits']] == ['layer1', 'layer2'] and result['calibrated_on']['n'] == 32
     assert [e['cut'] for e in result['exits']] == ['hook', 'hook']
     assert main(['info', str(folder)]) == 0
-    assert 'module=layer1' in capsys.readouterr().out
+    assert 'layer1  0.' in capsys.readouterr().out
 
 
 def test_a_linear_probe_on_other_classes(capsys, tmp_path):
@@ -123,7 +123,7 @@ def test_a_linear_probe_on_other_classes(capsys, tmp_path):
         ([], True, 'new, 4 classes; trained as the final exit'),
         (['--classifier', 'keep'], False, 'kept as it is, RANDOM'),
         (['--checkpoint', 'backbone.pt'], False, 'kept as it is'),
-        (['--checkpoint', 'backbone.pt', '--classifier', 'train'], True, 'trained anew'),
+        (['--checkpoint', 'backbone.pt', '--classifier', 'train'], True, 'trained again'),
     ],
 )
 def test_which_classifier(capsys, caplog, idx, tmp_path, small, monkeypatch, flags, trained, said):
@@ -153,6 +153,45 @@ def test_which_classifier(capsys, caplog, idx, tmp_path, small, monkeypatch, fla
     changed = {k for k, v in small.backbone.state_dict().items() if not torch.equal(v, backbone[k])}
     if '--checkpoint' in flags:
         assert changed == ({'fc.weight', 'fc.bias'} if trained else set())
+
+
+def test_how_the_model_reads_images_is_said_as_in_timm_scripts(capsys, idx, tmp_path):
+    argv = ['train', '--model', 'cascade_cifar_resnet20', '--data', idx, '--out', tmp_path, '--exits', 1, '--epochs', 1]
+    how = ['--img-size', 20, '--in-chans', 1, '--mean', 0.3, '--std', 0.2, '--crop-pct', 0.9]
+    status, _, _ = run(capsys, *argv, *how, '--interpolation', 'bilinear')
+    assert status == 0
+    config = json.loads((tmp_path / 'config.json').read_text())['pretrained_cfg']
+    assert config['input_size'] == [1, 20, 20] and config['mean'] == [0.3] and config['std'] == [0.2]
+    assert config['crop_pct'] == 0.9 and config['interpolation'] == 'bilinear'
+    for wrong, message in (
+        (['--mean', 0.1, 0.2], '--mean has 2 values'),
+        (['--crop-pct', 2], '--crop-pct 2.0'),
+        (['--img-size', 0], '--img-size 0'),
+    ):
+        status, _, err = run(capsys, *argv, *wrong)
+        assert status == 2 and message in err
+
+
+def test_finetuned_measured_and_reported(capsys, idx, tmp_path):
+    argv = ['train', '--model', 'cascade_cifar_resnet20', '--data', idx, '--out', tmp_path / 'out', '--in-chans', 1]
+    argv += ['--exits', 2, '--epochs', 2, '--finetune', 2, '--finetune-lr', 5e-3]
+    status, _, err = run(capsys, *argv)
+    assert status == 2 and '--val-split' in err and not (tmp_path / 'out').exists()
+    status, result, _ = run(capsys, *argv, '--val-split', 'test')
+    assert status == 0 and result['finetuned']['epochs'] == 2 and not result['classifier_trained']
+    assert result['accuracy'][-1] == pytest.approx(result['finetuned']['accuracy'], abs=1e-4)
+    assert not list((tmp_path / 'out').glob('*.pt')) and (tmp_path / 'out' / 'backbone.jsonl').exists()
+    test = ['--data', idx, '--split', 'test']
+    status, _, err = run(capsys, 'evaluate', tmp_path / 'out', *test, '--curve')
+    assert status == 2 and 'timm-cascade calibrate' in err
+    assert run(capsys, 'calibrate', tmp_path / 'out', *test)[0] == 0
+    status, result, _ = run(
+        capsys, 'evaluate', tmp_path / 'out', *test, '--curve', '--report', tmp_path / 'report.html'
+    )
+    assert status == 0 and max(p['accuracy'] for p in result['curve']) == result['most_accurate']['accuracy']
+    assert (tmp_path / 'report.html').read_text().startswith('<!doctype html>')
+    status, _, err = run(capsys, 'evaluate', tmp_path / 'out', *test, '--curve', tmp_path / 'curve.bmp')
+    assert status == 2 and '.png' in err
 
 
 def test_a_checkpoint_of_other_classes(capsys, idx, tmp_path, small):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import hub
 from ..data import check_classes
+from ..measure.curve import curve, plot_curve
 from ..measure.evaluate import evaluate
+from ..measure.report import write_report
 from .options import Commands, data_options, load_data_of, output_options
 
 __all__ = ['add_command', 'run']
@@ -17,24 +21,46 @@ __all__ = ['add_command', 'run']
 
 def add_command(commands: Commands) -> None:
     """Adds the command and its options."""
-    ev = commands.add_parser(
-        'evaluate', parents=[data_options(), output_options()], help='accuracy, MACs, exits and time on test images'
+    parser = commands.add_parser(
+        'evaluate',
+        parents=[data_options(), output_options()],
+        description='Runs a release and its plain backbone side by side on test images.',
+        help='accuracy, MACs, exits and time on test images',
     )
-    ev.add_argument('where', metavar='FOLDER|REPO')
-    ev.add_argument('--split', help='test images')
-    ev.add_argument('--max-drop', type=float, help="turn the dial first; else the release's active thresholds")
-    ev.add_argument('--rule', default='certified', choices=['certified', 'joint', 'per_exit'])
-    ev.add_argument('--level', type=float, default=0.9)
-    ev.add_argument(
+    parser.add_argument('where', metavar='FOLDER|REPO', help='The release.')
+    parser.add_argument('--split', help='Test images.')
+    parser.add_argument(
+        '--max-drop', type=float, help="Accuracy that may be given up, as a fraction; else the release's thresholds."
+    )
+    parser.add_argument(
+        '--rule', default='certified', choices=['certified', 'joint', 'per_exit'], help='For --max-drop.'
+    )
+    parser.add_argument('--level', type=float, default=0.9, help='Confidence level of the certified rule.')
+    parser.add_argument(
         '--every-exit',
         action='store_true',
-        help='accuracy and AUROC of each exit on all images, and the best any policy could do',
+        help='Also print accuracy and AUROC of each exit on all images, and the best that any thresholds could do.',
     )
-    ev.set_defaults(run=run)
+    parser.add_argument(
+        '--curve',
+        nargs='?',
+        const='',
+        metavar='PICTURE',
+        help='Also print accuracy against cost for every budget; with a file name, draw it (needs matplotlib).',
+    )
+    parser.add_argument(
+        '--report',
+        type=Path,
+        metavar='FILE.html',
+        help='Also write a page with the curve, images per exit, accuracy per class, confusions and the certificate.',
+    )
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the command; returns what it prints."""
+    if args.curve:
+        _check_picture(Path(args.curve))
     model = hub.load(args.where)
     data = load_data_of(args, args.split)
     check_classes(data, model.num_classes, model.label_names)
@@ -43,4 +69,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         point = model.set_max_drop(args.max_drop, rule=args.rule, level=args.level).to_dict()
     model.to('cuda' if torch.cuda.is_available() else 'cpu')
     report = evaluate(model, data, batch_size=args.batch_size, workers=args.workers, every_exit=args.every_exit)
-    return dict(point=point, **report.to_dict())
+    result = dict(point=point, **report.to_dict())
+    if args.curve is not None:
+        points = curve(model, data, batch_size=args.batch_size, workers=args.workers)
+        if args.curve:
+            plot_curve(points, args.curve)
+        best = max(points, key=lambda p: (p.accuracy, -p.macs_share))
+        result.update(curve=[asdict(p) for p in points], most_accurate=asdict(best))
+    if args.report is not None:
+        write_report(model, data, args.report, batch_size=args.batch_size, workers=args.workers)
+        result['report'] = str(args.report)
+    return result
+
+
+def _check_picture(path: Path) -> None:
+    """Refuses a picture that could not be drawn, before anything long starts."""
+    if path.suffix not in ('.png', '.pdf', '.svg'):
+        raise ValueError(f'--curve {path}: expected a file name that ends in .png, .pdf or .svg.')
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as e:
+        raise ValueError(f'--curve {path} needs matplotlib: pip install "timm-cascade[demo]".') from e

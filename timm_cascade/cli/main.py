@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from ..errors import CascadeError
 from . import (
@@ -19,6 +17,7 @@ from . import (
     push_command,
     train_command,
 )
+from .output import show
 
 __all__ = ['main']
 
@@ -41,19 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _show(result: dict[str, Any], indent: str = '') -> None:
-    for key, value in result.items():
-        if isinstance(value, dict):
-            print(f'{indent}{key}:')
-            _show(value, indent + '  ')
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            print(f'{indent}{key}:')
-            for item in value:
-                print(f'{indent}  ' + '  '.join(f'{k}={v}' for k, v in item.items()))
-        else:
-            print(f'{indent}{key}: {value}')
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status, 2 for a request that cannot be met."""
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
@@ -65,8 +51,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if result is None:  # another process prints it
         return 0
-    if args.json:
-        print(json.dumps(result))
-    else:
-        _show(result)
+    show(result, args.json)
     return 0

@@ -1,4 +1,4 @@
-"""timm-cascade train: exit heads on a frozen backbone."""
+"""timm-cascade train: exit heads on a frozen backbone, which can be fine-tuned first."""
 
 from __future__ import annotations
 
@@ -7,121 +7,82 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import timm
-
 from .. import hub
 from ..data import check_classes, check_training_classes
-from ..model import CascadeModel
+from ..training.finetune import finetune
 from ..training.train import train_heads
 from ..utils.distributed import create_accelerator
-from .options import Commands, data_options, exits_value, load_data_of, output_options, value
+from .backbone_options import backbone_options, create_cascade
+from .options import Commands, data_options, load_data_of, output_options
 
 __all__ = ['add_command', 'run']
 
-_logger = logging.getLogger(__name__)
+DESCRIPTION = """\
+Trains the exit heads of a cascade on a frozen backbone and writes a release to --out. With --finetune the whole
+backbone is trained on the same images first. A command that was interrupted continues when it is given again.
+"""
 
 
 def add_command(commands: Commands) -> None:
     """Adds the command and its options."""
-    train = commands.add_parser(
-        'train', parents=[data_options(), output_options()], help='train exit heads on a frozen backbone'
+    parser = commands.add_parser(
+        'train',
+        parents=[data_options(), backbone_options(), output_options()],
+        description=DESCRIPTION,
+        help='train exit heads on a frozen backbone, which can be fine-tuned first',
     )
-    train.add_argument('--model', required=True, help='cascade_NAME[.tag]')
-    train.add_argument('--out', required=True, type=Path, help='folder for the release')
-    train.add_argument('--split', default='train', help='training images, such as train or train[:50000]')
-    train.add_argument('--val-split', help='images to report accuracy on')
-    train.add_argument('--checkpoint', help='weights of your fine-tuned backbone')
-    train.add_argument(
-        '--classifier',
-        default='auto',
-        choices=['auto', 'train', 'keep'],
-        help="the backbone's own: by default it is trained, as the final exit's head, where the data "
-        'has other classes than the published weights and there is no --checkpoint',
+    parser.add_argument('--out', required=True, type=Path, help='Folder for the release.')
+    parser.add_argument('--split', default='train', help='Training images, such as train or train[:50000].')
+    parser.add_argument('--val-split', help='Images to report accuracy on; with --finetune they choose the epoch.')
+    heads = parser.add_argument_group('training the heads')
+    heads.add_argument('--epochs', type=int, default=20, help='Passes over the stored features.')
+    heads.add_argument('--lr', type=float, default=2e-3, help='Learning rate.')
+    heads.add_argument('--weight-decay', type=float, default=0.05, help='Weight decay of AdamW.')
+    heads.add_argument(
+        '--views', type=int, default=1, help='Views of each image: the first as in evaluation, the others augmented.'
     )
-    train.add_argument('--no-pretrained', action='store_true', help='do not load published backbone weights')
-    train.add_argument(
-        '--exits',
-        type=exits_value,
-        default=3,
-        help='how many, cost fractions, or module names: 3 or 0.25,0.5 or layer1,layer2',
+    heads.add_argument('--seed', type=int, default=0, help='Seed of weights, order and augmentation.')
+    tuning = parser.add_argument_group('fine-tuning the backbone')
+    tuning.add_argument(
+        '--finetune', type=int, default=0, metavar='EPOCHS', help='Train the backbone first, for this many epochs.'
     )
-    train.add_argument('--head', type=value, default='enhanced', help='linear, enhanced, paper or a JSON description')
-    train.add_argument('--model-kwargs', nargs='*', default=[], metavar='KEY=VALUE', help='for the backbone')
-    train.add_argument('--epochs', type=int, default=20)
-    train.add_argument('--lr', type=float, default=2e-3)
-    train.add_argument('--weight-decay', type=float, default=0.05)
-    train.add_argument('--seed', type=int, default=0)
-    train.add_argument(
-        '--views', type=int, default=1, help='looks at each image: the first as in evaluation, the others augmented'
+    tuning.add_argument(
+        '--finetune-lr', type=float, default=5e-4, metavar='X', help='Learning rate of the last layers.'
     )
-    train.add_argument(
+    tuning.add_argument('--finetune-batch-size', type=int, default=64, metavar='N', help='Images per batch.')
+    tuning.add_argument(
+        '--layer-decay', type=float, default=0.75, metavar='X', help='Factor on the learning rate per group of layers.'
+    )
+    tuning.add_argument(
+        '--ema-decay', type=float, default=0.0, metavar='X', help='Keep an average of the weights; 0 for none.'
+    )
+    run_ = parser.add_argument_group('how it runs')
+    run_.add_argument(
         '--work-dir',
         type=Path,
-        help='folder for stored features, the state to continue from and the log; by default OUT itself. Several '
-        'trainings of one backbone can share it, one after the other',
+        help='Folder for stored features, the state to continue from and the logs; by default OUT. Several trainings '
+        'of one backbone can share it, one after the other.',
     )
-    train.add_argument(
-        '--no-cache', action='store_true', help='store no features; the backbone then runs in every epoch'
+    run_.add_argument(
+        '--no-cache', action='store_true', help='Store no features; the backbone then runs in every epoch of the heads.'
     )
-    train.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'])
-    train.add_argument('--grad-accum', type=int, default=1, help='batches to a step')
-    train.add_argument('--log-with', nargs='*', default=[], help='trackers that Accelerate knows: tensorboard, ...')
-    train.set_defaults(run=run)
-
-
-def _create(args: argparse.Namespace, num_classes: int) -> tuple[CascadeModel, bool]:
-    """The cascade, and whether its classifier is new and to be trained."""
-    kwargs = {key: value(text) for key, _, text in (item.partition('=') for item in args.model_kwargs)}
-    pretrained = (
-        not args.no_pretrained
-        and args.checkpoint is None
-        and timm.models.is_model_pretrained(args.model.removeprefix('cascade_'))
+    run_.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="Accelerate's mixed precision.")
+    run_.add_argument('--grad-accum', type=int, default=1, metavar='N', help='Batches per step.')
+    run_.add_argument(
+        '--log-with', nargs='*', default=[], metavar='NAME', help='Trackers that Accelerate knows: tensorboard, ...'
     )
-    try:
-        model = timm.create_model(
-            args.model,
-            pretrained=pretrained,
-            num_classes=num_classes,
-            exits=args.exits,
-            head=args.head,
-            checkpoint_path=args.checkpoint,
-            **kwargs,
-        )
-    except RuntimeError as e:  # timm's word for an unknown name or tag, torch's for weights that do not fit
-        raise ValueError(
-            f'--model {args.model}{f" --checkpoint {args.checkpoint}" if args.checkpoint else ""}: {e}'
-        ) from e
-    published = pretrained and model.backbone.pretrained_cfg.get('num_classes') == num_classes
-    fits = published or args.checkpoint is not None
-    train = args.classifier == 'train' or (args.classifier == 'auto' and not fits)
-    weights = (
-        f'from {args.checkpoint}'
-        if args.checkpoint
-        else 'the published ones'
-        if pretrained
-        else 'random: none are published, or none were wanted'
-    )
-    _logger.info('backbone: weights %s', weights)
-    _logger.info(
-        'classifier: %s',
-        f"new, {num_classes} classes; trained as the final exit's head (linear probe), the "
-        'rest of the backbone is not changed'
-        if train and not fits
-        else 'trained anew (linear probe)'
-        if train
-        else 'kept as it is'
-        if fits
-        else 'kept as it is, RANDOM',
-    )
-    return model, train
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Runs the command; returns what it prints."""
     from accelerate.utils import set_seed
 
-    if not args.model.startswith('cascade_'):
-        raise ValueError(f'--model {args.model} is no cascade; did you mean cascade_{args.model}?')
+    if args.finetune and not args.val_split:
+        raise ValueError(
+            f'--finetune {args.finetune} keeps the epoch that is best on images it was not trained on: name them with '
+            f'--val-split.'
+        )
     accelerator = create_accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.grad_accum,
@@ -135,11 +96,27 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     check_training_classes(train)
     if val is not None:
         check_classes(val, len(train.class_names), train.class_names)
-    model, classifier = _create(args, len(train.class_names))
+    model, classifier = create_cascade(args, len(train.class_names), finetuned=args.finetune > 0)
     model.label_names = train.class_names
     if args.log_with:
         accelerator.init_trackers('timm-cascade', {k: str(v) for k, v in vars(args).items() if k != 'run'})
     work_dir = args.work_dir or args.out
+    common: dict[str, Any] = dict(seed=args.seed, workers=args.workers, work_dir=work_dir, accelerator=accelerator)
+    tuned: dict[str, Any] = {}
+    if args.finetune and val is not None:
+        lines = finetune(
+            model,
+            train,
+            val,
+            epochs=args.finetune,
+            batch_size=args.finetune_batch_size,
+            lr=args.finetune_lr,
+            layer_decay=args.layer_decay,
+            ema_decay=args.ema_decay,
+            **common,
+        )
+        best = max(lines, key=lambda line: line['accuracy'])
+        tuned = dict(finetuned=dict(epochs=len(lines), best_epoch=best['epoch'], accuracy=best['accuracy']))
     history = train_heads(
         model,
         train,
@@ -147,22 +124,25 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         epochs=args.epochs,
         batch_size=args.batch_size,
         lr=args.lr,
-        seed=args.seed,
         weight_decay=args.weight_decay,
-        workers=args.workers,
         views=args.views,
         classifier=classifier,
-        work_dir=work_dir,
         cache=not args.no_cache,
-        accelerator=accelerator,
+        **common,
     )
     main_process, processes = accelerator.is_main_process, accelerator.num_processes
     if main_process:
         hub.save(model, args.out)
-        (work_dir / 'heads.pt').unlink()  # only now: a command that is killed before has to save again, and no more
+        for name in ('backbone.pt', 'heads.pt'):  # only now: a command killed before this has to save again, no more
+            (work_dir / name).unlink(missing_ok=True)
     accelerator.end_training()
     if not main_process:
         return None
     return dict(
-        folder=str(args.out), processes=processes, images=len(train), classifier_trained=classifier, **history[-1]
+        folder=str(args.out),
+        processes=processes,
+        images=len(train),
+        classifier_trained=classifier,
+        **tuned,
+        **history[-1],
     )

@@ -20,7 +20,7 @@ from .work_dir import WorkDir
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['Classifier', 'Trainer', 'log_to_trackers', 'moments', 'sum_over_processes']
+__all__ = ['Classifier', 'Trainer', 'log_to_trackers', 'moments', 'share_gradients', 'sum_over_processes']
 
 _logger = logging.getLogger(__name__)
 EPSILON = 1e-4  # share of the mean variance that is added to each: features may be of any scale
@@ -92,6 +92,20 @@ def sum_over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
     if accelerator.num_processes == 1:
         return tensor
     return accelerator.reduce(tensor.to(accelerator.device), 'sum').to(tensor.device)
+
+
+def share_gradients(accelerator: Accelerator, module: nn.Module) -> None:
+    """Sums the gradients of all processes, in one piece.
+
+    DistributedDataParallel would split them differently after its first step, and so add in another order in a
+    training that is continued.
+    """
+    if accelerator.num_processes == 1:
+        return
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    total = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), 'sum')
+    for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def moments(
@@ -214,7 +228,7 @@ class Trainer:
         for images, step in zip(map(len, chosen), parts, strict=True):
             for _ in step:
                 totals += self._backward(*next(batches), images)
-            self._share_gradients()
+            share_gradients(accelerator, self.heads)
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()
@@ -245,19 +259,6 @@ class Trainer:
     def _logits(self, arrays: list[Tensor]) -> list[Tensor]:
         """Logits of each head; arrays beyond the heads are not used."""
         return [head.classify(a) for head, a in zip(self.heads, arrays, strict=False)]  # type: ignore[operator]
-
-    def _share_gradients(self) -> None:
-        """Sums them over the processes, all in one piece.
-
-        DistributedDataParallel would split them differently after its first step, and so add in another order in a
-        training that is continued.
-        """
-        if self.accelerator.num_processes == 1:
-            return
-        gradients = [p.grad for p in self.heads.parameters() if p.grad is not None]
-        total = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), 'sum')
-        for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
 
     @torch.no_grad()
     def _accuracies(self, held: Source) -> list[float]:

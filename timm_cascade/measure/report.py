@@ -1,0 +1,251 @@
+"""A page that shows what a cascade does on a set of images: one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..data import create_loader
+from ..inference.batch import confidence
+from ..model import CascadeModel
+from ..thresholds import route
+from ..utils.files import write_text
+from ..utils.progress import progress
+from .curve import CurvePoint, curve_of
+
+__all__ = ['write_report']
+
+MOST_CLASSES = 40  # rows of the per-class chart and the confusion matrix
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem } svg { max-width: 100%; height: auto }
+text { font: 12px system-ui, sans-serif; fill: #333 } .note { color: #555 } .key { fill: #666 }
+td, th { padding: 0 .8rem .2rem 0; text-align: right } td:first-child, th:first-child { text-align: left }
+"""
+BLUE, GREY, ORANGE = '#2a6fbb', '#b8bec6', '#d9822b'
+
+
+@torch.no_grad()
+def _seen(
+    model: CascadeModel, data: Dataset, batch_size: int, workers: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Confidence (n, M+1), answer (n, M+1) and label (n,) of every image."""
+    weight = next(model.backbone.parameters())
+    training, parts = model.training, []
+    model.eval()
+    try:
+        for images, labels in progress(create_loader(model, data, batch_size, workers), 'report'):
+            logits = [x.float() for x in model.forward_exits(images.to(weight.device, weight.dtype))]
+            columns = [torch.stack([f(x) for x in logits], 1).cpu() for f in (confidence, lambda x: x.argmax(1))]
+            parts.append((*columns, labels))
+    finally:
+        model.train(training)
+    sure, answers, labels = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    return sure, answers, labels
+
+
+def write_report(
+    model: CascadeModel, data: Dataset, path: str | Path, *, batch_size: int = 256, workers: int = 0
+) -> None:
+    """Writes the page: the curve, what each exit earns, images per exit, classes, confusions and the certificate.
+
+    Args:
+        model: A calibrated cascade at its active thresholds.
+        data: Labelled images that were used neither for training nor for calibration.
+        path: The HTML file; replaced in one step.
+        batch_size: Images per batch.
+        workers: Processes that decode images.
+
+    Raises:
+        NotCalibratedError: The cascade has no calibration.
+        ValueError: Images without labels.
+
+    Example:
+        >>> model.set_max_drop(0.01)
+        >>> write_report(model, test, 'report.html')
+    """
+    sure, answers, labels = _seen(model, data, batch_size, workers)
+    if labels.min() < 0 or labels.max() >= model.num_classes:
+        raise ValueError(
+            f'labels go from {labels.min()} to {labels.max()}; the report needs a label 0..{model.num_classes - 1} for '
+            f'every image.'
+        )
+    correct = answers == labels[:, None]
+    points = curve_of(model, dict(confidence=sure, correct=correct))
+    thresholds = model.thresholds.numpy()
+    exits = route(sure, thresholds)
+    chosen = answers[np.arange(len(exits)), exits]
+    names = model.label_names or [str(i) for i in range(model.num_classes)]
+    stage = np.cumsum(model.stage_macs()) / model.exits[-1].total
+    title = str(model.pretrained_cfg['architecture'])
+    accuracy, full = float((chosen == labels).mean()), float(correct[:, -1].mean())
+    here = _macs_share(model, exits, thresholds)
+    body = [
+        f'<h1>{escape(title)}</h1>',
+        f'<p>On {len(labels):,} images: the full network answers {full:.1%} correctly, the cascade at its active '
+        f'thresholds {accuracy:.1%} with {here:.1%} of the multiply-accumulates.</p>',
+        '<h2>What is guaranteed</h2>',
+        f'<p>{escape(_certificate(model))}</p>',
+        '<h2>Accuracy against cost</h2>',
+        _curve(points, stage, correct.mean(0), (here, accuracy)),
+        '<p class="note">Line: every budget, with the thresholds that the calibration chooses. Circles: one exit alone '
+        'answers all images. Square: the active thresholds.</p>',
+        '<h2>Images per exit</h2>',
+        _exit_bars(model, exits, chosen == labels, correct[:, -1]),
+        '<h2>Accuracy per class</h2>',
+        _classes(names, labels, correct[:, -1], chosen == labels),
+        '<h2>Confusions</h2>',
+        _confusion(names, labels, chosen),
+    ]
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    write_text(path, f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>')
+
+
+def _macs_share(model: CascadeModel, exits: np.ndarray, thresholds: np.ndarray) -> float:
+    paid = np.asarray(model.stage_macs(), float).copy()
+    paid[:-1] -= np.where(np.isinf(thresholds), np.asarray(model.head_macs(), float), 0)
+    return float(np.cumsum(paid)[exits].mean() / model.exits[-1].total)
+
+
+def _certificate(model: CascadeModel) -> str:
+    """The promise of the active thresholds in one sentence, where they are an operating point of the table."""
+    active = tuple(model.thresholds.tolist())
+    for point in model.table.points if model.table is not None else ():
+        if point.certified and point.max_drop is not None and np.allclose(point.thresholds, active, equal_nan=True):
+            return (
+                f'With a probability of at least {point.level:.0%} over the draw of the calibration images, accuracy '
+                f'on new images of the same source is at most {100 * point.max_drop:g} points below that of the full '
+                f'network. {point.measured_on:,} images were tested for this.'
+            )
+    if not model.any_open:
+        return 'All exits are closed: the cascade is its full network, and nothing can be lost.'
+    return 'The active thresholds are not a certified setting of the threshold table; no loss is excluded.'
+
+
+def _svg(width: int, height: int, parts: Sequence[str], label: str) -> str:
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    return f'<svg {size} role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = 'start') -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _bar(x: float, y: float, width: float, height: float, colour: str, hint: str = '') -> str:
+    return (
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0.5):.1f}" height="{height}" fill="{colour}">'
+        f'<title>{escape(hint)}</title></rect>'
+    )
+
+
+def _curve(points: Sequence[CurvePoint], stage: np.ndarray, alone: np.ndarray, active: tuple[float, float]) -> str:
+    width, height, left, bottom = 720, 380, 60, 50
+    low = min(*alone, *(p.accuracy for p in points), active[1])
+    high = max(*alone, *(p.accuracy for p in points), active[1])
+    margin = max(0.02, 0.08 * (high - low))
+    low, high = max(0.0, low - margin), min(1.0, high + margin)
+    widest = max(1.0, float(stage[-1]))
+
+    def at(macs: float, accuracy: float) -> tuple[float, float]:
+        x = left + macs / widest * (width - left - 20)
+        return x, 10 + (high - accuracy) / (high - low) * (height - bottom - 10)
+
+    parts = []
+    for i in range(6):
+        y_value, x_value = low + i * (high - low) / 5, i / 5
+        y, x = at(0, y_value)[1], at(x_value, low)[0]
+        parts += [
+            f'<path d="M{left} {y:.1f}H{width - 20}" stroke="#e6e9ed"/>',
+            _text(left - 8, y + 4, f'{y_value:.0%}', 'end'),
+        ]
+        parts.append(_text(x, height - bottom + 18, f'{x_value:.0%}', 'middle'))
+    line = ' '.join(f'{x:.1f},{y:.1f}' for x, y in (at(p.macs_share, p.accuracy) for p in points))
+    parts.append(f'<polyline points="{line}" fill="none" stroke="{BLUE}" stroke-width="2.5"/>')
+    for m, (macs, accuracy) in enumerate(zip(stage, alone, strict=True)):
+        x, y = at(float(macs), float(accuracy))
+        name = 'full network' if m == len(stage) - 1 else f'exit {m}'
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{ORANGE}"><title>{name}: {accuracy:.1%}</title></circle>'
+        )
+        parts.append(_text(x, y + 18, name, 'end' if m == len(stage) - 1 else 'middle'))
+    x, y = at(*active)
+    parts.append(_bar(x - 5, y - 5, 10, 10, '#222', f'active: {active[1]:.1%} with {active[0]:.1%} of the MACs'))
+    parts.append(_text((left + width) / 2, height - 8, "share of the backbone's multiply-accumulates", 'middle'))
+    return _svg(width, height, parts, 'accuracy against cost')
+
+
+def _exit_bars(model: CascadeModel, exits: np.ndarray, correct: np.ndarray, full: np.ndarray) -> str:
+    rows, count = [], len(model.exits)
+    thresholds = model.thresholds.tolist()
+    for m in range(count + 1):
+        here = exits == m
+        label = 'full network' if m == count else f'exit {m} ({model.exits[m].module})'
+        if m < count and np.isinf(thresholds[m]):
+            note = 'closed'
+        elif not here.any():
+            note = 'no image'
+        else:
+            earned = 100 * (correct[here].mean() - full[here].mean())
+            note = f'{here.mean():.1%} of the images, {correct[here].mean():.1%} correct'
+            note += '' if m == count else f', {earned:+.1f} points against the full network on them'
+        rows.append((label, float(here.mean()), note))
+    parts = []
+    for i, (label, share, note) in enumerate(rows):
+        y = 8 + 28 * i
+        parts += [_text(190, y + 14, label, 'end'), _bar(200, y, 180 * share, 18, BLUE, note), _text(390, y + 14, note)]
+    return _svg(900, 28 * len(rows) + 10, parts, 'images per exit')
+
+
+def _classes(names: Sequence[str], labels: np.ndarray, full: np.ndarray, cascade: np.ndarray) -> str:
+    """Two bars per class; of many classes those that change most."""
+    rows = []
+    for c in np.unique(labels):
+        mask = labels == c
+        rows.append((str(names[c]), float(full[mask].mean()), float(cascade[mask].mean()), int(mask.sum())))
+    more = len(rows) > MOST_CLASSES
+    if more:
+        rows = sorted(rows, key=lambda r: -abs(r[2] - r[1]))[:MOST_CLASSES]
+    parts = []
+    for i, (name, before, after, count) in enumerate(rows):
+        y = 4 + 26 * i
+        note = f'{before:.1%} to {after:.1%} ({count} images)'
+        parts += [
+            _text(190, y + 14, name[:28], 'end'),
+            _bar(200, y, 400 * before, 8, GREY, f'full network {before:.1%}'),
+        ]
+        parts += [_bar(200, y + 9, 400 * after, 8, BLUE, f'cascade {after:.1%}'), _text(610, y + 14, note)]
+    note = f' The {MOST_CLASSES} classes that change most are shown.' if more else ''
+    legend = f'<p class="note">Grey: full network. Blue: cascade.{note}</p>'
+    return legend + _svg(860, 26 * len(rows) + 8, parts, 'accuracy per class')
+
+
+def _confusion(names: Sequence[str], labels: np.ndarray, chosen: np.ndarray) -> str:
+    """A matrix for few classes, a list of the most frequent confusions for many."""
+    wrong = labels != chosen
+    pairs, counts = np.unique(np.stack([labels[wrong], chosen[wrong]], 1), axis=0, return_counts=True)
+    if len(names) > MOST_CLASSES:
+        order = np.argsort(-counts)[:20]
+        rows = ''.join(
+            f'<tr><td>{escape(str(names[a]))}</td><td>{escape(str(names[b]))}</td><td>{n}</td></tr>'
+            for (a, b), n in zip(pairs[order], counts[order], strict=True)
+        )
+        return f'<table><tr><th>class</th><th>answered as</th><th>images</th></tr>{rows}</table>'
+    size, left = 22, 160
+    matrix = np.zeros((len(names), len(names)), int)
+    np.add.at(matrix, (labels, chosen), 1)
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    parts = []
+    for a in range(len(names)):
+        parts.append(_text(left - 8, 15 + size * a, str(names[a])[:22], 'end'))
+        for b in range(len(names)):
+            blue = f'rgba(42,111,187,{0.04 + 0.96 * shares[a, b]:.2f})'
+            hint = f'{names[a]} answered as {names[b]}: {matrix[a, b]} ({shares[a, b]:.1%})'
+            parts.append(_bar(left + size * b, size * a, size - 1, size - 1, blue, hint))
+    note = '<p class="note">Rows: class. Columns: answer of the cascade. Point at a cell for its count.</p>'
+    return note + _svg(left + size * len(names) + 10, size * len(names) + 6, parts, 'confusion matrix')

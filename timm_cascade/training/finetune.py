@@ -1,0 +1,309 @@
+"""Fine-tuning the backbone on one's own images, before heads are trained on it; with timm's own pieces."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..data import View, check_classes, check_training_classes
+from ..model import CascadeModel
+from ..utils.distributed import check_launch, create_accelerator
+from ..utils.progress import progress
+from .trainer import log_to_trackers, share_gradients, sum_over_processes
+from .work_dir import WorkDir
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ['finetune']
+
+_logger = logging.getLogger(__name__)
+
+
+def finetune(
+    model: CascadeModel,
+    train: Dataset,
+    val: Dataset,
+    *,
+    epochs: int = 10,
+    batch_size: int = 64,
+    lr: float = 5e-4,
+    weight_decay: float = 0.05,
+    layer_decay: float = 0.75,
+    smoothing: float = 0.1,
+    ema_decay: float = 0.0,
+    seed: int = 0,
+    workers: int = 0,
+    work_dir: str | Path | None = None,
+    accelerator: Accelerator | None = None,
+) -> list[dict[str, Any]]:
+    """Trains the whole backbone in place and keeps the epoch that is best on `val`; the heads are not touched.
+
+    AdamW with timm's layer decay, one warm-up epoch, cosine decay, timm's training transform with another random view
+    of each image in every epoch. Heads that were trained before no longer fit: call `train_heads` afterwards. A
+    calibration is dropped.
+
+    Args:
+        model: The cascade.
+        train: Labelled images: an ImageData, or any data set of (normalised tensor, label).
+        val: Labelled images that choose the epoch. They may serve `train_heads(val=)` too, but neither calibration nor
+            test: the choice has seen them.
+        epochs: Passes over `train`.
+        batch_size: Images per batch, over all processes together; with gradient accumulation (the accelerator's) of
+            each part of a step.
+        lr: Learning rate of the last layers after the warm-up.
+        weight_decay: For weights, not for biases, norms and what the backbone exempts.
+        layer_decay: Factor on the learning rate from each group of layers to the one before; 1 for none.
+        smoothing: Label smoothing.
+        ema_decay: Decay of an exponential moving average of the weights, which is then what is validated and kept;
+            0 for none.
+        seed: Seed of the order of images, of the augmentation and of dropout.
+        workers: Processes that decode images.
+        work_dir: Folder for the state after each epoch (`backbone.pt`) and a log (`backbone.jsonl`). The same call
+            continues from there after an interruption, and only loads the result of a training that is finished.
+        accelerator: Yours (device, processes, mixed precision, gradient accumulation, trackers), or one with defaults.
+
+    Returns:
+        One dict per epoch: epoch, loss, accuracy (on `val`, a fraction), best (whether it is the best so far), seconds.
+
+    Raises:
+        ValueError: Labels that are not the model's classes or are missing, classes without images, settings out of
+            range, a loss that is not finite; the backbone is then as it was.
+        LaunchError: A launch of several processes in which each runs as if it were alone.
+
+    Example:
+        >>> model = timm.create_model('cascade_tf_efficientnet_lite0.in1k', pretrained=True, num_classes=5)
+        >>> finetune(model, train, val, epochs=10, work_dir='flowers-cascade')
+        >>> train_heads(model, train, val, work_dir='flowers-cascade')
+    """
+    if epochs < 1 or batch_size < 1 or not 0 < layer_decay <= 1 or not 0 <= ema_decay < 1:
+        raise ValueError(
+            f'epochs={epochs}, batch_size={batch_size}, layer_decay={layer_decay}, ema_decay={ema_decay}: expected at '
+            f'least 1, at least 1, more than 0 and at most 1, at least 0 and less than 1.'
+        )
+    for data in (train, val):
+        check_classes(data, model.num_classes, model.label_names)
+    check_training_classes(train)
+    accelerator = accelerator or create_accelerator()
+    check_launch(accelerator)
+    tuner = _Finetuner(
+        model,
+        train,
+        accelerator,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        layer_decay=layer_decay,
+        smoothing=smoothing,
+        ema_decay=ema_decay,
+        seed=seed,
+        workers=workers,
+        epochs=epochs,
+    )
+    backbone, training, dtype = model.backbone, model.training, next(model.backbone.parameters()).dtype
+    before = {name: tensor.cpu().clone() for name, tensor in backbone.state_dict().items()}
+    try:
+        history = tuner.run(val, None if work_dir is None else Path(work_dir))
+    except BaseException:
+        backbone.load_state_dict(before)
+        raise
+    finally:
+        backbone.to(dtype)
+        model.train(training)
+    model.published = None  # these are no longer the weights of a published checkpoint
+    model.forget_calibration()
+    return history
+
+
+class _Finetuner:
+    """The epochs: a step's gradients are those of the mean over its images, on any number of processes."""
+
+    def __init__(self, model: CascadeModel, train: Dataset, accelerator: Accelerator, **settings: Any) -> None:
+        self.model, self.train, self.accelerator, self.settings = model, train, accelerator, settings
+        self.backbone: nn.Module = model.backbone
+        self.batch_size, self.seed, self.epochs = settings['batch_size'], settings['seed'], settings['epochs']
+        self.n = len(train)  # type: ignore[arg-type]
+        self.step_size = self.batch_size * accelerator.gradient_accumulation_steps
+        self.steps = -(-self.n // self.step_size)
+        self.history: list[dict[str, Any]] = []
+        self.ema: dict[str, Tensor] = {}
+        self.best: dict[str, Tensor] = {}
+
+    def run(self, val: Dataset, folder: Path | None) -> list[dict[str, Any]]:
+        """Trains the epochs that the folder does not have yet, and loads the best one into the backbone."""
+        accelerator, settings = self.accelerator, self.settings
+        self.model.to(accelerator.device)
+        self.backbone.float()  # small steps are lost in half precision
+        layer_decay = settings['layer_decay'] if hasattr(self.backbone, 'group_matcher') else 1.0
+        optimizer: Any = create_optimizer_v2(
+            self.backbone,
+            opt='adamw',
+            lr=settings['lr'],
+            weight_decay=settings['weight_decay'],
+            layer_decay=None if layer_decay == 1 else layer_decay,
+        )
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            sched='cosine',
+            num_epochs=self.epochs,
+            warmup_epochs=1 if self.epochs > 1 else 0,
+            warmup_lr=settings['lr'] / 100,
+            warmup_prefix=True,
+            step_on_epochs=False,
+            updates_per_epoch=self.steps,
+        )
+        optimizer = accelerator.prepare(optimizer)
+        fingerprints = [str(getattr(data, 'fingerprint', len(data))) for data in (self.train, val)]  # type: ignore[arg-type]
+        work_dir = WorkDir(folder, 'backbone', accelerator, [settings, fingerprints, self._shapes(), self.step_size])
+        self._continue(work_dir.load(), optimizer)
+        bar = progress(
+            None,
+            'fine-tuning',
+            accelerator.is_main_process,
+            total=self.epochs * self.steps,
+            initial=len(self.history) * self.steps,
+        )
+        with bar:
+            while len(self.history) < self.epochs:
+                began = time.monotonic()
+                loss = self._run_epoch(optimizer, schedule, bar)
+                accuracy = self._accuracy(val)
+                best = accuracy > max((line['accuracy'] for line in self.history), default=-1.0)
+                if best:
+                    self.best = {name: t.cpu().clone() for name, t in self._weights().items()}
+                line = dict(epoch=len(self.history) + 1, loss=round(loss, 5), accuracy=accuracy, best=best)
+                line['seconds'] = round(time.monotonic() - began, 2)
+                self.history.append(line)
+                scaler = accelerator.scaler
+                work_dir.save(
+                    self.history,
+                    backbone=self.backbone.state_dict(),
+                    best=self.best,
+                    ema=self.ema,
+                    optimizer=optimizer.state_dict(),
+                    scaler=scaler.state_dict() if scaler else None,
+                )
+                log_to_trackers(accelerator, line)
+                bar.set_postfix_str(f'loss {loss:.3f}, accuracy {accuracy:.1%}')
+        self.backbone.load_state_dict(self.best)
+        return self.history
+
+    def _shapes(self) -> str:
+        return str({name: tuple(t.shape) for name, t in self.backbone.state_dict().items()})
+
+    def _weights(self) -> dict[str, Tensor]:
+        return self.ema or self.backbone.state_dict()
+
+    def _continue(self, saved: dict[str, Any] | None, optimizer: Any) -> None:
+        if saved is not None:
+            self.backbone.load_state_dict(saved['backbone'])
+            optimizer.load_state_dict(saved['optimizer'])
+            if self.accelerator.scaler and saved['scaler']:
+                self.accelerator.scaler.load_state_dict(saved['scaler'])
+            self.history, self.best = saved['history'], saved['best']
+            self.ema = {name: t.to(self.accelerator.device) for name, t in saved['ema'].items()}
+        elif self.settings['ema_decay']:
+            self.ema = {name: t.clone() for name, t in self.backbone.state_dict().items()}
+
+    def _run_epoch(self, optimizer: Any, schedule: Any, bar: Any) -> float:
+        """Trains one epoch; returns the mean loss."""
+        accelerator, epoch = self.accelerator, len(self.history)
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+        parts = [order[i : i + self.batch_size] for i in range(0, self.n, self.batch_size)]
+        if len(parts) > 1 and len(parts[-1]) < 2 * processes:
+            parts.pop()  # batch norm cannot standardise one image; it comes with another batch in another epoch
+        view = View(self.model, self.train, epoch + 1, self.seed)
+        plan = [part[rank::processes].tolist() for part in parts]
+        cuda = accelerator.device.type == 'cuda'
+        loader = DataLoader(view, batch_sampler=plan, num_workers=self.settings['workers'], pin_memory=cuda)
+        self.backbone.train()
+        total = torch.zeros((), device=accelerator.device)
+        updates = epoch * self.steps
+        with torch.random.fork_rng():  # dropout repeats when an epoch is trained again after an interruption
+            torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, rank]).generate_state(1)[0]))
+            for i, (images, labels) in enumerate(loader):
+                first = i - i % accelerator.gradient_accumulation_steps
+                last = min(first + accelerator.gradient_accumulation_steps, len(parts))
+                count = sum(len(part) for part in parts[first:last])  # images of this step
+                if i == first:
+                    schedule.step_update(updates)
+                total += self._backward(images, labels, count)
+                if i + 1 == last:
+                    share_gradients(accelerator, self.backbone)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    updates += 1
+                    self._average()
+                    bar.update()
+        bar.update((epoch + 1) * self.steps - updates)
+        self._share_buffers()
+        loss = float(sum_over_processes(accelerator, total)) / sum(map(len, parts))
+        if not np.isfinite(loss):
+            raise ValueError(
+                f'the loss is {loss} in epoch {epoch + 1}; the backbone was left as it was. '
+                f'Try a smaller lr than {self.settings["lr"]}.'
+            )
+        return loss
+
+    def _backward(self, images: Tensor, labels: Tensor, count: int) -> Tensor:
+        """Gradients of a part of a step of `count` images; returns the sum of its losses."""
+        accelerator = self.accelerator
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.model.num_classes:
+            raise ValueError(
+                f'labels go from {int(labels.min())} to {int(labels.max())}; fine-tuning needs a label '
+                f'0..{self.model.num_classes - 1} for every image.'
+            )
+        images, labels = images.to(accelerator.device).float(), labels.to(accelerator.device)
+        with accelerator.autocast():
+            logits = self.backbone(images)
+        loss = F.cross_entropy(logits.float(), labels, reduction='sum', label_smoothing=self.settings['smoothing'])
+        accelerator.backward(loss * (accelerator.gradient_accumulation_steps / count))
+        return loss.detach()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        for name, tensor in self.backbone.state_dict().items() if self.ema else ():
+            if tensor.is_floating_point():
+                self.ema[name].lerp_(tensor, 1 - self.settings['ema_decay'])
+            else:
+                self.ema[name].copy_(tensor)
+
+    @torch.no_grad()
+    def _share_buffers(self) -> None:
+        """Gives all processes the running statistics of the main one."""
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast
+
+            for buffer in self.backbone.buffers():
+                buffer.copy_(broadcast(buffer.clone()))
+
+    @torch.no_grad()
+    def _accuracy(self, val: Dataset) -> float:
+        """Top-1 of the weights that would be kept, on all images of `val`."""
+        accelerator = self.accelerator
+        current = {name: t.clone() for name, t in self.backbone.state_dict().items()} if self.ema else None
+        if current:
+            self.backbone.load_state_dict(self.ema)
+        self.backbone.eval()
+        view = View(self.model, val)
+        parts = np.array_split(np.arange(len(view)), -(-len(view) // self.batch_size))
+        plan = [part.tolist() for part in parts[accelerator.process_index :: accelerator.num_processes]]
+        correct = torch.zeros((), device=accelerator.device)
+        for images, labels in DataLoader(view, batch_sampler=plan, num_workers=self.settings['workers']):
+            with accelerator.autocast():
+                logits = self.backbone(images.to(accelerator.device).float())
+            correct += (logits.argmax(1) == labels.to(accelerator.device)).sum()
+        if current:
+            self.backbone.load_state_dict(current)
+        return round(float(sum_over_processes(accelerator, correct)) / len(view), 5)
