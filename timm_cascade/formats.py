@@ -28,7 +28,7 @@ __all__ = [
     'parse',
 ]
 
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
 TABLE_VERSION = 1
 CALIBRATION_VERSION = 1
 PROFILES_VERSION = 1
@@ -41,6 +41,7 @@ MAX_CLASSES = 1 << 20
 MAX_EXITS = 256
 MAX_ITEMS = 64  # tensors in the output of a module
 MAX_SIDE = 1 << 14  # pixels
+MAX_FILE = 1 << 40  # bytes
 MAX_POINTS = 10_000
 MAX_PROFILES = 1000
 SHOWN = 100  # characters of a value in a message
@@ -265,13 +266,23 @@ class PublishedEntry(_Described):
         return self
 
 
+class FileEntry(_Described):
+    """What a file of the release must be."""
+
+    sha256: Annotated[str, Field(pattern='^[0-9a-f]{64}$')]
+    size: Annotated[int, Field(ge=0, le=MAX_FILE)]
+
+
 class _CascadeEntry(_Open):
     format_version: _known(CONFIG_VERSION)  # type: ignore[valid-type]
     heads_hash: Digest
+    files: Annotated[dict[Name, FileEntry], Field(max_length=MAX_ITEMS)] | None = None
     exits: Annotated[list[ExitEntry], Field(min_length=1, max_length=MAX_EXITS)]
 
     @model_validator(mode='after')
-    def _in_order(self) -> _CascadeEntry:
+    def _complete(self) -> _CascadeEntry:
+        if self.format_version > 1 and 'model.safetensors' not in (self.files or {}):
+            raise ValueError('files should have the sha256 and size of every file, and lacks model.safetensors')
         macs = [e.macs for e in self.exits]
         if macs != sorted(macs):
             raise ValueError(f'exits should stand in the order of their cost, and have macs {_show(macs)}')

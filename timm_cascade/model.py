@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
 from .backbone import ExitPoint, backbone_macs, input_size_of, nested_groups, resolve_exits
@@ -24,7 +25,7 @@ from .thresholds.operating_point import OperatingPoint
 from .thresholds.table import ThresholdTable
 from .thresholds.timing import Profile
 from .utils.clock import device_name
-from .utils.digest import heads_digest
+from .utils.digest import state_digest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -395,7 +396,23 @@ class CascadeModel(nn.Module):
 
     def heads_hash(self) -> str:
         """Identifies exits and trained heads: a table made for others does not apply."""
-        return heads_digest([p.module for p in self._points], self.heads.state_dict())
+        return state_digest(self.heads.state_dict(), also=[p.module for p in self._points])
+
+    def provenance(self) -> dict[str, Any]:
+        """What confidences follow from beside heads and images: weights of the backbone, dtype and transform.
+
+        Calibrations and tables keep it, and are refused where it has changed.
+        """
+        config = resolve_input_data_config(self)
+        return dict(
+            backbone_digest=state_digest(self.backbone.state_dict()),
+            dtype=str(next(self.parameters()).dtype).removeprefix('torch.'),
+            input_size=list(config['input_size']),
+            mean=list(config['mean']),
+            std=list(config['std']),
+            interpolation=config['interpolation'],
+            crop_pct=config['crop_pct'],
+        )
 
     # ---- timm's contract
 

@@ -282,9 +282,9 @@ def test_the_corpus_is_made_of_a_sound_release(corpus):
 
 
 def test_a_model_that_grows_without_end_is_stopped(corpus, tmp_path):
-    from timm_cascade.hub.create import _bounded
+    from timm_cascade.hub.described import bounded
 
-    with pytest.raises(ReleaseError, match='not built'), _bounded(1000), torch.device('meta'):
+    with pytest.raises(ReleaseError, match='not built'), bounded(1000), torch.device('meta'):
         timm.create_model('cifar_resnet20')
     timm.create_model('cifar_resnet20')  # and the bound is off again
 

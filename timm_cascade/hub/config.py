@@ -6,7 +6,7 @@ timm's own `push_to_hf_hub` made has no such key, and loads too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -34,6 +34,8 @@ class ReleaseConfig:
         model_args: Arguments for the model, `exits`, `head` and `thresholds` among them.
         pretrained_cfg: timm's, with the labels and without where weights come from.
         layout: `full` or `heads`.
+        version: Format version; None in a repository that this library did not write.
+        files: sha256 and size of every file that is loaded; None in older formats.
         points: Exit points; None in a repository that this library did not write.
         heads_hash: Identifies the heads in the weights file; None likewise.
         digest: Identifies the backbone's weights in a full release; None likewise.
@@ -46,6 +48,8 @@ class ReleaseConfig:
     model_args: dict[str, Any]
     pretrained_cfg: dict[str, Any]
     layout: str
+    version: int | None
+    files: Mapping[str, tuple[str, int]] | None
     points: tuple[ExitPoint, ...] | None
     heads_hash: str | None
     digest: str | None
@@ -66,6 +70,7 @@ class ReleaseConfig:
 def cascade_entry(
     layout: str,
     points: Sequence[ExitPoint],
+    files: Mapping[str, tuple[str, int]],
     heads_hash: str,
     digest: str | None,
     published: Published | None,
@@ -78,6 +83,7 @@ def cascade_entry(
         format_version=CONFIG_VERSION,
         layout=layout,
         exits=[asdict(p) for p in points],
+        files={name: dict(sha256=sha256, size=size) for name, (sha256, size) in sorted(files.items())},
         heads_hash=heads_hash,
         backbone=dict(digest=digest, base_model=base_model) if published is None else published.to_dict(),
     )
@@ -121,6 +127,8 @@ def parse_config(text: str, source: str = 'config.json') -> ReleaseConfig:
         num_classes=file.num_classes,
         model_args=file.model_args.model_dump(exclude_unset=True),
         layout=cascade.layout if cascade else 'full',
+        version=cascade.format_version if cascade else None,
+        files={k: (f.sha256, f.size) for k, f in cascade.files.items()} if cascade and cascade.files else None,
         pretrained_cfg={
             **{k: v for k, v in cfg.items() if k not in SOURCE_KEYS},
             **{k: v for k, v in labels.items() if v},

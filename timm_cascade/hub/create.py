@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.models import PretrainedCfg
-from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+from torch import Tensor
 
-from ..backbone import ExitPoint, input_size_of, resolve_exits
+from ..backbone import input_size_of
 from ..errors import ReleaseError
-from ..heads import HeadSpec, create_heads, head_configs
+from ..heads import HeadSpec
 from ..model import CascadeModel
 from .config import OWN_ARGS, SOURCE_KEYS
+from .described import bounded, described_by, plan
 from .download import Folder, Repository
 from .pretrained import fetch_published, identify
-from .release import CONFIG, MAX_CONFIG, WEIGHTS, Release
+from .release import CONFIG, MAX_CONFIG, Release
 
 __all__ = ['create_cascade', 'load']
-
-MAX_TENSORS, MAX_MODULES, MAX_NUMBERS = 20_000, 100_000, 50_000_000_000  # timm's largest: 3 thousand, 18 billion
 
 
 def create_cascade(
@@ -126,13 +122,13 @@ def _load_release(
     own = {key: request.pop(key) for key in OWN_ARGS}
     cfg = {**config.pretrained_cfg, 'architecture': base}
     if not pretrained:
-        with _described_by(release), _bounded():
+        with described_by(str(release)), bounded():
             backbone = timm.create_model(base, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, **request)
             return CascadeModel(backbone, own['exits'], own['head'])
 
     size = fetch_published(config.published, cache_dir) if config.published else None
-    points, shapes = _plan(release, size)
-    state = release.weights(shapes)
+    described = plan(config, str(release), size)
+    state = release.weights(described.tensors)
     if config.published is None:
         source = dict.fromkeys(SOURCE_KEYS) | dict(
             custom_load=False,
@@ -140,7 +136,7 @@ def _load_release(
         )
     else:
         source = config.published.source
-    with _described_by(release), _bounded():
+    with described_by(str(release)), bounded():
         backbone = timm.create_model(
             base,
             pretrained=True,
@@ -155,8 +151,8 @@ def _load_release(
     same_input = input_size_of(backbone) == config.input_size
     same_classes = backbone.num_classes == config.num_classes
     same_exits = own['exits'] == config.model_args['exits']
-    with _described_by(release):
-        model = CascadeModel(backbone, points if same_input and same_exits else own['exits'], own['head'])
+    with described_by(str(release)):
+        model = CascadeModel(backbone, described.points if same_input and same_exits else own['exits'], own['head'])
     if config.published is not None and same_input and same_classes and 'dtype' not in request:
         config.published.check(backbone, str(release))
         model.published = config.published
@@ -167,6 +163,8 @@ def _load_release(
         and same_exits
         and ({k: v.shape for k, v in heads.items()} == {k: v.shape for k, v in model.heads.state_dict().items()})
     )
+    if 'dtype' not in request and config.points is not None:
+        _as_saved(model, state)
     if fit:
         model.heads.load_state_dict(heads)
     if fit and same_input:
@@ -192,75 +190,12 @@ def _load_release(
     return model
 
 
-def _plan(release: Release, size: int | None) -> tuple[Sequence[ExitPoint], dict[str, tuple[int, ...]]]:
-    """Exit points of a release, and the names and shapes that its weights file must hold.
-
-    The model that the config describes is built on the meta device, where a giant one costs nothing. Of a release of
-    heads only the backbone must not have more numbers than the published file has bytes (`size`); that step is left
-    out where the config asks for nothing but timm's own model.
-    """
-    config, published = release.config, release.config.published
-    args, cfg = config.model_args, {**config.pretrained_cfg, 'architecture': config.base}
-    with _described_by(release), _bounded(size or MAX_NUMBERS), torch.device('meta'):
-        backbone: Any = None
-        if not (published and published.is_plain(config.backbone_args, config.num_classes, config.input_size)):
-            backbone = timm.create_model(config.base, pretrained_cfg=cfg, **config.backbone_args)
-        points = config.points or resolve_exits(backbone, args['exits'])
-        heads = create_heads(points, config.num_classes, head_configs(args['head'], len(points)))
-    modules = {'heads': heads} if config.layout == 'heads' else {'backbone': backbone, 'heads': heads}
-    return points, {
-        f'{group}.{name}': tuple(t.shape)
-        for group, module in modules.items()
-        for name, t in module.state_dict().items()
-    }
-
-
-@contextmanager
-def _described_by(release: Release) -> Iterator[None]:
-    """What goes wrong while a model is built goes back to the config that describes it."""
-    try:
-        yield
-    except ReleaseError:
-        raise
-    except Exception as e:  # a stranger's arguments in a model's constructor: anything may come
-        raise ReleaseError(
-            f'{release}: the model that {CONFIG} and your arguments describe cannot be built, or does '
-            f'not fit {WEIGHTS}: {type(e).__name__}: {e}'
-        ) from e
-
-
-@contextmanager
-def _bounded(most: int = MAX_NUMBERS) -> Iterator[None]:
-    """Ends the building of a model with more than `most` numbers, or of a size that nothing in timm has.
-
-    For as long as it lasts, every module that is built in this process is counted.
-    """
-    tensors = modules = numbers = 0
-
-    def parameter(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        nonlocal tensors, numbers
-        tensors += 1
-        numbers += tensor.numel() if tensor is not None else 0
-        check()
-
-    def child(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-        nonlocal modules
-        modules += 1
-        check()
-
-    def check() -> None:
-        if tensors > MAX_TENSORS or modules > MAX_MODULES or numbers > most:
-            raise ReleaseError(
-                f'{CONFIG} describes a model with more than {MAX_TENSORS:,} tensors, {MAX_MODULES:,} '
-                f'modules or {most:,} numbers; it is not built.'
-            )
-
-    handles = [
-        torch_module.register_module_parameter_registration_hook(parameter),
-        torch_module.register_module_module_registration_hook(child),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _as_saved(model: CascadeModel, state: Mapping[str, Tensor]) -> None:
+    """Gives backbone and heads the precision of the saved tensors; timm builds everything in float32."""
+    for group, module in (('backbone', model.backbone), ('heads', model.heads)):
+        saved = {t.dtype for name, t in state.items() if name.startswith(f'{group}.') and t.is_floating_point()}
+        if len(saved) == 1:
+            module.to(next(iter(saved)))
+        elif saved:  # each its own
+            for name, t in module.state_dict(keep_vars=True).items():
+                t.data = t.data.to(state[f'{group}.{name}'].dtype) if f'{group}.{name}' in state else t.data

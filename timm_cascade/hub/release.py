@@ -1,7 +1,7 @@
 """The saved format: config.json, model.safetensors, thresholds.json, calibration.safetensors, profiles.json, README.md.
 
-The one module that writes and reads these files. Reading takes them for what they are, a stranger's: everything is
-checked before a model is built, and whatever is wrong is a ReleaseError that names the file.
+The one module that writes and reads these files. Reading takes them for files from outside: everything is checked
+before a model is built, and whatever is wrong is a ReleaseError that names the file.
 
 Two layouts: `full` holds backbone and heads, `heads` the heads only and names the published backbone they belong to.
 """
@@ -11,10 +11,13 @@ from __future__ import annotations
 import json
 import struct
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -22,15 +25,15 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from ..backbone import input_size_of
 from ..errors import ReleaseError
 from ..model import CascadeModel
 from ..thresholds import Calibration, Profile, ThresholdTable, profiles_from_json, profiles_to_json
-from ..utils.digest import heads_digest, state_digest
-from ..utils.files import replacing, write_text
+from ..utils.digest import state_digest
+from ..utils.files import replacing
 from .card import GENERATED, PICTURE, render
 from .config import LAYOUTS, ReleaseConfig, cascade_entry, parse_config
-from .download import Folder, Repository
+from .described import Plan, difference, plan
+from .download import Folder, Repository, sha256_of
 from .pretrained import Published
 
 __all__ = [
@@ -60,6 +63,9 @@ MAX_CONFIG, MAX_TABLE, MAX_CALIBRATION, MAX_HEADER = 8 << 20, 32 << 20, 256 << 2
 MAX_PROFILES = 8 << 20
 MAX_SIZE = 100 << 30  # of weights, where no model says how large they may be
 
+T = TypeVar('T')
+Bound = TypeVar('Bound', ThresholdTable, Calibration)
+
 
 class Release:
     """The files of a release, checked.
@@ -71,6 +77,7 @@ class Release:
     def __init__(self, source: Folder | Repository) -> None:
         self.source = source
         self._heads_hash = ''  # of the weights that were read
+        self._backbone_digest: str | None = None
 
     def __str__(self) -> str:
         return str(self.source)
@@ -89,16 +96,18 @@ class Release:
         except UnicodeDecodeError as e:
             raise ReleaseError(f'{path}: it is not UTF-8 ({e}).') from e
 
-    def weights(self, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
+    def weights(self, shapes: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The tensors of model.safetensors by name, `backbone.*` and `heads.*`.
 
+        Warns of a release in an older format, whose files have no hashes.
+
         Args:
-            shapes: What the config says the file holds, by name; without it any names and shapes will do.
+            shapes: What the config says the file holds, meta tensors by name; without it any will do.
 
         Raises:
             ReleaseError: No such file, a damaged one, or tensors that are not those of the config, or not finite.
         """
-        numbers = sum(torch.Size(s).numel() for s in shapes.values()) if shapes else 0
+        numbers = sum(t.numel() for t in shapes.values()) if shapes else 0
         path = self.source.path(WEIGHTS, 8 * numbers + MAX_HEADER if shapes else MAX_SIZE)
         if path is None:
             only_pickle = f'only {PICKLE}, a pickle: loading one can run anything, so it is not opened. Ask its author '
@@ -122,16 +131,22 @@ class Release:
                 state = {name: tensors.get_tensor(name) for name in names}
         except ReleaseError:
             raise
-        except Exception as e:  # a stranger's file: whatever reading it raises, it is damaged
+        except Exception as e:  # a file from outside: whatever reading it raises, it is damaged
             raise ReleaseError(f'{path} is truncated or damaged ({e}); fetch or save it again.') from e
         wrong = [name for name, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
         if wrong:
             raise ReleaseError(f'{path}: {", ".join(wrong[:5])} holds NaN or infinite values; the file is damaged.')
         self._check_hashes(path, state)
+        if self.config.version is not None and self.config.files is None:
+            warnings.warn(
+                f'{self} has format version {self.config.version}, without hashes: its files are not checked for '
+                f'damage. Save it again with timm_cascade.save, then they are.',
+                stacklevel=6,
+            )
         return state
 
     def _check_names(
-        self, path: Path, found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]] | None
+        self, path: Path, found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, Tensor] | None
     ) -> None:
         groups = {name.partition('.')[0] for name in found}
         strange = sorted(name for name in found if name.partition('.')[0] not in ('backbone', 'heads'))
@@ -148,9 +163,9 @@ class Release:
             return
         missing, extra = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
         other = [
-            f'{name} is {found[name]}, not {shape}'
-            for name, shape in shapes.items()
-            if name in found and found[name] != tuple(shape)
+            f'{name} is {found[name]}, not {tuple(t.shape)}'
+            for name, t in shapes.items()
+            if name in found and found[name] != tuple(t.shape)
         ]
         if missing or extra or other:
             differences = [f'{n} is missing' for n in missing] + [f'{n[:200]} is not expected' for n in extra] + other
@@ -161,45 +176,82 @@ class Release:
 
     def _check_hashes(self, path: Path, state: Mapping[str, Tensor]) -> None:
         config = self.config
-        self._heads_hash = heads_digest(config.model_args['exits'], _part(state, 'heads'))
-        if config.heads_hash is not None and self._heads_hash != config.heads_hash:
-            raise ReleaseError(
-                f'{path}: its heads are {self._heads_hash}, but {CONFIG} and the table were made '
-                f'for the heads {config.heads_hash}. The file is damaged, or from another release.'
-            )
-        if config.digest is not None:
-            digest = state_digest(_part(state, 'backbone'))
-            if digest != config.digest:
-                raise ReleaseError(
-                    f'{path}: its backbone is {digest}, but {CONFIG} was made for {config.digest}. The '
-                    f'file is damaged, or from another release.'
-                )
+        self._heads_hash = state_digest(_part(state, 'heads'), also=config.model_args['exits'])
+        self._backbone_digest = config.published.digest if config.published else None
+        if config.layout == 'full':
+            self._backbone_digest = state_digest(_part(state, 'backbone'))
+        if config.files is not None:  # digests of older formats were taken in another way
+            for what, found, expected in (
+                ('heads are', self._heads_hash, config.heads_hash),
+                ('backbone is', self._backbone_digest, config.digest or self._backbone_digest),
+            ):
+                if found != expected:
+                    raise ReleaseError(
+                        f'{path}: its {what} {found}, but {CONFIG} and the table were made for {expected}. The file is '
+                        f'damaged, or from another release.'
+                    )
+        self._check_file(path)
 
-    def dial(self) -> tuple[ThresholdTable | None, Calibration | None]:
-        """Table and calibration, where there are any; to be read after the weights, to whose heads they must belong.
+    def _check_file(self, path: Path) -> None:
+        """Size and sha256, which config.json holds; after the content, so that what is wrong there is named first."""
+        if self.config.files is None:
+            return
+        if path.name not in self.config.files:
+            raise ReleaseError(f'{path} is not a file of this release: {CONFIG} does not list it. Delete it.')
+        sha256, size = self.config.files[path.name]
+        found = path.stat().st_size
+        if found != size or sha256_of(path) != sha256:
+            difference = f'has {found:,} bytes, not {size:,}' if found != size else 'has another sha256'
+            raise ReleaseError(
+                f'{path} {difference} than {CONFIG} says: it is damaged, or from another release. Fetch it again, or '
+                f'save the cascade again.'
+            )
+
+    def _read(self, name: str, limit: int, read: Callable[[Path], T]) -> T | None:
+        """What `read` makes of a file, checked; None where there is no such file.
 
         Raises:
-            ReleaseError: Damaged files, or files that belong to another cascade.
+            ReleaseError: Whatever is wrong with it.
         """
-        config, heads_hash = self.config, self._heads_hash
-        table, calibration = None, None
-        path = self.source.path(TABLE, MAX_TABLE)
+        path = self.source.path(name, limit)
+        if path is None:
+            return None
         try:
-            if path is not None:
-                table = ThresholdTable.from_json(path.read_text(encoding='utf-8'), str(path))
-                table.check(config.model_args['exits'], config.num_classes, heads_hash, config.input_size)
-            path = self.source.path(CALIBRATION, MAX_CALIBRATION)
-            if path is not None:
-                calibration = Calibration.load(path)
-                calibration.table(max_drops=()).check(
-                    config.model_args['exits'], config.num_classes, heads_hash, config.input_size
-                )
+            result = read(path)
         except ReleaseError:
             raise
         except Exception as e:  # a file from outside: whatever reading it raises, it is damaged
             said = str(e).removeprefix(f'{path}: ') or type(e).__name__
-            raise ReleaseError(f'{path}: {said} Fetch the file again, or calibrate again.') from e
-        return table, calibration
+            raise ReleaseError(f'{path}: {said} Fetch the file again, or measure again.') from e
+        self._check_file(path)
+        return result
+
+    def dial(self) -> tuple[ThresholdTable | None, Calibration | None]:
+        """Table and calibration, where there are any; to be read after the weights, to which they must belong.
+
+        Raises:
+            ReleaseError: Damaged files, or files that belong to another cascade.
+        """
+        return (
+            self._read(TABLE, MAX_TABLE, lambda p: self._bound(ThresholdTable.from_json(_text(p), str(p)))),
+            self._read(CALIBRATION, MAX_CALIBRATION, lambda p: self._bound(Calibration.load(p))),
+        )
+
+    def _bound(self, part: Bound) -> Bound:
+        """Makes sure that a table or calibration belongs to the weights that were read."""
+        config = self.config
+        heads_hash = self._heads_hash
+        if config.version == 1:  # its digests were taken in another way: they must agree, and are replaced
+            heads_hash = str(config.heads_hash)
+        table = part if isinstance(part, ThresholdTable) else part.table(max_drops=())
+        table.check(
+            exits=config.model_args['exits'],
+            num_classes=config.num_classes,
+            heads_hash=heads_hash,
+            input_size=config.input_size,
+            backbone_digest=self._backbone_digest,
+        )
+        return replace(part, heads_hash=self._heads_hash)
 
     def profiles(self) -> list[Profile]:
         """What its parts cost by the clock, on the machines where that was measured.
@@ -207,16 +259,14 @@ class Release:
         Raises:
             ReleaseError: A damaged file, or one of another cascade.
         """
-        path = self.source.path(PROFILES, MAX_PROFILES)
-        if path is None:
-            return []
-        try:
-            profiles = profiles_from_json(path.read_text(encoding='utf-8'), str(path))
-        except ValueError as e:  # also of an encoding that is not UTF-8
-            raise ReleaseError(f'{path}: {str(e).removeprefix(f"{path}: ")}') from e
-        if any(list(p.exits) != self.config.model_args['exits'] for p in profiles):
-            raise ReleaseError(f'{path}: profiles of other exits; fetch the file again, or measure again.')
-        return profiles
+
+        def read(path: Path) -> list[Profile]:
+            found = profiles_from_json(_text(path), str(path))
+            if any(list(p.exits) != self.config.model_args['exits'] for p in found):
+                raise ReleaseError(f'{path}: profiles of other exits; fetch the file again, or measure again.')
+            return found
+
+        return self._read(PROFILES, MAX_PROFILES, read) or []
 
     def check(self) -> None:
         """Reads everything without building a model.
@@ -234,36 +284,45 @@ def _part(state: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
     return {name.partition('.')[2]: t for name, t in state.items() if name.partition('.')[0] == group}
 
 
+def _text(path: Path) -> str:
+    return path.read_text(encoding='utf-8')
+
+
 def binding(model: CascadeModel) -> dict[str, Any]:
-    """What a threshold table must agree on with the model it is used with."""
+    """What a threshold table or a calibration must agree on with the model it is used with."""
     return dict(
         exits=tuple(p.module for p in model.exits),
         num_classes=model.num_classes,
         heads_hash=model.heads_hash(),
-        input_size=input_size_of(model.backbone),
+        **model.provenance(),
     )
 
 
 def save(model: nn.Module, folder: str | Path, layout: str | None = None, card: str | None = None) -> Path:
     """Writes a release that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads.
 
-    Each file replaces its forerunner in one step; what the model does not have (a table, say) is removed.
+    All files are written beside the old ones, then renamed, config.json last; an error leaves the old release as it
+    was. What the model does not have (a table, say) is removed.
 
     Args:
         model: A cascade; its active thresholds are kept.
         folder: Made if it is not there.
         layout: `heads` (the backbone is named, not saved) or `full`; by default `heads` if the backbone is exactly a
             published checkpoint, else `full`.
-        card: Text of README.md; without it a card you wrote stays, and one that was generated is written anew.
+        card: Text of README.md; without it a card you wrote stays, and one that was generated is written again.
 
     Raises:
-        ReleaseError: `heads` asked for a backbone that is no published one, a table that belongs to other heads, or
-            weights that are not finite.
+        ReleaseError: `heads` asked for a backbone that is not a published one, weights that are not finite, or tensors
+            that are not those of the model that its own config describes; the message names the first.
+        TableMismatchError: A table or calibration that was made for other weights, or with another dtype or transform.
+
+    Example:
+        >>> timm_cascade.save(model, 'cascade_resnet50.flowers')
     """
     if not isinstance(model, CascadeModel):
         raise ReleaseError(
-            f'{type(model).__name__} is no cascade; create one with '
-            f'timm.create_model("cascade_...") or save the model with timm.'
+            f'{type(model).__name__} is not a cascade; create one with timm.create_model("cascade_...") or save the '
+            f'model with timm.'
         )
     published = _unchanged(model)
     layout = layout or ('heads' if published else 'full')
@@ -278,68 +337,131 @@ def save(model: nn.Module, folder: str | Path, layout: str | None = None, card: 
         raise ReleaseError(
             f'a release of heads only names its backbone, but this one is {was}; save it with layout="full".'
         )
-    state = {
-        name: t.detach().cpu().contiguous()
-        for name, t in model.state_dict().items()
-        if layout == 'full' or name.startswith('heads.')
-    }
-    wrong = [name for name, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
-    if wrong:
-        raise ReleaseError(f'{", ".join(wrong[:5])} holds NaN or infinite values; nothing was saved.')
-    if model.table is not None:
-        model.table.check(**binding(model))
+    published = published if layout == 'heads' else None
+    state = _tensors(model, layout)
+    now = binding(model)
+    for part in (model.table, model.calibration):
+        if part is not None:
+            (part if isinstance(part, ThresholdTable) else part.table(max_drops=())).check(**now)
 
-    folder = Path(folder)
-    entry = cascade_entry(
-        layout,
-        model.exits,
-        model.heads_hash(),
-        state_digest(_part(state, 'backbone')) if layout == 'full' else None,
-        published if layout == 'heads' else None,
-        model.base_model,
-    )
-    config = _config_text(model, entry)
-    with replacing(folder / WEIGHTS) as path:
-        save_file(state, path, metadata={'format': 'pt'})
-    write_text(folder / CONFIG, config)
-    for name, part in ((TABLE, model.table), (CALIBRATION, model.calibration)):
-        if part is None:
-            (folder / name).unlink(missing_ok=True)
-        elif isinstance(part, ThresholdTable):
-            write_text(folder / name, part.to_json())
-        else:
-            part.save(folder / name)
-    save_profiles(model, folder)
-    if card is not None or not (folder / CARD).exists() or GENERATED in (folder / CARD).read_text(encoding='utf-8'):
-        write_text(
-            folder / CARD,
-            card or render(model, layout=layout, picture=PICTURE if (folder / PICTURE).exists() else None),
+    config = _config(model, layout, published, now)
+    described = plan(parse_config(json.dumps(config)), str(folder))
+    wrong = difference(state, described)
+    if wrong is not None:
+        raise ReleaseError(
+            f'{wrong}. The cascade is not the one that its config describes ({config["architecture"]} with model_args '
+            f'{str(config["model_args"])[:200]}), so it could not be loaded; nothing was saved. Merge what was added '
+            f'(adapters, say) into the original weights, save the cascade as it was before its structure changed, or '
+            f'create it with the arguments that describe it: timm.create_model({config["architecture"]!r}, ...).'
         )
+    folder = Path(folder)
+    with ExitStack() as stack:  # renamed in the opposite order: config.json last, which the others are checked against
+        staged = stack.enter_context(replacing(folder / CONFIG))
+        path = stack.enter_context(replacing(folder / WEIGHTS))
+        try:
+            save_file(
+                {name: t.clone() if name in _shared(described) else t for name, t in state.items()},
+                path,
+                {'format': 'pt'},
+            )
+        except OSError:
+            raise
+        except Exception as e:  # safetensors' own: it names tensors, and says why it does not take them
+            raise ReleaseError(f'{folder}: safetensors does not take these weights ({e}); nothing was saved.') from e
+        paths = {WEIGHTS: path}
+        parts: dict[str, Any] = {TABLE: model.table, CALIBRATION: model.calibration, PROFILES: model.profiles}
+        for name, part in parts.items():
+            if part:
+                paths[name] = stack.enter_context(replacing(folder / name))
+                _write(part, paths[name])
+        config['cascade']['files'] = {name: _entry(path) for name, path in sorted(paths.items())}
+        staged.write_text(_dumps(config), encoding='utf-8')
+        if card is not None or not (folder / CARD).exists() or GENERATED in _text(folder / CARD):
+            text = card or render(model, layout=layout, picture=PICTURE if (folder / PICTURE).exists() else None)
+            stack.enter_context(replacing(folder / CARD)).write_text(text, encoding='utf-8')
+        for name in {TABLE, CALIBRATION, PROFILES} - set(paths):
+            (folder / name).unlink(missing_ok=True)
     return folder
 
 
 def save_profiles(model: CascadeModel, folder: str | Path) -> None:
     """Writes what was measured of this model to its release; removes the file where nothing was."""
-    path = Path(folder) / PROFILES
-    if model.profiles:
-        write_text(path, profiles_to_json(model.profiles))
+    folder = Path(folder)
+    config = json.loads(_text(folder / CONFIG))
+    files = config.get('cascade', {}).get('files', {})
+    with ExitStack() as stack:
+        staged = stack.enter_context(replacing(folder / CONFIG))
+        files.pop(PROFILES, None)
+        if model.profiles:
+            path = stack.enter_context(replacing(folder / PROFILES))
+            _write(model.profiles, path)
+            files[PROFILES] = _entry(path)
+        else:
+            (folder / PROFILES).unlink(missing_ok=True)
+        staged.write_text(_dumps(config), encoding='utf-8')
+
+
+def _tensors(model: CascadeModel, layout: str) -> dict[str, Tensor]:
+    """The tensors of a release of this model.
+
+    Raises:
+        ReleaseError: What is not a plain tensor, or not finite.
+    """
+    state: dict[str, Tensor] = {}
+    for name, t in model.state_dict().items():
+        if layout == 'heads' and not name.startswith('heads.'):
+            continue
+        plain = type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided and not t.is_quantized and not t.is_meta
+        if not plain:
+            raise ReleaseError(
+                f'{name} is not a plain tensor ({type(t).__name__}); a quantised or otherwise converted model cannot '
+                f'be saved. Keep the original, save it, and convert what was loaded.'
+            )
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            raise ReleaseError(f'{name} holds NaN or infinite values; nothing was saved.')
+        state[name] = t.detach().cpu().contiguous()
+    return state
+
+
+def _shared(described: Plan) -> set[str]:
+    """Names of tensors that are shared in the model as it will be built too: the file may hold them twice."""
+    return {name for group in described.shared for name in group}
+
+
+def _write(part: ThresholdTable | Calibration | list[Profile], path: Path) -> None:
+    if isinstance(part, Calibration):
+        part.save(path)
     else:
-        path.unlink(missing_ok=True)
+        path.write_text(profiles_to_json(part) if isinstance(part, list) else part.to_json(), encoding='utf-8')
 
 
-def _config_text(model: CascadeModel, entry: dict[str, Any]) -> str:
-    """config.json, checked as it will be when it is read."""
+def _entry(path: Path) -> dict[str, Any]:
+    return dict(sha256=sha256_of(path), size=path.stat().st_size)
+
+
+def _dumps(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=2, sort_keys=True) + '\n'
+
+
+def _config(
+    model: CascadeModel, layout: str, published: Published | None, binding: Mapping[str, Any]
+) -> dict[str, Any]:
+    """config.json with everything but the hashes of the files, which are not written yet."""
+    digest = binding['backbone_digest'] if layout == 'full' else None
+    none = {WEIGHTS: ('0' * 64, 0)}
+    entry = cascade_entry(layout, model.exits, none, binding['heads_hash'], digest, published, model.base_model)
     extra: dict[str, Any] = {'cascade': entry}
     if model.label_names:
         extra['label_names'] = model.label_names
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / CONFIG
-        save_config_for_hf(model, str(path), model_config=extra)
-        config = json.loads(path.read_text(encoding='utf-8'))
+        try:
+            save_config_for_hf(model, str(path), model_config=extra)
+        except (TypeError, ValueError) as e:  # timm's own: an argument that JSON does not hold
+            raise ReleaseError(f'timm cannot describe this model in {CONFIG}: {e} Nothing was saved.') from e
+        config = json.loads(_text(path))
     config['pretrained_cfg'].pop('label_names', None)  # they stand at the top already
-    text = json.dumps(config, indent=2, sort_keys=True) + '\n'
-    parse_config(text)
-    return text
+    return config
 
 
 def _unchanged(model: CascadeModel) -> Published | None:

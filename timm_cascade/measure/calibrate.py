@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import timm
 import torch
-from timm.data.model_config import resolve_input_data_config
 from torch.utils.data import Dataset
 
 from ..data import UNLABELLED, create_loader
@@ -80,17 +79,11 @@ def calibrate(
     arrays = record(model, held_out, batch_size, workers, accelerator)
     labelled = 'correct' in arrays
     arrays.setdefault('correct', arrays['agreement'])  # without labels the full network is taken to be right
-    config = resolve_input_data_config(model)
     provenance: dict[str, Any] = dict(
         data=getattr(held_out, 'name', type(held_out).__name__),
         split=getattr(held_out, 'split', ''),
         labelled=labelled,
-        input_size=list(config['input_size']),
-        mean=list(config['mean']),
-        std=list(config['std']),
-        interpolation=config['interpolation'],
-        crop_pct=config['crop_pct'],
-        dtype=str(next(model.parameters()).dtype).removeprefix('torch.'),
+        **model.provenance(),
         versions=dict(timm_cascade=__version__, timm=timm.__version__, torch=torch.__version__),
     )
     calibration = Calibration(

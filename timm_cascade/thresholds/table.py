@@ -107,9 +107,22 @@ class ThresholdTable:
         )
 
     def check(
-        self, exits: Sequence[str], num_classes: int, heads_hash: str, input_size: Sequence[int] | None = None
+        self,
+        exits: Sequence[str],
+        num_classes: int,
+        heads_hash: str,
+        input_size: Sequence[int] | None = None,
+        **provenance: Any,
     ) -> None:
-        """Makes sure that the table belongs to these heads.
+        """Makes sure that the table belongs to this cascade.
+
+        Args:
+            exits: Module names of the exits.
+            num_classes: Number of classes.
+            heads_hash: Identifies the heads.
+            input_size: (channels, height, width) of the images.
+            **provenance: What else the figures follow from (backbone_digest, dtype, mean, ...); compared where the
+                table's provenance has it.
 
         Raises:
             TableMismatchError: Lists all that differs.
@@ -122,6 +135,8 @@ class ThresholdTable:
         ]
         if self.input_size is not None and input_size is not None:
             pairs.append(('input_size', tuple(self.input_size), tuple(input_size)))
+        known = self.provenance
+        pairs += [(name, known[name], ours) for name, ours in provenance.items() if known.get(name) is not None]
         wrong = [
             f'{name} is {theirs!r} in the table, {ours!r} in the model'
             for name, theirs, ours in pairs

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from ..data import View
 from ..errors import BadImageError
 from ..model import CascadeModel
-from ..utils.digest import heads_digest
+from ..utils.digest import state_digest
 from ..utils.distributed import on_main
 from ..utils.progress import progress
 
@@ -123,7 +123,7 @@ class FrozenFeatures:
             )
         parts = dict(
             format=FORMAT,
-            weights=heads_digest([type(model.backbone).__name__], state),
+            weights=state_digest(state, also=[type(model.backbone).__name__]),
             exits=[(p.module, p.item, p.layout, p.prefix_tokens) for p in model.exits],
             grids=[h.grid for h in model.heads],
             pre_logits=self.pre_logits,
