@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         saved=str(folder) if folder.is_dir() else None,
         notes=model.exits_without_time()
         + [
-            f'exit {x} can save no time here, whoever leaves'
+            f'exit {x} can save no time here, whatever share of the images exits'
             for x, b in zip(p.exits, p.break_even, strict=True)
             if b >= 1
         ],

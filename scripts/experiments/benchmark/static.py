@@ -1,4 +1,4 @@
-"""The cascade beside what one would do without it: all exits computed, or a smaller network in its place."""
+"""The cascade beside its alternatives: all exits computed, or a smaller network in its place."""
 
 from __future__ import annotations
 
