@@ -21,4 +21,4 @@ def calibrated():
 
 @pytest.fixture(scope='session')
 def exported(calibrated, tmp_path_factory):
-    return timm_cascade.export(calibrated, tmp_path_factory.mktemp('export') / 'cascade')
+    return timm_cascade.export(calibrated, tmp_path_factory.mktemp('export') / 'cascade', single_file='batch')

@@ -58,7 +58,7 @@ def test_an_interrupted_export_leaves_nothing(stage, tmp_path, monkeypatch):
 def test_bad_requests(tmp_path):
     model = small_model()
     for kwargs, message in [
-        (dict(format='tflite'), "format is 'tflite'; expected onnx"),
+        (dict(format='tflite'), "format is 'tflite'; expected onnx or pt2"),
         (dict(batch_size=0), 'batch_size is 0'),
         (dict(opset=3), 'opset is 3'),
     ]:

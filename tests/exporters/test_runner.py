@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from exporters.cases import load_runner
+from exporters.cases import between, load_runner
 from helpers import batch_for
 from PIL import Image
 
@@ -25,17 +25,6 @@ def cascade(exported):
 @pytest.fixture
 def pictures(calibrated):
     return batch_for(calibrated, 9)
-
-
-def between(model, x, shares=(0.4, 0.7)):
-    """Thresholds that lie between two samples' confidences, so that no rounding decides."""
-    result = []
-    with torch.no_grad():
-        for logits, share in zip(model.forward_exits(x)[:-1], shares, strict=True):
-            ordered = logits.softmax(1).amax(1).sort(descending=True).values
-            at = round(share * len(x))
-            result.append(float(ordered[at - 1 : at + 1].mean()))
-    return result
 
 
 def changed(exported, tmp_path, change):

@@ -7,8 +7,8 @@ import onnx
 import pytest
 import timm
 import torch
-from exporters.cases import load_runner, quietly_export, small_model
-from helpers import batch_for, split_thresholds
+from exporters.cases import between, load_runner, quietly_export, small_model
+from helpers import batch_for
 
 from timm_cascade.exporters.stage_module import FoldedHead
 from timm_cascade.heads import ExitHead
@@ -88,11 +88,11 @@ def test_a_backbone_that_hooks_cannot_cut(tmp_path):
     import timm_cascade
 
     torch.manual_seed(0)
-    model = timm_cascade.CascadeModel(Stubborn().eval(), ['blocks.1', 'blocks.3']).eval()
+    model = timm_cascade.CascadeModel(Stubborn().eval(), ['blocks.1', 'blocks.3'], head='linear').eval()
     cascade = load_runner(quietly_export(model, tmp_path / 'out')).Cascade(tmp_path / 'out')
     assert 4 in {t['rows'] for t in cascade.stages[0]['live']}
     x = torch.randn(6, 3, 16, 16) * torch.linspace(0.3, 3, 6)[:, None, None, None]
-    model.thresholds = split_thresholds(model, x)
+    model.thresholds = between(model, x)
     cascade.set_thresholds(model.thresholds.tolist())
     want, got = model.predict(x), cascade.predict(x.numpy())
     assert len(set(got.exit.tolist())) > 1 and (got.exit == want.exit.numpy()).all()
@@ -124,7 +124,7 @@ def test_fixed_batch_sizes(fixed, tmp_path):
     shapes = [d.dim_value for d in onnx.load(folder / 'stage_1.onnx').graph.input[0].type.tensor_type.shape.dim]
     assert shapes[0] == fixed and all(shapes)
     x = batch_for(model, 6)
-    model.thresholds = split_thresholds(model, x)
+    model.thresholds = between(model, x)
     cascade = load_runner(folder).Cascade(folder)
     cascade.set_thresholds(model.thresholds.tolist())
     want, got = model.predict(x), cascade.predict(x.numpy())

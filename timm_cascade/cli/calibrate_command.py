@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from .. import hub
 from ..data import check_classes
+from ..exporters import MANIFEST, calibrate_exported, read_manifest
 from ..measure.calibrate import calibrate
+from ..thresholds import Calibration
 from ..utils.distributed import create_accelerator
 from .options import Commands, data_options, load_data_of, output_options
 
@@ -19,7 +22,7 @@ def add_command(commands: Commands) -> None:
     cal = commands.add_parser(
         'calibrate', parents=[data_options(), output_options()], help='measure every exit on held-out images'
     )
-    cal.add_argument('folder', help='a release')
+    cal.add_argument('folder', help='a release, or a folder that timm-cascade export wrote')
     cal.add_argument('--split', help='images that neither backbone nor heads were trained on')
     cal.add_argument('--no-labels', action='store_true', help='count agreement with the full network instead')
     cal.set_defaults(run=run)
@@ -27,6 +30,8 @@ def add_command(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Runs the command; returns what it prints."""
+    if (Path(args.folder) / MANIFEST).is_file():
+        return _run_exported(args)
     accelerator = create_accelerator()
     model = hub.load(args.folder)
     data = load_data_of(args, args.split, labels=not args.no_labels)
@@ -38,10 +43,22 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     accelerator.end_training()
     if not main_process:
         return None
+    return _summary(args, calibration)
+
+
+def _run_exported(args: argparse.Namespace) -> dict[str, Any]:
+    manifest = read_manifest(args.folder)
+    data = load_data_of(args, args.split, labels=not args.no_labels)
+    check_classes(data, manifest.num_classes, manifest.label_names)
+    calibration = calibrate_exported(args.folder, data, batch_size=args.batch_size)
+    return dict(precision=manifest.precision, **_summary(args, calibration))
+
+
+def _summary(args: argparse.Namespace, calibration: Calibration) -> dict[str, Any]:
     accuracy = calibration.correct.mean(0)
     return dict(
         folder=args.folder,
-        n=len(data),
+        n=calibration.n,
         exits=list(calibration.exits),
         **{'agreement' if args.no_labels else 'accuracy': [round(float(a), 4) for a in accuracy]},
     )

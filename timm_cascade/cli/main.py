@@ -11,6 +11,7 @@ from ..errors import CascadeError
 from . import (
     calibrate_command,
     evaluate_command,
+    export_command,
     info_command,
     predict_command,
     profile_command,
@@ -25,6 +26,7 @@ COMMANDS = (
     train_command,
     calibrate_command,
     evaluate_command,
+    export_command,
     predict_command,
     profile_command,
     info_command,

@@ -1,6 +1,7 @@
 """Export: a cascade as files that run without torch, and still skip what they need not compute."""
 
 from .assemble import export
-from .manifest import Manifest, read_manifest
+from .manifest import MANIFEST, Manifest, read_manifest
+from .recalibrate import calibrate_exported
 
-__all__ = ['Manifest', 'export', 'read_manifest']
+__all__ = ['MANIFEST', 'Manifest', 'calibrate_exported', 'export', 'read_manifest']

@@ -21,16 +21,20 @@ import torch
 from timm.data.model_config import resolve_input_data_config
 
 from ..backbone import input_size_of
+from ..data import ImageData
 from ..errors import ExportError
 from ..model import CascadeModel
 from ..version import __version__
 from .manifest import MANIFEST, LiveTensor, Manifest, Preprocessing, StageEntry
+from .onnx_int8 import quantise_stages
+from .onnx_single import SINGLE, SINGLE_BATCH, write_single
 from .onnx_stages import require, write_stage
+from .pt2 import write_program
 from .stage_module import StageModule
 
 __all__ = ['export']
 
-FORMATS = ('onnx',)
+FORMATS = ('onnx', 'pt2')
 RUNNER = 'runner.py'
 
 
@@ -42,6 +46,8 @@ def export(
     opset: int | None = None,
     batch_size: int | None = None,
     fp16: bool = False,
+    int8: ImageData | None = None,
+    single_file: str | None = 'image',
 ) -> Path:
     """Writes a cascade as one file per stage, with all that is needed to run it elsewhere.
 
@@ -53,11 +59,18 @@ def export(
         model: A cascade in eval mode. Its active thresholds and its table go with it; without a calibration all exits
             are closed, and a warning says so.
         folder: Must not exist. It is written beside and renamed, so it is there as a whole or not at all.
-        format: `onnx`.
+        format: `onnx`; or `pt2` for torch.export programs, which AOTInductor and ExecuTorch read; they have no runner.
         opset: Version of the ONNX operators; by default 18.
         batch_size: Number of samples that each stage takes, for runtimes that need fixed shapes; by default any.
         fp16: Compute in half precision. Thresholds of one precision do not serve another: the runner refuses them
             until the exported files have been calibrated (`timm-cascade calibrate FOLDER`).
+
+        int8: Images to quantise with, like those to come (up to 256 are used; labels are not). The thresholds do not
+            serve the quantised files, as with `fp16`.
+        single_file: Also write all stages as one file, whose later stages stand in branches that are not run:
+            `image` for `cascade.onnx`, which takes one image, `batch` for `cascade_batch.onnx`, which takes any number
+            as well, None for neither. Each holds all weights once more. Left out with a warning where it cannot be
+            written.
 
     Returns:
         The folder.
@@ -82,29 +95,56 @@ def export(
         raise ExportError('this model has no classes, so its exits cannot answer; reset_classifier(num_classes) first.')
     if batch_size is not None and batch_size < 1:
         raise ExportError(f'batch_size is {batch_size}; expected at least 1, or None for any number of samples.')
-    require('onnx', 'onnxscript')
+    if single_file not in (None, 'image', 'batch'):
+        raise ExportError(f'single_file is {single_file!r}; expected image, batch or None.')
+    if format == 'onnx':
+        require('onnx', 'onnxscript')
     dtype = next(model.parameters()).dtype
     if dtype not in (torch.float32, torch.float16):
         raise ExportError(
             f'the model computes in {dtype}; call model.float() first, and give fp16=True for half precision.'
         )
-    precision = torch.float16 if fp16 or dtype == torch.float16 else torch.float32
+    if int8 is not None and (fp16 or format != 'onnx' or dtype != torch.float32):
+        raise ExportError('int8 goes with format="onnx", a float32 model and without fp16; leave one of them out.')
+    computes = torch.float16 if fp16 or dtype == torch.float16 else torch.float32
+    precision = 'int8' if int8 is not None else str(computes).removeprefix('torch.')
     with new_folder(folder) as temporary:
-        stages = stage_modules(model, precision)
-        found = [write_stage(s, temporary / f'stage_{s.index}.onnx', opset, batch_size) for s in stages]
-        manifest = describe(
-            model,
-            stages,
-            temporary,
-            kind=format,
-            suffix='.onnx',
-            precision=str(precision).removeprefix('torch.'),
-            opset=found[0],
-            batch_size=batch_size,
-        )
-        shutil.copyfile(Path(__file__).with_name(RUNNER), temporary / RUNNER)
-        write_manifest(manifest, temporary, [RUNNER])
+        stages = stage_modules(model, computes)
+        for stage in stages:
+            path = temporary / f'stage_{stage.index}.{format}'
+            if format == 'onnx':
+                opset = write_stage(stage, path, opset, batch_size)
+            else:
+                write_program(stage, path, batch_size)
+        manifest = describe(model, stages, temporary, kind=format, precision=precision, opset=opset, size=batch_size)
+        if int8 is not None:
+            write_manifest(manifest, temporary, [])
+            quantise_stages(temporary, int8)
+            for entry in manifest.stages:
+                path = temporary / entry.file
+                entry.sha256, entry.bytes = sha256(path), path.stat().st_size
+        others = []
+        if format == 'onnx':
+            shutil.copyfile(Path(__file__).with_name(RUNNER), temporary / RUNNER)
+            others = [RUNNER, *_single_files(manifest, temporary, single_file)]
+        write_manifest(manifest, temporary, others)
     return folder
+
+
+def _single_files(manifest: Manifest, folder: Path, which: str | None) -> list[str]:
+    wanted = {None: {}, 'image': {SINGLE: False}, 'batch': {SINGLE: False, SINGLE_BATCH: True}}[which]
+    if manifest.batch_size not in (None, 1):
+        wanted = {}  # an image alone does not fit stages of a larger size
+    elif manifest.batch_size == 1:
+        wanted.pop(SINGLE_BATCH, None)
+    written = []
+    for name, batch in wanted.items():
+        try:
+            write_single(manifest, folder, folder / name, batch)
+            written.append(name)
+        except ExportError as e:
+            warnings.warn(f'{name} was left out: {e}', stacklevel=3)
+    return written
 
 
 @contextmanager
@@ -153,17 +193,16 @@ def describe(
     folder: Path,
     *,
     kind: Any,
-    suffix: str,
     precision: Any,
     opset: int | None,
-    batch_size: int | None,
+    size: int | None,
 ) -> Manifest:
     """The manifest of stage files that lie in a folder."""
     config = resolve_input_data_config(model)
     stage_macs, head_macs = model.stage_macs(), [*model.head_macs(), 0.0]
     entries = []
     for stage in stages:
-        path = folder / f'stage_{stage.index}{suffix}'
+        path = folder / f'stage_{stage.index}.{kind}'
         entries.append(
             StageEntry(
                 file=path.name,
@@ -204,7 +243,7 @@ def describe(
         architecture=str(model.pretrained_cfg['architecture']),
         precision=precision,
         opset=opset,
-        batch_size=batch_size,
+        batch_size=size,
         num_classes=model.num_classes,
         label_names=model.label_names,
         preprocessing=Preprocessing(
