@@ -117,7 +117,8 @@ class StageModule(nn.Module):
         self.index = index
 
         def name(node: fx.Node) -> str:
-            return IMAGES if node is staged.images else node.name
+            # a name of their own: the exporter may give a node of another stage the same
+            return IMAGES if node is staged.images else f'live_{node.name}'
 
         root, graph = nn.Module(), fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
