@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from ..data import ImageData
 from ..data.views import eval_transform
 from ..errors import BadImageError
 from ..model import CascadeModel
 from ..thresholds.routing import exit_costs
+from ..utils.progress import progress
 from ..version import __version__
 from .cluster import predict_on_ray
 from .inputs import Source, open_sources
@@ -281,12 +281,8 @@ def predict(
     model.eval()
     began, count = time.perf_counter(), sum(u.stop - u.start for u in todo)
     try:
-        with tqdm(
-            total=sum(u.stop - u.start for u in mine),
-            initial=sum(u.stop - u.start for u in mine) - count,
-            unit='images',
-            disable=None,
-        ) as bar:
+        total = sum(u.stop - u.start for u in mine)
+        with progress(total=total, initial=total - count, unit='images') as bar:
             for done in run(predictor, todo, folder):
                 bar.update(done.stop - done.start)
     finally:
