@@ -21,6 +21,7 @@ __all__ = [
     'TABLE_VERSION',
     'CalibrationEntry',
     'ConfigFile',
+    'PathFile',
     'PointEntry',
     'ProfilesFile',
     'PublishedEntry',
@@ -197,6 +198,7 @@ Simple = Annotated[Any, AfterValidator(_simple)]
 Labels = Annotated[Any, AfterValidator(_labels)]
 Number = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Thresholds = Annotated[list[Fraction | None], Field(min_length=1, max_length=MAX_EXITS)]  # null: a closed exit
 Positive = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
 Count = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 Macs = Annotated[int, Field(ge=1, le=MAX_MACS)]
@@ -309,7 +311,7 @@ class _ModelArgs(_Open):
     __pydantic_extra__: dict[str, Simple]
     exits: Exits
     head: Annotated[list[HeadEntry], Field(min_length=1, max_length=MAX_EXITS)]
-    thresholds: Annotated[list[Fraction | None], Field(min_length=1, max_length=MAX_EXITS)]
+    thresholds: Thresholds
 
     @model_validator(mode='after')
     def _fit(self) -> _ModelArgs:
@@ -383,8 +385,9 @@ class PointEntry(_Open):
     max_drop: Fraction | None
     level: Fraction | None
     certified: bool
-    reference: Literal['labels', 'backbone']
-    thresholds: Annotated[list[Fraction | None], Field(min_length=1, max_length=MAX_EXITS)]
+    reference: Literal['labels', 'backbone', 'best']
+    scope: Literal['dial', 'setting'] | None = None  # of a certified point without: 'setting'
+    thresholds: Thresholds
     accuracy: float
     full_accuracy: float
     drop: float
@@ -440,6 +443,15 @@ class CalibrationEntry(_Described):
     heads_hash: Text
     backbone_cost: Annotated[float, Field(gt=0)]
     provenance: dict[str, Any]
+
+
+class PathFile(_Described):
+    """path.json: thresholds from the heads' training features, from all exits closed (null) to most permissive."""
+
+    format_version: _known(1)  # type: ignore[valid-type]
+    exits: Exits
+    heads_hash: Text
+    thresholds: Annotated[list[Thresholds], Field(min_length=1, max_length=MAX_POINTS)]
 
 
 # ---- profiles.json

@@ -261,8 +261,13 @@ class CascadeModel(nn.Module):
         level: float = 0.9,
         reference: str | None = None,
         cost: str = 'macs',
+        scope: str = 'dial',
     ) -> OperatingPoint:
         """Sets the thresholds from the accuracy that may be given up.
+
+        With rule='certified', with probability `level` over the draw of the calibration images, accuracy on images
+        from the same source falls by at most max_drop: for every setting of the dial at once, so it may be turned,
+        compared and turned again. max_drop=0 opens exits only where they are certified to be no worse than the network.
 
         Warns of exits that save MACs but no time, where this machine was profiled (`timm_cascade.profile`).
 
@@ -272,8 +277,11 @@ class CascadeModel(nn.Module):
             level: Confidence level of the guarantee: it holds with at least this probability over the draw of the
                 calibration set.
             reference: What counts as correct: `labels`, or `backbone` for the full network's own answers. Default:
-                labels, where the calibration had any.
+                labels, where the calibration had any. `best` counts max_drop from the most accurate point of the path
+                of thresholds instead of from the full network, where exits are better than it.
             cost: What to save: `macs`, or `time` as it was profiled on this machine.
+            scope: `dial` for the guarantee at all settings at once; `setting` for this one alone, which is a little
+                more permissive.
 
         Returns:
             The thresholds and what to expect of them.
@@ -285,7 +293,7 @@ class CascadeModel(nn.Module):
         Example:
             >>> print(model.set_max_drop(0.01))
         """
-        point = self.dial.choose(max_drop, rule, level, reference, cost, self._setup)
+        point = self.dial.choose(max_drop, rule, level, scope, reference, cost, self._setup)
         self.thresholds = point.thresholds
         for text in self.dial.exits_without_time(self.thresholds, self._setup):
             warnings.warn(text, stacklevel=2)

@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -29,6 +30,7 @@ def corpus(tmp_path_factory):
         pretrained_cfg_overlay=dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,)),
     ).eval()
     images = torch.randint(0, 255, (64, 16, 16), dtype=torch.uint8).numpy()
+    model.dial.path = np.array([[np.inf, np.inf], [0.9, 0.8], [0.25, 0.8]])
     timm_cascade.calibrate(model, timm_cascade.ImageData(images, torch.arange(64).numpy() % 4, list('abcd'), 'noise'))
     model.label_names = list('abcd')
     model.thresholds = [0.9, None]
@@ -64,6 +66,14 @@ def backbone(**values):
 
 def text(name, content):
     return (lambda folder: (folder / name).write_text(content)), name
+
+
+def path_file(**changes):
+    def apply(folder):
+        file = folder / hub.PATH
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return apply, hub.PATH
 
 
 def weights(edit):
@@ -247,6 +257,12 @@ HOSTILE |= {
         text(hub.PROFILES, json.dumps(dict(format_version=1, profiles=[dict(backbone_seconds=-1.0)]))),
         r'profiles\.0\.',
     ),
+    'a path of junk': (text(hub.PATH, '[1]'), 'path.json: it is not a JSON object'),
+    'a path of the future': (path_file(format_version=9), 'path.json: format_version is 9.*newer'),
+    'a path of other heads': (path_file(heads_hash='x'), 'path.json: a path of thresholds for other'),
+    'a path that is not nested': (path_file(thresholds=[[None, None], [0.5, 0.5], [0.6, 0.5]]), 'path'),
+    'a path of two widths': (path_file(thresholds=[[None, None], [0.5]]), 'path.json'),
+    'a path beyond confidences': (path_file(thresholds=[[None, None], [5, 0]]), r'thresholds\.1\.0'),
     'provenance that is no number': (
         raw(hub.TABLE, lambda b: b.replace(b'"provenance": {', b'"provenance": {"a": NaN,')),
         r'provenance\.a is nan',

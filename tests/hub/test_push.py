@@ -36,7 +36,14 @@ def test_publish_again_change_branch_tag_and_pull_request(server, client, releas
         from timm_cascade.cli.main import main
         result['cli'] = main(['push', folder, 'owner/by_cli', '--message', 'hello'])
     """)
-    everything = ['config.json', 'model.safetensors', 'thresholds.json', 'calibration.safetensors', 'README.md']
+    everything = [
+        'config.json',
+        'model.safetensors',
+        'thresholds.json',
+        'calibration.safetensors',
+        'path.json',
+        'README.md',
+    ]
     files = {key: value[0] for key, value in result.items() if key not in ('compared', 'cli')}
     assert files == {
         'first': everything,

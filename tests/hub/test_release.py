@@ -50,6 +50,18 @@ def test_saving_a_loaded_release_changes_nothing(release, tmp_path):
         assert (again / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+def test_the_path_of_thresholds_travels_with_the_heads(release, images, tmp_path):
+    model, folder = release
+    assert model.dial.path is not None and (folder / hub.PATH).exists()
+    loaded = hub.load(folder)
+    assert (loaded.dial.path == model.dial.path).all() and (loaded.calibration.path == model.dial.path).all()
+    assert (timm_cascade.calibrate(loaded, images).path == model.dial.path).all()
+    assert loaded.set_max_drop(0.05, level=0.5) == model.set_max_drop(0.05, level=0.5)
+    loaded.dial.path = None
+    timm_cascade.save(loaded, folder)
+    assert not (folder / hub.PATH).exists() and hub.load(folder).dial.path is None
+
+
 def test_without_the_calibration_the_table_serves(release):
     model, folder = release
     (folder / hub.CALIBRATION).unlink()

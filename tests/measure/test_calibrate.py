@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -43,7 +45,7 @@ def test_the_dial_delivers_its_point_on_the_calibration_images(trained, images, 
     assert report.full_accuracy == pytest.approx(calibration.correct[:, -1].mean())
 
 
-def test_too_few_images_for_a_certificate_means_that_nobody_leaves(trained, images):
+def test_too_few_images_for_a_certificate_close_all_exits(trained, images):
     timm_cascade.calibrate(trained, TensorDataset(torch.randn(12, 1, 16, 16), torch.zeros(12, dtype=torch.long)))
     with pytest.warns(UserWarning, match='would'):
         point = trained.set_max_drop(0.001)
@@ -123,3 +125,63 @@ def test_without_labels_agreement_is_what_counts(trained, images):
     labelled = timm_cascade.calibrate(trained, images)
     assert np.array_equal(labelled.agreement, calibration.agreement)
     assert trained.set_max_drop(0.1, rule='joint', reference='backbone') == point
+
+
+def tensors(images, model):
+    transform = timm_cascade.data.eval_transform(model)
+    return torch.stack([transform(images[i][0]) for i in range(len(images))])
+
+
+def test_exact_copies_are_counted_and_said(trained, images):
+    x, labels = tensors(images, trained), torch.as_tensor(images.labels)
+    with pytest.warns(UserWarning, match='9 of 105 calibration images are exact copies'):
+        calibration = timm_cascade.calibrate(
+            trained, TensorDataset(torch.cat([x, x[:9]]), torch.cat([labels, labels[:9]]))
+        )
+    assert calibration.provenance['duplicates'] == 9
+    with pytest.warns(UserWarning, match='1 of 97'):  # also between the images with and those without labels
+        timm_cascade.calibrate(trained, TensorDataset(x, labels), TensorDataset(x[:1], labels[:1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert timm_cascade.calibrate(trained, images).provenance['duplicates'] == 0
+
+
+def test_some_images_may_have_no_label(trained, images):
+    whole = timm_cascade.calibrate(trained, images)
+    x, labels = tensors(images, trained), torch.as_tensor(images.labels).clone()
+    labels[::2] = -1
+    calibration = timm_cascade.calibrate(trained, TensorDataset(x, labels), batch_size=40)
+    assert calibration.labelled.tolist() == (labels != -1).tolist() and calibration.provenance['labelled'] is True
+    known = calibration.labelled
+    assert (calibration.correct[~known] == calibration.agreement[~known]).all()
+    assert (calibration.correct[known] == whole.correct[known]).mean() > 0.98
+    wanted = calibration.to_label(0.1)
+    assert not known[wanted].any()
+    nothing = timm_cascade.calibrate(trained, TensorDataset(x, torch.full((96,), -1)))
+    assert nothing.labelled is None and nothing.provenance['labelled'] is False
+    assert set(nothing.to_label(0.1)) <= set(range(96))
+    with pytest.raises(ValueError, match='without labels'):
+        trained.set_max_drop(0.1, reference='labels')
+
+
+def test_unlabelled_images_go_to_the_test_of_disagreement(trained, images):
+    x = tensors(images, trained)
+    calibration = timm_cascade.calibrate(trained, images, TensorDataset(x + 0.01, torch.full((96,), -1)))
+    assert calibration.n == 96 and calibration.pool_confidence.shape == calibration.pool_agreement.shape == (96, 3)
+    assert trained.calibration is calibration
+
+
+def test_the_dial_of_a_trained_model_walks_its_stored_path(trained, images):
+    path = trained.dial.path
+    assert path.shape[1] == 2 and np.isinf(path[0]).all() and (path[1:] <= path[:-1]).all()
+    calibration = timm_cascade.calibrate(trained, images)
+    assert calibration.path is not None and calibration.certificate().path.tolist() == path.tolist()
+    point = trained.set_max_drop(0.3, level=0.5)
+    assert point.scope == 'dial' and point.measured_on == point.n == 96  # every image tests
+    assert trained.set_max_drop(0.3, level=0.5, scope='setting').scope == 'setting'
+    before = trained.thresholds.tolist()
+    with pytest.raises(ValueError, match='scope'):
+        trained.set_max_drop(0.3, scope='everything')
+    assert trained.thresholds.tolist() == before
+    trained.reset_classifier(3)
+    assert trained.dial.path is None

@@ -90,16 +90,8 @@ def test_the_dial_saves_time(trained):
     made(trained, (1e-3, 1e-3, 1e-3), (9e-3, 1e-5))
     assert np.isinf(trained.set_max_drop(0.05, rule='joint', cost='time').thresholds[0])
     calibration = in_time(trained.calibration, trained.profiles[0])
-    best = outcome(
-        calibration.confidence,
-        calibration.correct,
-        calibration.stage_cost,
-        trained.thresholds.numpy(),
-        calibration.head_cost,
-    )
-    macs = outcome(
-        calibration.confidence, calibration.correct, calibration.stage_cost, in_macs.thresholds, calibration.head_cost
-    )
+    best = outcome(calibration.samples(), trained.thresholds.numpy())
+    macs = outcome(calibration.samples(), in_macs.thresholds)
     assert best.cost <= macs.cost
     point = trained.set_cost(0.9, cost='time')
     assert point.cost_share <= 0.9 + 1e-9

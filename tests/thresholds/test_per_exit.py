@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_cascade.thresholds import ThresholdError, outcome, per_exit, route
+from timm_cascade.thresholds import Samples, ThresholdError, outcome, per_exit, route
 
 
 def slow_per_exit(confidence, correct, max_drop):
@@ -53,7 +53,7 @@ def samples(draw, max_n=40, max_exits=3):
 @settings(max_examples=400, deadline=None)
 def test_per_exit_equals_the_formula(arrays, max_drop):
     c, r = arrays
-    np.testing.assert_array_equal(per_exit(c, r, max_drop), slow_per_exit(c, r, max_drop))
+    np.testing.assert_array_equal(per_exit((c, r), max_drop), slow_per_exit(c, r, max_drop))
 
 
 @pytest.mark.parametrize('tenths', range(10))
@@ -62,9 +62,9 @@ def test_per_exit_is_not_spoilt_by_rounding(tenths):
     c = np.array([[1.0, 0]] + [[0.5, 0]] * 9)
     r = np.ones((10, 2), bool)
     r[1 : 1 + tenths, 0] = False
-    assert per_exit(c, r, tenths / 10)[0] == 0.5
+    assert per_exit(Samples(c, r), tenths / 10)[0] == 0.5
     if tenths:
-        assert per_exit(c, r, tenths / 10 - 1e-9)[0] == 1
+        assert per_exit(Samples(c, r), tenths / 10 - 1e-9)[0] == 1
 
 
 def slow_route(confidence, thresholds):
@@ -89,7 +89,7 @@ def test_route_equals_a_slow_loop(arrays, data):
     assert route(c, t).tolist() == expected
 
     stage, head = np.arange(1.0, c.shape[1] + 1), np.full(len(t), 0.5)
-    got = outcome(c, r, stage, t, head)
+    got = outcome(Samples(c, r, stage, head), t)
     costs = [stage[: e + 1].sum() - sum(h for k, h in enumerate(head) if k <= e and t[k] == np.inf) for e in expected]
     assert got.cost == pytest.approx(np.mean(costs))
     assert got.accuracy == pytest.approx(np.mean([r[i, e] for i, e in enumerate(expected)]))
@@ -100,21 +100,23 @@ def test_route_equals_a_slow_loop(arrays, data):
 def test_bad_input_says_what_to_do():
     c, r = np.full((4, 3), 0.5), np.ones((4, 3), bool)
     cases = [
-        (lambda: per_exit(c, r[:, :2], 0.01), r'must agree'),
-        (lambda: per_exit(c, np.full((4, 3), 7), 0.01), r'not the labels'),
-        (lambda: per_exit(c[:, :1], r[:, :1], 0.01), r'M >= 1'),
-        (lambda: per_exit(c[:0], r[:0], 0.01), r'n >= 1'),
-        (lambda: per_exit(c + np.inf, r, 0.01), r'infinite'),
-        (lambda: per_exit(c, r, -0.1), r'One percentage point is 0.01'),
-        (lambda: per_exit(c, r, 5), r'One percentage point is 0.01'),
-        (lambda: per_exit(c, r, np.nan), r'NaN'),
-        (lambda: per_exit(c, r, 'much'), r'expected a number'),
-        (lambda: per_exit(c.astype(str), r, 0), r'expected floats'),
+        (lambda: per_exit((c, r[:, :2]), 0.01), r'must agree'),
+        (lambda: per_exit((c, np.full((4, 3), 7)), 0.01), r'not the labels'),
+        (lambda: per_exit((c[:, :1], r[:, :1]), 0.01), r'M >= 1'),
+        (lambda: per_exit((c[:0], r[:0]), 0.01), r'n >= 1'),
+        (lambda: per_exit((c + np.inf, r), 0.01), r'infinite'),
+        (lambda: per_exit((c, r), -0.1), r'One percentage point is 0.01'),
+        (lambda: per_exit((c, r), 5), r'One percentage point is 0.01'),
+        (lambda: per_exit((c, r), np.nan), r'NaN'),
+        (lambda: per_exit((c, r), 'much'), r'expected a number'),
+        (lambda: per_exit((c.astype(str), r), 0), r'expected floats'),
+        (lambda: Samples(c, r, agreement=r[:2]), r'agreement has shape'),
+        (lambda: outcome(Samples(c, r), [0.5]), r'expected \(2,\)'),
         (lambda: route(c, [0.5]), r'expected \(2,\)'),
         (lambda: route(c, [0.5, np.nan]), r'NaN'),
-        (lambda: outcome(c, r, [1, 1], [1, 1]), r'stage_cost has shape'),
-        (lambda: outcome(c, r, [1, -1, 1], [1, 1]), r'not negative'),
-        (lambda: outcome(c, r, [1, 1, 1], [1, 1], [2, 2]), r'includes the head'),
+        (lambda: Samples(c, r, [1, 1]), r'stage_cost has shape'),
+        (lambda: Samples(c, r, [1, -1, 1]), r'not negative'),
+        (lambda: Samples(c, r, [1, 1, 1], [2, 2]), r'includes the head'),
     ]
     for call, message in cases:
         with pytest.raises(ThresholdError, match=message):

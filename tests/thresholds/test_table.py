@@ -67,16 +67,14 @@ def test_points_say_what_to_expect(calibration):
     assert agreeing.full_accuracy == 1 and agreeing.reference == 'backbone' and 'agreement' in str(agreeing)
     with pytest.raises(ThresholdError, match='expected certified, joint or per_exit'):
         calibration.point(0.02, rule='magic')
-    with pytest.raises(ThresholdError, match='labels or backbone'):
+    with pytest.raises(ThresholdError, match='labels, backbone or best'):
         calibration.point(0.02, reference='teacher')
 
 
 def test_cost_dial(calibration):
     point = calibration.at_cost(0.7)
     assert point.rule == 'cost' and point.max_drop is None and point.cost_share <= 0.7
-    got = outcome(
-        calibration.confidence, calibration.correct, calibration.stage_cost, point.thresholds, calibration.head_cost
-    )
+    got = outcome(calibration.samples(), point.thresholds)
     assert got.cost <= 0.7 * calibration.backbone_cost * (1 + 1e-9)
     assert OperatingPoint.from_dict(point.to_dict()) == point
     with pytest.raises(ThresholdError, match='out of reach'):
@@ -134,8 +132,9 @@ def test_table_gives_the_next_stricter_point(table):
     assert time.process_time() - start < 0.05
     assert point.max_drop == 0.01 and point.rule == 'certified'
     assert table.point(0.02, rule='joint').max_drop == 0.02
-    with pytest.raises(PointNotFoundError, match=r'It has: certified at level 0.9 \(labels\): 0.0025, 0.005'):
-        table.point(0.001)
+    with pytest.raises(PointNotFoundError, match=r'It has: certified at level 0.9 \(labels\): 0, 0.001, 0.0025'):
+        table.point(0.001, rule='joint')
+    assert table.point(0.0005).max_drop == 0 and table.point(1.0).max_drop == 0.1
     with pytest.raises(PointNotFoundError):
         table.point(0.01, level=0.95)
     with pytest.raises(LookupError):
@@ -166,7 +165,7 @@ def test_table_of_other_heads_is_refused(table):
         (lambda t: t.update(num_classes=True), 'num_classes'),
         (lambda t: t.update(input_size=['a']), 'input_size'),
         (lambda t: t.update(points=t['points'] * 1000), 'points is .* at most 10000'),
-        (lambda t: t['points'].append(3), r'points\.15 is 3'),
+        (lambda t: t['points'].append(3), r'points\.18 is 3'),
         (lambda t: t['points'][0].pop('drop'), r'points\.0\.drop is missing'),
         (lambda t: t['points'][0]['thresholds'].pop(), r'points\.0: .*do not fit'),
         (lambda t: [t['points'][0][k].pop() for k in ('thresholds', 'exit_shares')], '2 thresholds for 3 exits'),
@@ -192,3 +191,18 @@ def test_hostile_tables_are_refused(table, change, message):
 def test_text_that_is_no_table_is_refused(text):
     with pytest.raises(TableFormatError):
         ThresholdTable.from_json(text)
+
+
+def test_a_table_without_a_guarantee_for_the_dial_says_so(table):
+    content = json.loads(table.to_json())
+    for point in content['points']:
+        del point['scope']  # as an older version wrote it
+    old = ThresholdTable.from_json(json.dumps(content))
+    assert {p.scope for p in old.points if p.certified} == {'setting'}
+    with pytest.warns(UserWarning, match='each setting by itself'):
+        assert old.point(0.01).thresholds == table.point(0.01).thresholds
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert old.point(0.01, scope='setting').scope == 'setting'
+        assert table.point(0.01, scope='setting').scope == 'dial'  # holds for a setting too
+        table.point(0.01)

@@ -3,12 +3,13 @@
 from ..errors import HubUnavailableError, PushConflictError, PushDeniedError, PushError, ReleaseError
 from .create import create_cascade, load
 from .push import Pushed, compare, push_to_hub
-from .release import CALIBRATION, CARD, CONFIG, PROFILES, TABLE, WEIGHTS, binding, save, save_profiles
+from .release import CALIBRATION, CARD, CONFIG, PATH, PROFILES, TABLE, WEIGHTS, binding, save, save_profiles
 
 __all__ = [
     'CALIBRATION',
     'CARD',
     'CONFIG',
+    'PATH',
     'PROFILES',
     'TABLE',
     'WEIGHTS',

@@ -170,6 +170,7 @@ def _load_release(
     if fit and same_input:
         model.table, model.calibration = release.dial()
         model.profiles = release.profiles()
+        model.dial.path = release.path()
         if own['thresholds'] is not None:
             model.thresholds = own['thresholds']
     else:

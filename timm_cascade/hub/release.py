@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from ..errors import ReleaseError
 from ..model import CascadeModel
 from ..thresholds import Calibration, Profile, ThresholdTable, profiles_from_json, profiles_to_json
+from ..thresholds.path import path_from_json, path_to_json
+from ..thresholds.samples import FloatArray
 from ..utils.digest import state_digest
 from ..utils.files import replacing
 from .card import GENERATED, PICTURE, render
@@ -41,6 +43,7 @@ __all__ = [
     'CARD',
     'CONFIG',
     'FILES',
+    'PATH',
     'PROFILES',
     'TABLE',
     'WEIGHTS',
@@ -50,12 +53,13 @@ __all__ = [
     'save_profiles',
 ]
 
-CONFIG, WEIGHTS, TABLE, CALIBRATION, PROFILES, CARD = FILES = (
+CONFIG, WEIGHTS, TABLE, CALIBRATION, PROFILES, PATH, CARD = FILES = (
     'config.json',
     'model.safetensors',
     'thresholds.json',
     'calibration.safetensors',
     'profiles.json',
+    'path.json',
     'README.md',
 )
 PICKLE = 'pytorch_model.bin'
@@ -268,6 +272,15 @@ class Release:
 
         return self._read(PROFILES, MAX_PROFILES, read) or []
 
+    def path(self) -> FloatArray | None:
+        """The path of thresholds from the heads' training features, where there is one.
+
+        Raises:
+            ReleaseError: A damaged file, or one of other heads.
+        """
+        exits = list(self.config.model_args['exits'])
+        return self._read(PATH, MAX_TABLE, lambda path: path_from_json(_text(path), exits, self._heads_hash, str(path)))
+
     def check(self) -> None:
         """Reads everything without building a model.
 
@@ -277,6 +290,7 @@ class Release:
         self.weights()
         self.dial()
         self.profiles()
+        self.path()
 
 
 def _part(state: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
@@ -370,6 +384,8 @@ def save(model: nn.Module, folder: str | Path, layout: str | None = None, card: 
             raise ReleaseError(f'{folder}: safetensors does not take these weights ({e}); nothing was saved.') from e
         paths = {WEIGHTS: path}
         parts: dict[str, Any] = {TABLE: model.table, CALIBRATION: model.calibration, PROFILES: model.profiles}
+        if model.dial.path is not None:
+            parts[PATH] = path_to_json(model.dial.path, [p.module for p in model.exits], model.heads_hash())
         for name, part in parts.items():
             if part:
                 paths[name] = stack.enter_context(replacing(folder / name))
@@ -379,7 +395,7 @@ def save(model: nn.Module, folder: str | Path, layout: str | None = None, card: 
         if card is not None or not (folder / CARD).exists() or GENERATED in _text(folder / CARD):
             text = card or render(model, layout=layout, picture=PICTURE if (folder / PICTURE).exists() else None)
             stack.enter_context(replacing(folder / CARD)).write_text(text, encoding='utf-8')
-        for name in {TABLE, CALIBRATION, PROFILES} - set(paths):
+        for name in {TABLE, CALIBRATION, PROFILES, PATH} - set(paths):
             (folder / name).unlink(missing_ok=True)
     return folder
 
@@ -428,9 +444,11 @@ def _shared(described: Plan) -> set[str]:
     return {name for group in described.shared for name in group}
 
 
-def _write(part: ThresholdTable | Calibration | list[Profile], path: Path) -> None:
+def _write(part: ThresholdTable | Calibration | list[Profile] | str, path: Path) -> None:
     if isinstance(part, Calibration):
         part.save(path)
+    elif isinstance(part, str):
+        path.write_text(part, encoding='utf-8')
     else:
         path.write_text(profiles_to_json(part) if isinstance(part, list) else part.to_json(), encoding='utf-8')
 

@@ -1,7 +1,9 @@
-"""One full pass over held-out images: how sure and how right every exit is."""
+"""One full pass over held-out images: confidence and correctness of every exit."""
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,9 +29,14 @@ __all__ = ['calibrate', 'record']
 def record(
     model: CascadeModel, data: Dataset, batch_size: int = 256, workers: int = 0, accelerator: Accelerator | None = None
 ) -> dict[str, np.ndarray]:
-    """Confidence (n, M+1) float32, correct and agreement (n, M+1) bool of every exit, in the data's order.
+    """What every exit says about the images of a data set, in the data's order.
 
-    Without labels there is no `correct`.
+    Returns:
+        confidence: (n, M+1) float32.
+        agreement: (n, M+1) bool, whether each exit's answer is the full network's.
+        correct: (n, M+1) bool, whether it is the label; `agreement` for images without one. Absent without any label.
+        labelled: (n,) bool. Absent where all images have a label, or none has.
+        digest: (n,) int64, equal for images that are exact copies of each other after the transform.
     """
     accelerator = accelerator or create_accelerator()
     training = model.training
@@ -41,26 +48,39 @@ def record(
         for images, target in progress(loader, 'every exit', accelerator.is_main_process):
             with accelerator.autocast():
                 logits = model.forward_exits(images)
-            sure = torch.stack([confidence(x) for x in logits], 1)
+            confident = torch.stack([confidence(x) for x in logits], 1)
             answer = torch.stack([x.argmax(1) for x in logits], 1)
-            parts.append(accelerator.gather_for_metrics((sure, answer, target)))
+            parts.append(accelerator.gather_for_metrics((confident, answer, target, _digests(images))))
     finally:
         model.train(training)
-    confidences, answers, labels = (torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True))
+    confidences, answers, labels, digests = (torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True))
     agreement = answers == answers[:, -1:]
-    if (labels == UNLABELLED).all():
-        return dict(confidence=confidences, agreement=agreement)
-    if labels.min() < 0 or labels.max() >= model.num_classes:
+    labelled = labels != UNLABELLED
+    seen = dict(confidence=confidences, agreement=agreement, digest=digests)
+    if not labelled.any():
+        return seen
+    if labels[labelled].min() < 0 or labels.max() >= model.num_classes:
         raise ValueError(
             f'labels go from {labels.min()} to {labels.max()}, the model has the classes '
             f'0..{model.num_classes - 1}; these images belong to other classes.'
         )
-    return dict(confidence=confidences, correct=answers == labels[:, None], agreement=agreement)
+    seen['correct'] = np.where(labelled[:, None], answers == labels[:, None], agreement)
+    if not labelled.all():
+        seen['labelled'] = labelled
+    return seen
+
+
+def _digests(images: torch.Tensor) -> torch.Tensor:
+    """(N,) int64, a hash of each image."""
+    rows = images.detach().cpu().float().contiguous().numpy()
+    found = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows]
+    return torch.tensor([int.from_bytes(d, 'little', signed=True) for d in found], device=images.device)
 
 
 def calibrate(
     model: CascadeModel,
     held_out: Dataset,
+    unlabelled: Dataset | None = None,
     *,
     batch_size: int = 256,
     workers: int = 0,
@@ -69,20 +89,48 @@ def calibrate(
     """Measures every exit on images that neither backbone nor heads were trained on.
 
     The result is returned, and kept as `model.calibration`; a table of operating points goes to `model.table`.
-    The active thresholds stay as they are: turn the dial with `model.set_max_drop`.
+    The active thresholds stay as they are: choose them with `model.set_max_drop`.
+
+    Example:
+        >>> calibration = timm_cascade.calibrate(model, held_out)
+        >>> print(model.set_max_drop(0.01))
 
     Args:
-        held_out: An ImageData, or any data set of (normalised tensor, label). Without labels (all of them -1) the
-            dial counts agreement with the full network instead of correctness.
-        batch_size: Over all processes together.
+        model: The cascade.
+        held_out: An ImageData, or any data set of (normalised tensor, label). Images without a label (-1) count as
+            far as they need none, see `Calibration.to_label`; where none has a label, the dial counts agreement with
+            the full network instead of correctness.
+        unlabelled: Further images from the same source, whose labels are not looked at. They only test how often
+            exits disagree with the full network, which bounds the loss.
+        batch_size: Images per batch, over all processes together.
+        workers: Processes that decode.
+        accelerator: Yours, or one with defaults.
+
+    Warns:
+        UserWarning: Images that are exact copies of others: they make the guarantee void.
     """
     arrays = record(model, held_out, batch_size, workers, accelerator)
-    labelled = 'correct' in arrays
+    digests = [arrays.pop('digest')]
+    if unlabelled is not None:
+        pool = record(model, unlabelled, batch_size, workers, accelerator)
+        digests.append(pool['digest'])
+        arrays.update(pool_confidence=pool['confidence'], pool_agreement=pool['agreement'])
+    seen = np.concatenate(digests)
+    copies = int(len(seen) - len(np.unique(seen)))
+    if copies:
+        warnings.warn(
+            f'{copies:,} of {len(seen):,} calibration images are exact copies of others. What is certified assumes '
+            f'independent images and does not hold with copies among them: remove them, and calibrate again.',
+            UserWarning,
+            stacklevel=2,
+        )
+    has_labels = 'correct' in arrays
     arrays.setdefault('correct', arrays['agreement'])  # without labels the full network is taken to be right
     provenance: dict[str, Any] = dict(
         data=getattr(held_out, 'name', type(held_out).__name__),
         split=getattr(held_out, 'split', ''),
-        labelled=labelled,
+        labelled=has_labels,
+        duplicates=copies,
         **model.provenance(),
         versions=dict(timm_cascade=__version__, timm=timm.__version__, torch=torch.__version__),
     )
@@ -95,7 +143,8 @@ def calibrate(
         num_classes=model.num_classes,
         heads_hash=model.heads_hash(),
         provenance=provenance,
+        path=model.dial.path,
     )
-    model.calibration = calibration
-    model.table = calibration.table(reference='labels' if labelled else 'backbone')
+    table = calibration.table(reference='labels' if has_labels else 'backbone')
+    model.calibration, model.table = calibration, table
     return calibration

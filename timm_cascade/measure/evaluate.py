@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ..data import create_loader
 from ..model import CascadeModel
-from ..thresholds.routing import exit_costs
+from ..thresholds.samples import exit_costs
 from ..utils.clock import clock
 from ..utils.progress import progress
 from .calibrate import record

@@ -19,7 +19,7 @@ from ..data import ImageData
 from ..data.views import eval_transform
 from ..errors import BadImageError
 from ..model import CascadeModel
-from ..thresholds.routing import exit_costs
+from ..thresholds.samples import exit_costs
 from ..utils.progress import progress
 from ..version import __version__
 from .cluster import predict_on_ray

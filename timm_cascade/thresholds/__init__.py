@@ -1,14 +1,15 @@
-"""From calibration arrays to thresholds one can trust: pure numpy, knows no model."""
+"""From calibration samples to thresholds, with or without a guarantee: numpy and scipy, without torch."""
 
 from __future__ import annotations
 
 from ..errors import PointNotFoundError, TableFormatError, TableMismatchError, ThresholdError
 from .calibration import Calibration
 from .operating_point import OperatingPoint
-from .routing import Outcome, outcome, route
+from .path import training_path
 from .rule_certified import certified
-from .rule_joint import at_cost, joint
+from .rule_joint import joint
 from .rule_per_exit import per_exit
+from .samples import Outcome, Samples, outcome, route
 from .table import ThresholdTable
 from .timing import Profile, Saving, in_time, profiles_from_json, profiles_to_json, savings
 
@@ -18,12 +19,12 @@ __all__ = [
     'Outcome',
     'PointNotFoundError',
     'Profile',
+    'Samples',
     'Saving',
     'TableFormatError',
     'TableMismatchError',
     'ThresholdError',
     'ThresholdTable',
-    'at_cost',
     'certified',
     'in_time',
     'joint',
@@ -33,4 +34,5 @@ __all__ = [
     'profiles_to_json',
     'route',
     'savings',
+    'training_path',
 ]

@@ -6,7 +6,8 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +16,45 @@ from numpy.typing import NDArray
 
 from ..errors import TableFormatError, ThresholdError
 from ..utils.files import replacing
-from .checks import BoolArray, check_costs, check_level, check_max_drop, check_samples
-from .choice import Choice
 from .operating_point import OperatingPoint
+from .path import Choice, check_path, first_flip, follow
 from .pvalues import drop_interval
-from .routing import outcome
-from .rule_certified import certify
-from .rule_joint import cost_dial, cross_fitted
+from .rule_certified import SETTINGS, Certificate, certify, settings_for
+from .rule_joint import Fit, cross_fit, joint_choice, within_budget
 from .rule_per_exit import per_exit
+from .samples import BoolArray, FloatArray, IntArray, Samples, check_level, check_max_drop, outcome, route
 from .table import ThresholdTable
 
 __all__ = ['Calibration']
 
 FORMAT_VERSION = 1
-_REFERENCES = ('labels', 'backbone')
+REFERENCES = ('labels', 'backbone', 'best')
+_MAX_DROPS = (0.0025, 0.005, 0.01, 0.02, 0.05)
+_FEW_FLIPS = 20
+_USUAL_HARM, _USUAL_GAIN = 0.5, 0.25  # shares of the disagreements that harm and that help, before labels say
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """One full pass over held-out samples. Never calibrate on training data: heads are far surer and righter there.
+    """Confidence and correctness of every exit on held-out samples, from one full pass.
+
+    Never calibrate on training data: heads are far more confident and more often right there.
 
     Attributes:
-        confidence: (n, M+1) float32, max softmax of every exit and the final one; NaN never leaves.
-        correct: (n, M+1) bool, whether each exit's answer is the label.
+        confidence: (n, M+1) float32, max softmax of every exit and the final one; NaN does not exit early.
+        correct: (n, M+1) bool, whether each exit's answer is the label; for samples without a label, `agreement`.
         agreement: (n, M+1) bool, whether each exit's answer is the full network's.
         stage_cost: (M+1,) float64, MACs of each stage, its head included.
         head_cost: (M,) float64, MACs of each head.
-        backbone_cost: MACs of the plain backbone, no heads.
+        backbone_cost: MACs of the plain backbone, without heads.
         exits: Module names of the M exits.
-        num_classes: Of the classifier.
+        num_classes: Number of classes.
         heads_hash: Identifies the trained heads.
         provenance: JSON values: data set, split, transform, input_size, dtype, versions, ...
+        labelled: (n,) bool, which samples have labels; None where all have, or none (see provenance).
+        path: (K, M) thresholds from the heads' training features, from all exits closed to most permissive; None
+            where the heads were trained without one. With it every sample tests, instead of three quarters.
+        pool_confidence, pool_agreement: (k, M+1) of further samples without labels, for the test of disagreement.
     """
 
     confidence: NDArray[np.float32]
@@ -58,23 +67,21 @@ class Calibration:
     num_classes: int
     heads_hash: str
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    labelled: BoolArray | None = None
+    path: FloatArray | None = None
+    pool_confidence: NDArray[np.float32] | None = None
+    pool_agreement: BoolArray | None = None
 
     def __post_init__(self) -> None:
-        c, correct = check_samples(self.confidence, self.correct)
-        _, agreement = check_samples(self.confidence, self.agreement)
-        if ((c < 0) | (c > 1)).any():
-            raise ThresholdError(
-                f'confidence goes from {np.nanmin(c):g} to {np.nanmax(c):g}; expected max softmax, between 0 and 1. '
-                f'Were logits passed?'
-            )
-        if not agreement[:, -1].all():
+        samples = Samples(self.confidence, self.correct, self.stage_cost, self.head_cost, self.agreement)
+        _check_softmax(samples.confidence)
+        if samples.agreement is None or not samples.agreement[:, -1].all():
             raise ThresholdError('the last column of agreement must be all True: the full network agrees with itself.')
-        if len(self.exits) != c.shape[1] - 1:
+        if len(self.exits) != samples.exits:
             raise ThresholdError(
-                f'{len(self.exits)} exits for {c.shape[1]} columns of confidence; expected a column per exit and one '
-                f'for the final exit.'
+                f'{len(self.exits)} exits for {samples.exits + 1} columns of confidence; expected a column per exit '
+                f'and one for the final exit.'
             )
-        stage, head = check_costs(self.stage_cost, self.head_cost, len(self.exits))
         if not (math.isfinite(self.backbone_cost) and self.backbone_cost > 0):
             raise ThresholdError(f'backbone_cost is {self.backbone_cost!r}; expected a number above 0.')
         if self.num_classes < 1:
@@ -84,88 +91,214 @@ class Calibration:
         except (TypeError, ValueError) as error:
             raise ThresholdError(f'provenance must hold JSON values only: {error}.') from error
         for name, value in dict(
-            confidence=c.astype(np.float32, copy=False),
-            correct=correct,
-            agreement=agreement,
-            stage_cost=stage,
-            head_cost=head,
+            confidence=samples.confidence.astype(np.float32, copy=False),
+            correct=samples.correct,
+            agreement=samples.agreement,
+            stage_cost=samples.stage_cost,
+            head_cost=samples.head_cost,
             backbone_cost=float(self.backbone_cost),
             exits=tuple(self.exits),
             num_classes=int(self.num_classes),
             provenance=provenance,
+            labelled=self._checked_labels(samples),
+            path=None if self.path is None else check_path(self.path, samples.exits),
         ).items():
             object.__setattr__(self, name, value)
+        if (pool := self._pool()) is not None:
+            _check_softmax(pool.confidence)
+            object.__setattr__(self, 'pool_confidence', pool.confidence.astype(np.float32, copy=False))
+            object.__setattr__(self, 'pool_agreement', pool.correct)
+
+    def _checked_labels(self, samples: Samples) -> BoolArray | None:
+        if self.labelled is None:
+            return None
+        labelled = np.asarray(self.labelled)
+        if labelled.shape != (samples.n,) or labelled.dtype != np.bool_:
+            raise ThresholdError(f'labelled is {labelled.dtype} {labelled.shape}; expected bool ({samples.n},).')
+        assert samples.agreement is not None
+        if (samples.correct != samples.agreement)[~labelled].any():
+            raise ThresholdError('correct must equal agreement for the samples without a label.')
+        return labelled
 
     @property
     def n(self) -> int:
         """Number of samples."""
         return len(self.confidence)
 
+    def samples(self, reference: str = 'labels') -> Samples:
+        """The samples as the threshold rules take them; with `backbone`, agreement counts as correct."""
+        if reference not in REFERENCES:
+            raise ThresholdError(f'reference is {reference!r}; expected labels, backbone or best.')
+        correct = self.agreement if reference == 'backbone' else self.correct
+        return Samples(self.confidence, correct, self.stage_cost, self.head_cost, self.agreement)
+
     def point(
-        self, max_drop: float, rule: str = 'certified', level: float = 0.9, reference: str = 'labels', seed: int = 0
+        self,
+        max_drop: float,
+        rule: str = 'certified',
+        level: float = 0.9,
+        reference: str = 'labels',
+        seed: int = 0,
+        scope: str = 'dial',
     ) -> OperatingPoint:
         """Thresholds for an accuracy that may be given up, and what to expect of them.
 
-        What `certified` promises: for each max_drop taken by itself, over the draw of the calibration samples,
-        P(true drop > max_drop) <= 1 - level on images from the same source. Not promised: anything under a shift of
-        the images, nor the best of several dials read off and picked.
+        What `certified` promises: with probability `level` over the draw of the calibration samples, for all max_drop
+        at once, accuracy on images from the same source falls by at most max_drop. With scope='setting' that holds for
+        this max_drop taken by itself. Nothing is promised under a shift of the images, nor where samples are copies.
+
+        Example:
+            >>> print(calibration.point(0.01))
 
         Args:
             max_drop: Accuracy that may be given up, a fraction: 0.01 is one point.
-            rule: 'certified' (promised), 'joint' (on target on average, saves most) or 'per_exit' (the paper's).
-            level: Of the certificate.
-            reference: 'labels', or 'backbone' to count agreement with the full network instead of correctness.
-            seed: Of the splits that `certified` and `joint` make.
+            rule: 'certified' (guaranteed), 'joint' (on target on average, saves most) or 'per_exit' (the paper's).
+            level: Confidence level of the guarantee: it holds with at least this probability.
+            reference: 'labels'; 'backbone' to count agreement with the full network instead of correctness; 'best' to
+                count max_drop from the most accurate point of the path instead of from the full network.
+            seed: Seed of the splits that `certified` and `joint` make.
+            scope: 'dial' or 'setting', for `certified`.
 
         Raises:
-            ThresholdError: An unknown rule or reference, or numbers out of range.
+            ThresholdError: An unknown rule, reference or scope, or numbers out of range.
         """
-        max_drop, level, right = check_max_drop(max_drop), check_level(level), self._right(reference)
-        arrays = (self.confidence, right, self.stage_cost)
+        max_drop, level, samples = check_max_drop(max_drop), check_level(level), self.samples(reference)
+        if reference == 'best' and rule != 'certified':
+            raise ThresholdError(f"reference='best' goes with rule='certified', not with {rule!r}.")
         if rule == 'certified':
-            choice = certify(*arrays, max_drop, level=level, seed=seed, head_cost=self.head_cost)
+            certificate = self.certificate(level, reference, seed, scope, max_drop)
+            choice = certificate.choice(max_drop)
+            if not np.isfinite(choice.thresholds).any():
+                warnings.warn(self._nothing_certified(certificate, max_drop, reference), UserWarning, stacklevel=3)
         elif rule == 'joint':
-            choice = cross_fitted(*arrays, max_drop, seed=seed, head_cost=self.head_cost)
+            choice = joint_choice(samples, max_drop, seed, self._fit(reference, seed))
         elif rule == 'per_exit':
-            thresholds = per_exit(self.confidence, right, max_drop)
-            choice = Choice(thresholds, outcome(*arrays, thresholds, self.head_cost))
+            thresholds = per_exit(samples, max_drop)
+            choice = Choice(thresholds, outcome(samples, thresholds))
         else:
             raise ThresholdError(f'rule is {rule!r}; expected certified, joint or per_exit.')
-        return self._describe(choice, rule, max_drop, level, reference)
+        return self._describe(choice, rule, max_drop, level, reference, scope)
+
+    @cached_property
+    def _kept(self) -> dict[tuple[Any, ...], Any]:
+        return {}
+
+    def _fit(self, reference: str, seed: int) -> Fit:
+        """The cross-fitted path, made once: `joint`, the cost dial and the curve all read from it."""
+        key = ('fit', reference, seed)
+        if key not in self._kept:
+            self._kept[key] = cross_fit(self.samples(reference), seed)
+        return self._kept[key]
+
+    def certificate(
+        self, level: float = 0.9, reference: str = 'labels', seed: int = 0, scope: str = 'dial', max_drop: float = 0.01
+    ) -> Certificate:
+        """What can be certified, resolved once and kept: further settings of the same dial are a lookup."""
+        settings = settings_for(max_drop, scope)
+        if reference == 'best' and not self._has_label().all():
+            raise ThresholdError("reference='best' needs labels for all calibration images; some have none.")
+        key = (level, reference, seed, tuple(settings.items()))
+        if key not in self._kept:
+            self._kept[key] = certify(
+                self.samples(reference),
+                level,
+                settings,
+                self.path,
+                self._pool(),
+                seed,
+                from_best=reference == 'best',
+                label_free=1.0 if reference == 'backbone' else None,
+                known=None if reference == 'backbone' else self._has_label(),
+            )
+        return self._kept[key]
+
+    def to_label(self, max_drop: float, level: float = 0.9, scope: str = 'dial') -> IntArray:
+        """Which samples without a label need one, for the certificate at max_drop; rising indices, often 5 to 8 %.
+
+        A sample whose exits all agree with the full network along the path has no loss, whatever its label. Label the
+        samples named here, calibrate again with these labels (-1 for the others), and ask again: once nothing is
+        named, the certificate at max_drop is exactly that of all samples labelled. Until then it is valid, but goes
+        only as far along the path as labels are complete. The rounds get smaller: each goes as far as labels suggest.
+
+        Example:
+            >>> images_to_label = calibration.to_label(0.01)
+
+        Args:
+            max_drop, level, scope: As for `point`.
+
+        Raises:
+            ThresholdError: Heads without a stored path, so that labels would be needed to propose one.
+        """
+        max_drop = check_max_drop(max_drop)
+        if self.path is None:
+            raise ThresholdError(
+                'to_label needs the path of thresholds that timm_cascade.train_heads stores with the heads, and these '
+                'have none. Train them again, or label all images.'
+            )
+        certificate = self.certificate(level, 'labels', 0, scope, max_drop)
+        known, first = self._has_label(), first_flip(self.path, self.samples('backbone'))
+        flips = follow(self.path, replace(self.samples(), correct=self.correct & known[:, None]))
+        unknown = follow(self.path, replace(self.samples(), correct=self.agreement & ~known[:, None])).harmful
+        # A walk stops where labels end; how far it would go depends on how those that are missing turn out.
+        harm, gain = _flip_rates(self, known)
+        hopeful = replace(
+            flips,
+            harmful=flips.harmful + np.floor(harm * unknown).astype(np.intp),
+            helpful=flips.helpful + np.floor(gain * unknown).astype(np.intp),
+        )
+        stopped = certificate.stopped(max_drop)
+        if (~known & (first <= stopped)).any():
+            stopped = max(stopped, certificate.stopped(max_drop, hopeful))
+        return np.flatnonzero(~known & (first <= stopped))
+
+    def curve(self, reference: str = 'labels', seed: int = 0) -> list[OperatingPoint]:
+        """Accuracy against cost along the path, cross-fitted, from all exits closed to most permissive."""
+        path, _, fitted = self._fit(reference, seed)
+        rows = np.unique(np.linspace(0, len(path) - 1, 60).astype(int))
+        points = [Choice(path[k], fitted.outcome(int(k))) for k in rows]
+        return [self._describe(p, 'cost', None, reference=reference) for p in points]
 
     def at_cost(self, fraction: float, reference: str = 'labels') -> OperatingPoint:
         """The most accurate thresholds whose expected cost is at most this share of the plain backbone's.
 
+        Where the exits are more accurate than the network, these may cost less than the budget.
+
         Raises:
-            ThresholdError: Less than leaving everything at the cheapest exit costs.
+            ThresholdError: Less than the cheapest thresholds of the path cost.
         """
-        right = self._right(reference)
+        samples = self.samples(reference)
         if not 0 < fraction:
             raise ThresholdError(f"fraction is {fraction!r}; expected a share of the backbone's cost, such as 0.5.")
         try:
-            choice = cost_dial(
-                self.confidence, right, self.stage_cost, fraction * self.backbone_cost, head_cost=self.head_cost
-            )
+            choice = within_budget(samples, fraction * self.backbone_cost, fit=self._fit(reference, 0))
         except ThresholdError as error:
             raise ThresholdError(f'a share of {fraction:g} of the backbone is out of reach: {error}') from error
-        return self._describe(choice, 'cost', None, 0.9, reference)
+        return self._describe(choice, 'cost', None, reference=reference)
 
     def table(
         self,
         rule: str | Sequence[str] = ('per_exit', 'joint', 'certified'),
-        max_drops: Sequence[float] = (0.0025, 0.005, 0.01, 0.02, 0.05),
+        max_drops: Sequence[float] | None = None,
         level: float = 0.9,
         reference: str = 'labels',
         seed: int = 0,
     ) -> ThresholdTable:
         """Operating points of one rule or several, to travel with the heads.
 
-        A point whose rule finds nothing that pays is kept: it says that nobody leaves.
+        A point whose rule finds nothing that pays is kept: it closes all exits.
+
+        Args:
+            rule, level, reference, seed: As for `point`.
+            max_drops: Settings; by default 0.25 to 5 %, and for `certified` all settings of the dial.
         """
         rules = (rule,) if isinstance(rule, str) else tuple(rule)
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore', UserWarning)  # too few samples: the point itself says that nobody leaves
-            points = tuple(self.point(d, r, level, reference, seed) for r in rules for d in max_drops)
+            warnings.simplefilter('ignore', UserWarning)  # too few samples: the point itself says that no exit opens
+            points = tuple(
+                self.point(d, r, level, reference, seed)
+                for r in rules
+                for d in (max_drops if max_drops is not None else SETTINGS if r == 'certified' else _MAX_DROPS)
+            )
         size = self.provenance.get('input_size')
         return ThresholdTable(
             exits=self.exits,
@@ -187,6 +320,10 @@ class Calibration:
             stage_cost=np.ascontiguousarray(self.stage_cost),
             head_cost=np.ascontiguousarray(self.head_cost),
         )
+        for name in ('labelled', 'path', 'pool_confidence', 'pool_agreement'):
+            value = getattr(self, name)
+            if value is not None:  # flags as bits
+                tensors[name] = np.packbits(value) if value.dtype == np.bool_ else np.ascontiguousarray(value)
         rest = dict(
             format_version=FORMAT_VERSION,
             backbone_cost=self.backbone_cost,
@@ -214,10 +351,15 @@ class Calibration:
                 described = (file.metadata() or {})['calibration']
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             shape = tensors['confidence'].shape
-            for name in ('correct', 'agreement'):
-                if tensors[name].size != -(-math.prod(shape) // 8):
-                    raise TableFormatError(f'{path}: {name} does not fit confidences of shape {shape}.')
-                tensors[name] = np.unpackbits(tensors[name], count=math.prod(shape)).reshape(shape).astype(np.bool_)
+            shapes = dict(correct=shape, agreement=shape, labelled=shape[:1])
+            if 'pool_confidence' in tensors:
+                shapes['pool_agreement'] = tensors['pool_confidence'].shape
+            for name, wanted in shapes.items():
+                if name == 'labelled' and name not in tensors:
+                    continue
+                if tensors[name].size != -(-math.prod(wanted) // 8):
+                    raise TableFormatError(f'{path}: {name} does not fit confidences of shape {wanted}.')
+                tensors[name] = np.unpackbits(tensors[name], count=math.prod(wanted)).reshape(wanted).astype(np.bool_)
             entry = parse(CalibrationEntry, described, str(path), TableFormatError)
             rest = entry.model_dump(exclude={'format_version'})
             return cls(**tensors, **{**rest, 'exits': tuple(rest['exits'])})
@@ -226,13 +368,52 @@ class Calibration:
         except Exception as error:  # a file from outside: whatever reading it raises, it is damaged
             raise TableFormatError(f'{path} is not a calibration file: {error!r}.') from error
 
-    def _right(self, reference: str) -> BoolArray:
-        if reference not in _REFERENCES:
-            raise ThresholdError(f'reference is {reference!r}; expected labels or backbone.')
-        return self.correct if reference == 'labels' else self.agreement
+    def _has_label(self) -> BoolArray:
+        if self.labelled is not None:
+            return self.labelled
+        return np.full(self.n, bool(self.provenance.get('labelled', True)))
+
+    def _pool(self) -> Samples | None:
+        if self.pool_confidence is None and self.pool_agreement is None:
+            return None
+        if self.pool_confidence is None or self.pool_agreement is None:
+            raise ThresholdError('pool_confidence and pool_agreement go together; give both or neither.')
+        return Samples(self.pool_confidence, self.pool_agreement, self.stage_cost, self.head_cost)
+
+    def _nothing_certified(self, certificate: Certificate, max_drop: float, reference: str) -> str:
+        """What a user reads where no exit was opened: what would help, in numbers."""
+        base = 'the most accurate point of the path' if reference == 'best' else 'the full network'
+        text = (
+            f'No exit was opened: max_drop={max_drop:g} from {base} cannot be certified from {self.n:,} calibration '
+            f'images at confidence level {certificate.level:g}.'
+        )
+        if len(certificate.path) == 1 and self.n > 4:
+            return f'{text} No exit saves anything at these costs.'
+        if max_drop == 0:
+            return f'{text} With 0 only exits that are better than the network pass: allow a small drop, such as 0.005.'
+        labels, without = (_rounded(x) for x in certificate.needed(max_drop))
+        ways = []
+        if reference != 'backbone' and math.isfinite(labels):
+            ways.append(f'about {max(labels, _rounded(1.5 * self.n)):,.0f} images with labels')
+        if math.isfinite(without):
+            pool = 0 if self.pool_confidence is None else len(self.pool_confidence)
+            ways.append(
+                f'about {max(without, _rounded(1.5 * (self.n + pool))):,.0f} images without labels (unlabelled=)'
+            )
+        if self.path is not None and not self._has_label().all() and (wanted := self.to_label(max_drop).size):
+            ways.append(f'labels for {wanted:,} of these images (calibration.to_label({max_drop:g}))')
+        if not ways:
+            return f'{text} As far as these images show, no number of them would do: allow a larger drop.'
+        return f'{text} As far as these images show, {" or ".join(ways)} would do; or allow a larger drop.'
 
     def _describe(
-        self, choice: Choice, rule: str, max_drop: float | None, level: float, reference: str
+        self,
+        choice: Choice,
+        rule: str,
+        max_drop: float | None,
+        level: float = 0.9,
+        reference: str = 'labels',
+        scope: str = 'dial',
     ) -> OperatingPoint:
         measured = choice.measured
         certified = rule == 'certified'
@@ -252,4 +433,33 @@ class Calibration:
             exit_shares=measured.exit_shares,
             n=self.n,
             measured_on=measured.n,
+            scope=scope if certified else None,
         )
+
+
+def _check_softmax(confidence: FloatArray) -> None:
+    if ((confidence < 0) | (confidence > 1)).any():
+        raise ThresholdError(
+            f'confidence goes from {np.nanmin(confidence):g} to {np.nanmax(confidence):g}; expected max softmax, '
+            f'between 0 and 1. Were logits passed?'
+        )
+
+
+def _flip_rates(calibration: Calibration, known: BoolArray) -> tuple[float, float]:
+    """Share of disagreements that harm and that help, among the samples with labels; a guess where these are few."""
+    assert calibration.path is not None
+    row = route(calibration.confidence, calibration.path[-1])
+    everyone = np.arange(calibration.n)
+    differs = known & ~calibration.agreement[everyone, row]
+    if differs.sum() < _FEW_FLIPS:
+        return _USUAL_HARM, _USUAL_GAIN
+    full, early = calibration.correct[:, -1], calibration.correct[everyone, row]
+    return float((full & ~early)[differs].mean()), float((early & ~full)[differs].mean())
+
+
+def _rounded(value: float) -> float:
+    """Two leading digits, upwards."""
+    if not math.isfinite(value):
+        return math.inf
+    unit = 10 ** max(0, len(str(int(value))) - 2)
+    return math.ceil(value / unit) * unit

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from ..errors import NotCalibratedError
 from .calibration import Calibration
 from .operating_point import OperatingPoint
+from .samples import FloatArray
 from .table import ThresholdTable
 from .timing import Profile, in_time, savings
 
@@ -38,12 +39,14 @@ class Dial:
         calibration: Confidence and correctness of held-out samples, to choose thresholds from.
         table: Operating points that were chosen before, for a model without its calibration.
         profiles: Measured times of the model's parts, one per setup and batch size.
+        path: (K, M) thresholds from the heads' training features, for the next calibration; see `training_path`.
     """
 
     def __init__(self) -> None:
         self.calibration: Calibration | None = None
         self.table: ThresholdTable | None = None
         self.profiles: list[Profile] = []
+        self.path: FloatArray | None = None
 
     def clear(self) -> None:
         """Drops everything: it belongs to other heads or classes."""
@@ -54,13 +57,14 @@ class Dial:
         max_drop: float,
         rule: str = 'certified',
         level: float = 0.9,
+        scope: str = 'dial',
         reference: str | None = None,
         cost: str = 'macs',
         setup: Setup | None = None,
     ) -> OperatingPoint:
         """Thresholds for an accuracy that may be given up; see `CascadeModel.set_max_drop`."""
         source = self._source(cost, setup)
-        return source.point(max_drop, rule=rule, level=level, reference=_reference(source, reference))
+        return source.point(max_drop, rule=rule, level=level, reference=_reference(source, reference), scope=scope)
 
     def choose_by_cost(
         self, fraction: float, reference: str | None = None, cost: str = 'macs', setup: Setup | None = None
@@ -110,7 +114,7 @@ class Dial:
 
 def _reference(source: Calibration | ThresholdTable, asked: str | None) -> str:
     labelled = source.provenance.get('labelled', True)
-    if asked == 'labels' and not labelled:
+    if asked in ('labels', 'best') and not labelled:
         raise ValueError(
             'this cascade was calibrated without labels: accuracy cannot be promised, only agreement with '
             'the full network. Use reference="backbone", or calibrate with labels.'

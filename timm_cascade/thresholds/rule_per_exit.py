@@ -1,4 +1,4 @@
-"""The paper's rule: every exit for itself (Berestizshevsky & Even, ICANN 2019, section 3.3)."""
+"""The paper's rule: each exit by itself (Berestizshevsky & Even, ICANN 2019, section 3.3)."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .checks import BoolArray, FloatArray, check_max_drop, check_samples, exact
+from .samples import BoolArray, FloatArray, Samples, check_max_drop, exact
 
 __all__ = ['per_exit']
 
 
-def per_exit(confidence: ArrayLike, correct: ArrayLike, max_drop: float) -> NDArray[np.float64]:
+def per_exit(samples: Samples | tuple[ArrayLike, ArrayLike], max_drop: float) -> NDArray[np.float64]:
     """Thresholds by the paper's rule, as its authors' released code computes it.
 
     For each exit alone, over all samples, alpha_m(d) is the accuracy among samples with confidence >= d, alpha*_m its
     maximum over the observed d, and t[m] = min{d observed : alpha_m(d) >= alpha*_m - max_drop}. Compared in exact
     arithmetic, with max_drop as the decimal that was written.
 
-    The rule takes exits as independent, and one very confident sample often lifts alpha* to 1: max_drop is no bound
-    on what the cascade loses.
+    The rule takes exits as independent, and one very confident sample often lifts alpha* to 1: max_drop does not bound
+    what the cascade loses.
+
+    Example:
+        >>> per_exit((confidence, correct), max_drop=0.01)
 
     Args:
-        confidence: (n, M+1); the final exit's column is not used.
-        correct: (n, M+1), whether each exit is right.
+        samples: Calibration samples, or (confidence, correct), both (n, M+1); costs and the final exit's confidence
+            are not used.
         max_drop: Accuracy each exit may give up, a fraction.
 
     Returns:
@@ -33,9 +36,10 @@ def per_exit(confidence: ArrayLike, correct: ArrayLike, max_drop: float) -> NDAr
     Raises:
         ThresholdError: Arrays or a max_drop that do not fit.
     """
-    c, r = check_samples(confidence, correct)
+    given = samples if isinstance(samples, Samples) else Samples(*samples)  # type: ignore[arg-type]
     drop = exact(check_max_drop(max_drop))
-    return np.array([_threshold(c[:, m], r[:, m], drop) for m in range(c.shape[1] - 1)], dtype=np.float64)
+    columns = zip(given.confidence.T[:-1], given.correct.T[:-1], strict=True)
+    return np.array([_threshold(c, r, drop) for c, r in columns], dtype=np.float64)
 
 
 def _threshold(confidence: FloatArray, correct: BoolArray, drop: Fraction) -> float:
@@ -43,7 +47,7 @@ def _threshold(confidence: FloatArray, correct: BoolArray, drop: Fraction) -> fl
     values, inverse = np.unique(confidence[seen], return_inverse=True)
     if not len(values):
         return np.inf
-    # From the top down: how many samples, and how many right ones, have confidence >= each value.
+    # From the top down: how many samples, and how many correct ones, have confidence >= each value.
     total = np.cumsum(np.bincount(inverse, minlength=len(values))[::-1])[::-1]
     right = np.cumsum(np.bincount(inverse[correct[seen]], minlength=len(values))[::-1])[::-1]
     alpha = right / total

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import PointNotFoundError, TableFormatError, TableMismatchError
-from .checks import check_level, check_max_drop
 from .operating_point import OperatingPoint
+from .samples import check_level, check_max_drop
 
 __all__ = ['FORMAT_VERSION', 'ThresholdTable']
 
@@ -48,7 +49,12 @@ class ThresholdTable:
                 )
 
     def point(
-        self, max_drop: float, rule: str = 'certified', level: float = 0.9, reference: str = 'labels'
+        self,
+        max_drop: float,
+        rule: str = 'certified',
+        level: float = 0.9,
+        reference: str = 'labels',
+        scope: str = 'dial',
     ) -> OperatingPoint:
         """The stored point with the largest max_drop that is no more than asked.
 
@@ -56,7 +62,9 @@ class ThresholdTable:
             max_drop: Accuracy that may be given up, a fraction.
             rule: 'per_exit', 'joint' or 'certified'.
             level: Wanted at least, for certified points.
-            reference: 'labels' or 'backbone'.
+            reference: 'labels', 'backbone' or 'best'.
+            scope: 'dial' for points whose guarantee holds for every max_drop at once. Where the table only has such
+                for one setting each (it was written by an older version), one of these is returned, with a warning.
 
         Raises:
             PointNotFoundError: No such point; the message says which exist.
@@ -77,7 +85,16 @@ class ThresholdTable:
                 f'the table has no point for {asked}{f", level {level:g}" if rule == "certified" else ""}. It has: '
                 f'{self._contents()}. Ask for one of these, or calibrate again.'
             )
-        return max(found, key=lambda p: (p.max_drop, -(p.level or 0)))
+        # what holds for the whole dial holds for a setting, not the other way round
+        whole = [p for p in found if p.scope == 'dial'] if rule == 'certified' and scope == 'dial' else found
+        if not whole:
+            warnings.warn(
+                'this table guarantees each setting by itself, not the whole dial at once: set it once, or calibrate '
+                'again.',
+                UserWarning,
+                stacklevel=3,
+            )
+        return max(whole or found, key=lambda p: (p.max_drop, -(p.level or 0), -p.cost))
 
     def at_cost(self, fraction: float, reference: str = 'labels') -> OperatingPoint:
         """The most accurate stored point whose expected cost is at most this share of the backbone's.

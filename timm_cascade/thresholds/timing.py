@@ -12,8 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import TableFormatError
 from .calibration import Calibration
-from .checks import check_thresholds
-from .routing import outcome
+from .samples import check_thresholds, outcome
 
 __all__ = ['Profile', 'Saving', 'in_time', 'profiles_from_json', 'profiles_to_json', 'savings']
 
@@ -144,8 +143,7 @@ def savings(calibration: Calibration, profile: Profile, thresholds: ArrayLike) -
         without = t.copy()
         without[m] = np.inf
         saved = [
-            outcome(c.confidence, c.correct, c.stage_cost, without, c.head_cost).cost
-            - outcome(c.confidence, c.correct, c.stage_cost, t, c.head_cost).cost
+            outcome(c.samples(), without).cost - outcome(c.samples(), t).cost
             for c in (calibration, in_time(calibration, profile))
         ]
         found.append(Saving(calibration.exits[m], *saved))

@@ -21,7 +21,8 @@ from ..data import UNLABELLED, check_classes, check_training_classes
 from ..model import CascadeModel
 from ..utils.distributed import check_launch, create_accelerator, on_main
 from .features import FrozenFeatures, StoredFeatures, store
-from .trainer import Classifier, Trainer, moments
+from .threshold_path import path_from_features
+from .trainer import Classifier, Trainer, _in_order, moments
 from .work_dir import WorkDir
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def train_heads(
         trainer = Trainer(heads, sources[:views], (sources[views:] or [None])[0], accelerator, **recipe)
         settings = [recipe, keys, str(heads), trainer.step_size]
         history = trainer.run(WorkDir(folder, 'heads', accelerator, settings))
+        path = path_from_features(model, heads, _in_order(sources[0], accelerator), accelerator)
     except BaseException:
         model.heads.load_state_dict(before)
         raise
@@ -142,6 +144,7 @@ def train_heads(
     if probe is not None and final is not None:
         probe.write_to(final)
     model.forget_calibration()
+    model.dial.path = path
     return history
 
 

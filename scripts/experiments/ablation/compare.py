@@ -31,9 +31,8 @@ from scripts.experiments.ablation.heads import Heads, Row, fit, fit_weights
 from scripts.experiments.ablation.page import BASE, DROPS, METRICS, PAPER, SEEDS, THREE, markdown, summary
 from timm_cascade.heads import head_configs, within_share
 from timm_cascade.inference.batch import confidence
-from timm_cascade.thresholds.checks import check_costs, check_samples
-from timm_cascade.thresholds.path import GRID, follow, nested_path
-from timm_cascade.thresholds.problem import Problem
+from timm_cascade.thresholds import Samples as Calibrated
+from timm_cascade.thresholds.path import follow, nested_path
 from timm_cascade.utils.files import write_text
 
 _logger = logging.getLogger('ablation')
@@ -165,9 +164,8 @@ def measure(
     Returns:
         Share of the MACs saved at each of DROPS, and the area under accuracy against MACs.
     """
-    stage, head = check_costs(stage_cost, head_cost, len(head_cost))
-    path = nested_path(Problem(*check_samples(*chosen_on), stage, head, GRID))
-    along = follow(path, *check_samples(*measured_on), stage, head)
+    path = nested_path(Calibrated(*chosen_on, stage_cost, head_cost))
+    along = follow(path, Calibrated(*measured_on, stage_cost, head_cost))
     share = along.cost / total
     step = np.abs(np.diff(share, prepend=share[0])) + 1e-6
     loss = optimize.isotonic_regression((along.harmful - along.helpful) / along.n, weights=step).x

@@ -25,7 +25,7 @@ from timm_cascade.backbone import backbone_macs
 from timm_cascade.inference.batch import CascadeOutput, confidence
 from timm_cascade.measure.calibrate import record
 from timm_cascade.model import CascadeModel
-from timm_cascade.thresholds import outcome, route
+from timm_cascade.thresholds import Samples, outcome, route
 
 _logger = logging.getLogger('benchmark')
 RECIPES = {
@@ -117,7 +117,8 @@ def as_accurate(model: CascadeModel, seen: dict[str, np.ndarray], accuracy: floa
     found = None
     for max_drop in MAX_DROPS:
         point = model.set_max_drop(max_drop, rule='joint', cost='time')
-        truth = outcome(seen['confidence'], seen['correct'], model.stage_macs(), point.thresholds, model.head_macs())
+        samples = Samples(seen['confidence'], seen['correct'], model.stage_macs(), model.head_macs())
+        truth = outcome(samples, point.thresholds)
         if truth.accuracy >= accuracy:
             found = dict(max_drop=max_drop, macs=truth.cost, accuracy=truth.accuracy, thresholds=point.thresholds)
     if found:
