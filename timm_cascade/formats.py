@@ -475,13 +475,9 @@ class ProfileEntry(_Described):
     @model_validator(mode='after')
     def _fits(self) -> ProfileEntry:
         count = len(self.exits)
-        for name, given, expected in (
-            ('stage_seconds', self.stage_seconds, count + 1),
-            ('head_seconds', self.head_seconds, count),
-            ('cut_seconds', self.cut_seconds, count),
-        ):
-            if len(given) != expected:
-                raise ValueError(f'{name} has {len(given)} numbers for {count} exits; expected are {expected}')
+        for name, expected in (('stage_seconds', count + 1), ('head_seconds', count), ('cut_seconds', count)):
+            if (given := len(getattr(self, name))) != expected:
+                raise ValueError(f'{name} has {given} numbers for {count} exits; expected are {expected}')
         if not sum(self.stage_seconds) > 0:
             raise ValueError('the stages take no time; measure again')
         return self
