@@ -22,9 +22,11 @@ def add_command(commands: Commands) -> None:
     cal = commands.add_parser(
         'calibrate', parents=[data_options(), output_options()], help='measure every exit on held-out images'
     )
-    cal.add_argument('folder', help='a release, or a folder that timm-cascade export wrote')
-    cal.add_argument('--split', help='images that neither backbone nor heads were trained on')
-    cal.add_argument('--no-labels', action='store_true', help='count agreement with the full network instead')
+    cal.add_argument('folder', help='The release, or a folder that timm-cascade export wrote.')
+    cal.add_argument('--split', help='Images that neither backbone nor heads were trained on.')
+    cal.add_argument(
+        '--no-labels', action='store_true', help='Read no labels; agreement with the full network counts instead.'
+    )
     cal.set_defaults(run=run)
 
 

@@ -1,4 +1,4 @@
-"""timm-cascade info: what a release is."""
+"""timm-cascade info: what a release holds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ['add_command', 'run']
 
 def add_command(commands: Commands) -> None:
     """Adds the command and its options."""
-    info = commands.add_parser('info', parents=[output_options()], help='what a release is')
-    info.add_argument('where', metavar='FOLDER|REPO')
+    info = commands.add_parser('info', parents=[output_options()], help='what a release holds')
+    info.add_argument('where', metavar='FOLDER|REPO', help='The release.')
     info.set_defaults(run=run)
 
 

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from ..data import ImageData, load_data
+from ..utils.progress import bars_on_terminal_only
 
 __all__ = ['Commands', 'data_options', 'exits_value', 'load_data_of', 'output_options', 'value']
 
@@ -33,15 +34,15 @@ def data_options() -> argparse.ArgumentParser:
         '--data',
         required=True,
         nargs='+',
-        help='Hub data set id, image folder, parquet file(s), or a folder of IDX files',
+        help='A Hub data set id, an image folder, parquet files, or a folder of IDX files.',
     )
-    data.add_argument('--batch-size', type=int, default=256, help='over all processes together')
-    data.add_argument('--workers', type=int, default=0, help='processes that decode images')
+    data.add_argument('--batch-size', type=int, default=256, help='Images per batch, over all processes together.')
+    data.add_argument('--workers', type=int, default=0, help='Processes that decode images.')
     data.add_argument(
         '--on-bad-image',
         default='fail',
         choices=['fail', 'skip'],
-        help='images that cannot be read: stop, or decode all images once more, name and leave those out',
+        help='What happens to images that cannot be read. skip: all are decoded first, those are named and left out.',
     )
     return data
 
@@ -49,10 +50,13 @@ def data_options() -> argparse.ArgumentParser:
 def output_options() -> argparse.ArgumentParser:
     """Options of every command that prints a result."""
     out = argparse.ArgumentParser(add_help=False)
-    out.add_argument('--json', action='store_true', help='print the result as JSON')
+    out.add_argument('--json', action='store_true', help='Print the whole result as JSON.')
     return out
 
 
 def load_data_of(args: argparse.Namespace, split: str | None, labels: bool = True) -> ImageData:
     """The images that the command line names."""
-    return load_data(args.data if len(args.data) > 1 else args.data[0], split, labels, args.on_bad_image, args.workers)
+    with bars_on_terminal_only():
+        return load_data(
+            args.data if len(args.data) > 1 else args.data[0], split, labels, args.on_bad_image, args.workers
+        )

@@ -20,13 +20,13 @@ __all__ = ['add_command', 'run']
 def add_command(commands: Commands) -> None:
     """Adds the command and its options."""
     prof = commands.add_parser(
-        'profile', parents=[output_options()], help='what stages, heads and cuts cost by the clock here'
+        'profile', parents=[output_options()], help='time of stages, heads and cuts on this machine'
     )
-    prof.add_argument('where', metavar='FOLDER|REPO|cascade_NAME', help='a release; or a name, with random weights')
-    prof.add_argument('--batch-size', type=int, default=64)
-    prof.add_argument('--repeats', type=int, default=20)
-    prof.add_argument('--dtype', choices=['float32', 'bfloat16', 'float16'], default='float32')
-    prof.add_argument('--compile', action='store_true', help='compile the stages first')
+    prof.add_argument('where', metavar='FOLDER|REPO|cascade_NAME', help='A release; or a name, with random weights.')
+    prof.add_argument('--batch-size', type=int, default=64, help='Images per batch.')
+    prof.add_argument('--repeats', type=int, default=20, help='Measurements; the medians are kept.')
+    prof.add_argument('--dtype', choices=['float32', 'bfloat16', 'float16'], default='float32', help='Precision.')
+    prof.add_argument('--compile', action='store_true', help='Compile the stages first.')
     prof.set_defaults(run=run)
 
 

@@ -16,11 +16,11 @@ def add_command(commands: Commands) -> None:
     push = commands.add_parser('push', parents=[output_options()], help='upload a release to the Hub')
     push.add_argument('folder')
     push.add_argument('repo', metavar='user/repo')
-    push.add_argument('--private', action='store_true', help='for a repository that is made')
-    push.add_argument('--revision', help='branch')
-    push.add_argument('--create-pr', action='store_true', help='open a pull request')
-    push.add_argument('--tag', help='git tag for the commit')
-    push.add_argument('--message', help='of the commit')
+    push.add_argument('--private', action='store_true', help='Make a repository that is new a private one.')
+    push.add_argument('--revision', help='Branch.')
+    push.add_argument('--create-pr', action='store_true', help='Open a pull request.')
+    push.add_argument('--tag', help='Git tag for the commit.')
+    push.add_argument('--message', help='Message of the commit.')
     push.set_defaults(run=run)
 
 

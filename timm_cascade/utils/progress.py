@@ -35,10 +35,11 @@ def bars_on_terminal_only() -> Iterator[None]:
     if sys.stderr is not None and sys.stderr.isatty():
         yield
         return
-    switched_off = []
-    libraries = ['huggingface_hub.utils', *(['datasets.utils'] if 'datasets' in sys.modules else [])]
-    for name in libraries:
-        library = __import__(name, fromlist=['are_progress_bars_disabled'])
+    import datasets
+    import huggingface_hub.utils
+
+    switched_off: list[Any] = []
+    for library in (datasets, huggingface_hub.utils):
         if not library.are_progress_bars_disabled():
             library.disable_progress_bars()
             switched_off.append(library)
