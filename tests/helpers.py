@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import struct
@@ -35,8 +36,42 @@ def write_idx(path, array):
         f.write(struct.pack(f'>BBBB{array.ndim}I', 0, 0, 8, array.ndim, *array.shape) + array.tobytes())
 
 
-def close(a, b, atol=1e-5):
-    return a.keys() == b.keys() and all(torch.allclose(a[k].float(), b[k].float(), atol=atol) for k in a)
+def near(got, want, tolerance=1e-3):
+    """Equal up to rounding, measured by how much the rows of `want` differ from each other.
+
+    Another row is off by about 1 of that. float32 rounding is some 1e-6 to 1e-5 of it in the networks of the tests, by
+    processor, batch size and thread count.
+    """
+    got, want = (torch.as_tensor(t).detach().double() for t in (got, want))
+    if got.shape != want.shape or not want.numel():
+        return got.shape == want.shape
+    spread = want.std(0).mean() if len(want) > 1 else want.abs().mean()
+    return bool((got - want).abs().max() <= tolerance * spread.clamp_min(1e-2 * want.abs().max()))
+
+
+def near_weights(got, want, start, tolerance=0.05):
+    """Equal up to rounding, measured by how far training moved the tensors from `start`."""
+    moved = {k: float((want[k].double() - start[k].double()).abs().max()) if k in start else 1.0 for k in want}
+    return got.keys() == want.keys() and all(
+        float((got[k].double() - want[k].double()).abs().max()) <= tolerance * moved[k] for k in want
+    )
+
+
+def rounding(model, x):
+    """Largest error of every exit's logits by the precision that `model` computes in, beside float32."""
+    exact = copy.deepcopy(model).float().forward_exits(x.float())
+    return max(float((a.float() - b).abs().max()) for a, b in zip(model.forward_exits(x), exact, strict=True))
+
+
+def between(values):
+    """A number in a wide gap of `values` that has many on either side: rounding moves nothing past it."""
+    ordered = values.detach().double().sort().values
+    gaps = ordered.diff()
+    if not len(gaps) or gaps.max() == 0:
+        return 1.01 * float(ordered[-1])
+    above = torch.arange(1, len(ordered))
+    best = (gaps.sqrt() * torch.minimum(above, len(ordered) - above)).argmax()
+    return float((ordered[best] + ordered[best + 1]) / 2)
 
 
 def trained(model, *args, **kwargs):
@@ -91,18 +126,17 @@ def whole(results):
     return [torch.cat(column) for column in zip(*results, strict=True)]
 
 
-def same(results, want, atol=1e-4):
+def same(results, want):
     index, logits, exits, found = whole(results)
     assert sorted(index.tolist()) == list(range(len(want.exit)))
     assert torch.equal(exits, want.exit[index])
-    assert torch.allclose(logits, want.logits[index], atol=atol)
-    assert torch.allclose(found, want.confidence[index], atol=atol)
+    assert near(logits, want.logits[index]) and near(found, want.confidence[index])
 
 
 def split_thresholds(model, x):
     """Thresholds that send some images out at each exit."""
     with torch.no_grad():
-        return [float(confidence(e).median()) for e in model.forward_exits(x)[:-1]]
+        return [between(confidence(e)) for e in model.forward_exits(x)[:-1]]
 
 
 def run(capsys, *argv):

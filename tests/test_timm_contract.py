@@ -63,7 +63,8 @@ def test_gradient_checkpointing(family):
         model.set_grad_checkpointing(enable)
         model(x).square().sum().backward()
         grads.append([p.grad for p in model.backbone.parameters()])
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(*grads, strict=True))
+    largest = max(float(g.abs().max()) for g in grads[0])  # beside it, what should be zero is rounding only
+    assert all((a - b).abs().max() <= 1e-3 * a.abs().max() + 1e-5 * largest for a, b in zip(*grads, strict=True))
 
 
 def test_optimizers_with_layer_decay_and_without_weight_decay(family):

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import ROOT, as_png, write_idx
+from helpers import ROOT, as_png, near, write_idx
 
 import timm_cascade
 from timm_cascade.data.views import eval_transform
@@ -67,7 +67,7 @@ def test_every_image_gets_what_predict_gives_it(cascade, folder, tmp_path):
     assert [r['exit'] for r in rows] == want.exit.tolist() and len(set(want.exit.tolist())) > 1
     assert [r['index'] for r in rows] == want.logits.argmax(1).tolist()
     assert [r['label'] for r in rows] == ['abcd'[r['index']] for r in rows]
-    assert np.allclose([r['prob'] for r in rows], want.confidence.numpy(), atol=1e-4)
+    assert near([r['prob'] for r in rows], want.confidence)
     assert all(r['topk_index'][0] == r['index'] and len(r['topk_index']) == 3 and r['row'] == -1 for r in rows)
     assert all(r['topk_prob'] == sorted(r['topk_prob'], reverse=True) and r['error'] is None for r in rows)
     shares = np.bincount(want.exit.numpy(), minlength=3) / len(rows)

@@ -12,7 +12,8 @@ import timm_cascade
 from timm_cascade.backbone import ExitPoint, candidates
 from timm_cascade.inference.router import Router
 
-TOLERANCE = 1e-4  # of the logits' standard deviation
+# of the logits' standard deviation; a wrong cut is off by about 1
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
 def randomise(model: nn.Module, images: Tensor) -> None:
@@ -76,10 +77,8 @@ def check(model: timm_cascade.CascadeModel, images: Tensor) -> float:
     scale = float(want.std())
     if not torch.isfinite(want).all() or not float(want.std(0).mean()) > 1e-3 * scale:
         raise ValueError(f'blind: logits of std {scale:.2g} that do not depend on the image')
-    if not torch.allclose(every[-1], want, atol=TOLERANCE * scale):
-        raise ValueError("forward_exits does not end with the backbone's logits")
     count, n, classes = len(model.exits), len(images), model.num_classes
-    worst = 0.0
+    worst = float((every[-1] - want).abs().max()) / scale
 
     def run(stubs: list, open_exits: list[float]) -> Any:
         return model._router.route(model.backbone, images, stubs, open_exits)
@@ -114,6 +113,20 @@ def check(model: timm_cascade.CascadeModel, images: Tensor) -> float:
         out = run(stubs, [0.9 if k == i else float('inf') for k in range(count)])
         assert out.exit.tolist() == [i] * n, out.exit
     return worst
+
+
+def judge(model: timm_cascade.CascadeModel, images: Tensor) -> tuple[bool, float, float | None]:
+    """Whether they are equal, and the error in float32 and, where that is more than usual, in float64.
+
+    How much of the error is rounding hangs on the network (the plain inception_v4 with random weights is 4e-3 off its
+    own float64 answers), on the processor and on the number of threads; float64 tells rounding from a wrong cut.
+    """
+    error = check(model, images)
+    if error <= TOLERANCE[torch.float32]:
+        return True, error, None
+    exact = check(model.double(), images.double())
+    model.float()
+    return exact <= TOLERANCE[torch.float64], error, exact
 
 
 def _as_picture(tap: Tensor, point: ExitPoint) -> Tensor:

@@ -32,7 +32,7 @@ from timm.models import get_pretrained_cfg, model_entrypoint
 from tqdm import tqdm
 
 from scripts import ROOT
-from scripts.experiments.every_backbone.equality import TOLERANCE, batch, check, layout_seen, randomise
+from scripts.experiments.every_backbone.equality import batch, judge, layout_seen, randomise
 from timm_cascade.backbone import BackboneError, backbone_macs, input_size_of
 
 CSV = ROOT / 'docs' / 'results' / 'backbones.csv'
@@ -94,16 +94,12 @@ def measure(name: str, reduction: dict[str, Any]) -> dict[str, Any]:
         row['input'] = 'x'.join(map(str, input_size))
         images = batch(input_size)
         randomise(model, images)
-        error = check(model, images)
-        row.update(
-            status='equal' if error <= TOLERANCE else 'differs',
-            error=f'{error:.1e}',
-            layout_seen=layout_seen(model, images),
-        )
-        if error > TOLERANCE:  # rounding, or a wrong cut?
-            exact = check(model.double(), images.double())
+        seen = layout_seen(model, images)
+        equal, error, exact = judge(model, images)
+        row.update(status='equal' if equal else 'differs', error=f'{error:.1e}', layout_seen=seen)
+        if exact is not None:
             row.update(
-                status='equal in float64' if exact <= 1e-9 else 'differs',
+                status='equal in float64' if equal else 'differs',
                 reason=f'{error:.1e} in float32, {exact:.1e} in float64',
             )
     except Exception as e:
