@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.timm-cascade-installed
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo test test-all lint docs wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
@@ -32,6 +32,10 @@ docs: $(STAMP)-docs
 $(STAMP)-docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
 	touch $@
+
+# builds, checks and installs the distribution, and runs the quickstart from it
+wheel: $(STAMP)
+	.ci/wheel $(BIN)/python
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache
