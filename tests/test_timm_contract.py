@@ -73,11 +73,11 @@ def test_optimizers_with_layer_decay_and_without_weight_decay(family):
     for kwargs in (dict(layer_decay=0.5), dict()):
         optimizer = create_optimizer_v2(model, 'adamw', lr=1e-3, weight_decay=0.05, **kwargs)
         groups = {names[id(p)]: g for g in optimizer.param_groups for p in g['params']}
-        assert set(groups) == set(names.values())
+        assert set(groups) == {n for n in names.values() if n.startswith('backbone.')}  # heads wait for train_heads
         assert all(groups[n]['weight_decay'] == 0 for n in model.no_weight_decay() & set(groups))
         if kwargs:
             scale = {n: g['lr_scale'] for n, g in groups.items()}
-            assert all(scale[n] == 1 for n in scale if n.startswith('heads.'))
+            assert max(scale.values()) == 1
             assert min(scale.values()) == scale[next(n for n in scale if n.startswith('backbone.'))] < 0.5
 
 

@@ -5,26 +5,23 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
-from .backbone import ExitPoint, backbone_macs, input_size_of, nested_groups, resolve_exits
-from .heads import ExitHead, HeadSpec, create_heads, head_configs, within_share
+from .backbone import ExitPoint, backbone_macs, input_size_of, nested_groups, pre_logits_of, resolve_exits
+from .heads import HeadSpec, create_heads, head_configs, within_share
 from .inference.batch import CascadeOutput
-from .inference.engine import Runner
+from .inference.engine import Runner, is_recorded, refuse_recording
+from .inference.request import Requests, check_images, check_thresholds
 from .inference.router import Router
-from .inference.stream import StreamOutput, stream
-from .thresholds.calibration import Calibration
+from .inference.stream import StreamedModel, StreamOutput, stream
+from .inference.weights import CalibrationGuard, calibrated_as, dtype_of, setup_of
 from .thresholds.dial import Dial, Setup
 from .thresholds.operating_point import OperatingPoint
-from .thresholds.table import ThresholdTable
-from .thresholds.timing import Profile
-from .utils.clock import device_name
 from .utils.digest import state_digest
 
 if TYPE_CHECKING:
@@ -35,12 +32,16 @@ __all__ = ['CascadeModel']
 MIN_LEAVE = 0.01
 
 
+def _part_of_dial(name: str) -> Any:
+    return property(lambda self: getattr(self.dial, name), lambda self, value: setattr(self.dial, name, value))
+
+
 class CascadeModel(nn.Module):
     """A timm model whose samples may exit early.
 
-    Called, it keeps timm's contract: images (N, C, H, W) to logits (N, num_classes) in input order. In training
-    mode, and until thresholds are set, it is the backbone and nothing else. What timm asks of a model beyond that
-    (`forward_features`, `feature_info`, `get_classifier`, ...) is answered by the backbone.
+    Called, it maps images (N, C, H, W) to logits (N, num_classes) in input order. In training mode, and until
+    thresholds are set, it is the backbone and nothing else; its heads need no gradients until `train_heads` trains
+    them. Whatever else timm asks of a model (`forward_features`, `feature_info`, ...) the backbone provides.
 
     Example:
         >>> model = timm.create_model('hf-hub:me/cascade_resnet50.flowers', pretrained=True).eval()
@@ -49,21 +50,21 @@ class CascadeModel(nn.Module):
 
     Args:
         backbone: A timm classifier.
-        exits: How many, their cost fractions, or module names (see `backbone.resolve_exits`); or points known before.
+        exits: Their number, cost fractions or module names (see `backbone.resolve_exits`), or resolved exit points.
         head: Preset or description of the exit heads (see `heads.head_configs`).
         thresholds: One confidence per exit; inf or None closes it.
 
     Attributes:
-        backbone: The timm model.
-        heads: Its exit heads, 0..M-1.
-        dial: Calibration, threshold table and profiles: what thresholds are chosen from.
-        min_leave: Share of a batch that must have left before it is cut: less saves no more time than the copy takes.
-            What each image gets is the same; 0 cuts always. `timm-cascade profile cascade_resnet18` prints the share
-            from which a cut pays as `cut_pays_from`: 1.2, 0.3 and 0.05 % at its exits (CPU, batch 64), less than one
-            image of the batch; so by default, at 1 %, only larger batches ever go on uncut.
+        backbone, heads: The timm model and its exit heads, 0..M-1.
+        dial: Calibration, table and profiles (also attributes of their own): what thresholds are chosen from.
+        min_leave: Share of a batch that must have exited before the batch is cut; less saves no more time than the copy
+            takes. Results are the same; 0 cuts always. `timm-cascade profile` prints from which share a cut pays.
     """
 
     backbone: Any  # a timm model: an nn.Module with timm's methods, which have no type of their own
+    calibration = _part_of_dial('calibration')
+    table = _part_of_dial('table')
+    profiles = _part_of_dial('profiles')
 
     def __init__(
         self,
@@ -81,41 +82,56 @@ class CascadeModel(nn.Module):
         if head == 'enhanced':  # by default heads stay cheap; a description is used unchanged
             self._head_configs = within_share(self._head_configs, self._points, self.num_classes)
         self.heads = create_heads(self._points, self.num_classes, self._head_configs)
-        reference = next(backbone.parameters())
-        self.heads.to(device=reference.device, dtype=reference.dtype)
+        self.heads.to(device=next(backbone.parameters()).device, dtype=dtype_of(backbone)).requires_grad_(False)
         self.pretrained_cfg = dict(getattr(backbone, 'pretrained_cfg', None) or {})
         self.pretrained_cfg['architecture'] = f'cascade_{self.pretrained_cfg.get("architecture", "model")}'
         self.default_cfg = self.pretrained_cfg
+        self.in_chans = input_size_of(backbone)[0]  # every batch is checked against it
         self.dial = Dial()
         self.published: Any = None  # hub.published.Published: the checkpoint the backbone was loaded from, unadapted
         self.base_model: str | None = None  # Hub id of what the backbone was made from, for model cards
         self._factory_args: dict[str, Any] = {}
         self._head_macs: list[int] | None = None
         self._router = Router(backbone, self._points)
-        self._thresholds = [math.inf] * len(self._points)
+        self._thresholds, self._open = [math.inf] * len(self._points), False
+        self._guard, self._requests = CalibrationGuard(), Requests()
         self.min_leave = MIN_LEAVE
         self.train(backbone.training)
         if thresholds is not None:
             self.thresholds = thresholds
 
-    # ---- running it
-
     def forward(self, x: Tensor) -> Tensor:
-        """Images (N, C, H, W) to logits (N, num_classes), easy images from an early exit."""
-        return self.predict(x).logits if self.any_open or self.compiled else self.backbone(x)
+        """Images (N, C, H, W) to logits (N, num_classes), easy images from an early exit; raises as `predict` does."""
+        if not self.any_open and (not self.compiled or is_recorded(x)):
+            return self.backbone(x)
+        return self.predict(x).logits
 
-    def predict(self, x: Tensor) -> CascadeOutput:
-        """Logits, the exit that answered and its confidence, for images (N, C, H, W), in their order.
+    def predict(self, x: Tensor, *, max_drop: Any = None, thresholds: Any = None) -> CascadeOutput:
+        """Logits, exit and confidence for images, in their order.
+
+        Args:
+            x: Images (N, C, H, W).
+            max_drop: For this call only: a number, or one per image (N,), as in `set_max_drop` with its defaults.
+            thresholds: For this call only: M confidences, or a row per image (N, M).
 
         Raises:
-            ValueError: Images of another shape or number of channels than the backbone's.
+            ValueError: Images or arguments of another shape than expected, or numbers out of range.
+            NotCalibratedError, TableMismatchError: See `set_max_drop`.
+            RoutingError: torch.jit.trace, torch.export or an ONNX exporter records it with open exits.
+
+        Example:
+            >>> logits, exit, confidence = model.predict(images)
+            >>> model.predict(images, max_drop=[0, 0.01, 0.05]).exit  # three images, three kinds of patience
         """
-        self._check(x)
+        if is_recorded(x) and not (max_drop is None is thresholds and not self.any_open):
+            refuse_recording()
+        check_images(x, self.in_chans)
         if not x.shape[0]:  # many networks crash on an empty batch
             empty = x.new_empty(0, dtype=torch.float32)
             return CascadeOutput(x.new_empty(0, self.num_classes), empty.long(), empty)
-        open_exits = self._thresholds if self.any_open else [math.inf] * len(self._points)
-        return self._router.route(self.backbone, x, list(self.heads), open_exits, self.min_leave)
+        limits = self._request(x.shape[0], max_drop, thresholds)
+        self._guard.notice(self)
+        return self._router.route(self.backbone, x, list(self.heads), limits, self.min_leave)
 
     def stream(
         self,
@@ -124,65 +140,49 @@ class CascadeModel(nn.Module):
         batch_size: int | None = None,
         ordered: bool = True,
         max_held: int | None = None,
+        max_drop: float | None = None,
+        thresholds: Any = None,
         accelerator: Accelerator | None = None,
     ) -> Iterator[StreamOutput]:
         """Predicts a long input with full batches in every stage: remaining samples of several batches go on together.
 
-        Gradients are not kept. What was read before the input raised is answered before it is raised.
+        Gradients are not kept. If the input raises, the results of earlier samples come first.
 
         Args:
-            batches: Images (N, C, H, W), or tuples that begin with them: a data loader, or any iterable.
-            batch_size: Samples that a stage runs on; by default as many as the first batch has.
-            ordered: Results in the input's order, one for each batch (in parts where a batch is larger than
-                `max_held`). Otherwise samples come as soon as they are answered, which holds none back.
-            max_held: Most samples that are kept at once, waiting for a stage or, in order, for others' results; then
-                stages run with fewer. By default 32 batches. Never more than M * `batch_size` of them keep a tap.
-            accelerator: With several processes, each reads and answers every P-th batch of the same input; `index` is
-                that in the whole. Where one of them fails, the others raise at their end.
+            batches: Images, or tuples that begin with them, such as a data loader; a dict as second element may hold
+                `max_drop` or `thresholds` of that batch, see `predict`.
+            batch_size: Samples that a stage runs on; by default the size of the first batch.
+            ordered: Results in the input's order, batch by batch. Otherwise they come as soon as they are known.
+            max_held: Most samples that wait for a stage, or for others' results; before it is exceeded, stages run with
+                fewer. Default: 32 batches. Up to M * `batch_size` of them keep features.
+            max_drop, thresholds: For this input only: a number, or M confidences.
+            accelerator: With several processes each predicts every P-th batch; `index` counts in the whole input.
 
-        Raises:
-            ValueError: Images that are not the backbone's, or numbers out of range.
-            TypeError: A batch without images.
-            RuntimeError: Another process failed.
+        Raises ValueError or TypeError for what does not fit the model, RuntimeError if another process failed.
+
+        Example:
+            >>> for index, logits, exit, confidence in model.stream(loader): ...
         """
-        thresholds = self._thresholds if self.any_open else [math.inf] * len(self._points)
-        return stream(
-            batches,
-            runner=self.runner,
-            prepare=self.as_images,
-            heads=list(self.heads),
-            thresholds=thresholds,
-            batch_size=batch_size,
-            ordered=ordered,
-            max_held=max_held,
-            accelerator=accelerator,
-        )
+        self._guard.notice(self)
+        limits = self._request(None, max_drop, thresholds)
+        parts = StreamedModel(self.runner, self.as_images, self._request, list(self.heads), limits)
+        return stream(batches, parts, batch_size, ordered, max_held, accelerator)
+
+    def _request(self, count: int | None, max_drop: Any, thresholds: Any) -> Any:
+        if max_drop is not None or thresholds is not None:
+            return self._requests.limits(self, count, max_drop, thresholds)
+        return self._thresholds if self.any_open else [math.inf] * len(self._points)
 
     def runner(self, images: Tensor, early_exit: bool | None = None) -> Runner:
-        """How the backbone runs images of this kind; see `inference.engine.Runner`.
-
-        Args:
-            images: (N, C, H, W), an example.
-            early_exit: Whether samples may exit early; by default, whether an exit is open.
-        """
+        """What runs the backbone on images like these (N, C, H, W); by default with early exits if an exit is open."""
+        self._router.attach(self.backbone)
         return self._router.runner(self.backbone, images, self.any_open if early_exit is None else early_exit)
 
     def as_images(self, x: Tensor) -> Tensor:
-        """The batch on the model's device.
-
-        Raises:
-            ValueError: Not images of this backbone's kind.
-        """
-        self._check(x)
-        return x.to(next(self.backbone.parameters()).device, non_blocking=True)
-
-    def _check(self, x: Tensor) -> None:
-        in_chans = self.in_chans
-        if x.ndim != 4 or x.shape[1] != in_chans:
-            raise ValueError(
-                f'images are {tuple(x.shape)}; expected (N, {in_chans}, H, W). Convert them, or create '
-                f'the model with in_chans={x.shape[1] if x.ndim == 4 else "..."}.'
-            )
+        """The batch, checked, on the model's device and in the dtype of its weights."""
+        check_images(x, self.in_chans)
+        dtype = dtype_of(self.backbone) if x.is_floating_point() else None
+        return x.to(next(self.backbone.parameters()).device, dtype, non_blocking=True)
 
     def compile(  # type: ignore[override]
         self,
@@ -194,44 +194,27 @@ class CascadeModel(nn.Module):
         fold: bool = False,
         backend: str = 'inductor',
     ) -> CascadeModel:
-        """Runs the backbone as stages between its exits, each compiled by itself, from now on.
+        """Compiles each stage between the exits.
 
-        For inference: while gradients are asked for, and in training mode, everything runs as before. New weights are
-        compiled anew when images come. Where the backbone cannot be exported or compiled it goes on eagerly, and a
-        warning says why. Unlike nn.Module.compile this compiles at once, for images of the size the model was made for.
+        For inference; with gradients and in training mode everything runs as before. New weights are compiled when
+        images come. Where compiling fails the cascade runs eagerly, and a warning says why.
 
         Args:
-            enabled: False goes back to the eager cascade.
-            mode: Of torch.compile; by default its own on a CPU, and `max-autotune` on a GPU.
-            batch_sizes: Numbers of images to compile for now rather than when they come. On a CPU one form does for all
-                but a single image; on a GPU each size is compiled that CUDA graphs are padded to.
-            channels_last: Convolutions in channels-last memory; by default where taps are feature maps.
-            fold: Compute with the weights while compiling: batch norms go into convolutions. On a CPU it took three
-                times as long to compile and ran no faster (resnet18, vit_small_patch16_224), so it is off.
-            backend: Of torch.compile.
-
-        Returns:
-            The model itself.
+            enabled: False returns to the eager cascade.
+            mode: Mode of torch.compile; default: its own on a CPU, `max-autotune` on a GPU.
+            batch_sizes: Batch sizes to compile for at once; others are compiled when they come.
+            channels_last: Convolutions in channels-last memory; by default where features are feature maps.
+            fold: Fold batch norms into convolutions while compiling; slower to compile and no faster on a CPU.
+            backend: Backend of torch.compile.
         """
-        from .inference.compiled import CompileOptions  # torch.export and the compiler are costly imports
-
-        if channels_last is None:
-            channels_last = any(p.layout == 'NCHW' for p in self._points)
-        self._router.forget()
-        self._router.options = CompileOptions(backend, mode, channels_last, fold) if enabled else None
-        if enabled:
-            weight = next(self.backbone.parameters())
-            size = input_size_of(self.backbone)
-            for n in batch_sizes or (2,):
-                images = torch.zeros(n, *size, dtype=weight.dtype, device=weight.device)
-                with torch.no_grad():
-                    self.runner(images)(images, lambda index, boundary: None)
+        self._router.compile(enabled, backend, mode, channels_last, fold)
+        for n in (batch_sizes or (2,)) if enabled else ():
+            images = self.as_images(torch.zeros(n, *input_size_of(self.backbone)))
+            with torch.no_grad():
+                self.runner(images)(images, lambda index, boundary: None)
         return self
 
-    @property
-    def compiled(self) -> bool:
-        """Whether `compile` is in force."""
-        return self._router.options is not None
+    compiled = property(lambda self: self._router.options is not None, doc='Whether the stages are compiled.')
 
     def forward_exits(self, x: Tensor) -> list[Tensor]:
         """Every exit's logits, M+1 of (N, num_classes); no sample exits early."""
@@ -239,20 +222,9 @@ class CascadeModel(nn.Module):
         return [*logits, final]
 
     def forward_pooled(self, x: Tensor, pre_logits: bool = False) -> tuple[list[Tensor], Tensor]:
-        """What each head classifies, M of (N, in_features), and the backbone's logits; no head's layers run.
-
-        With `pre_logits` what the backbone's classifier gets, (N, head_hidden_size), takes the place of its logits.
-        """
-        run = self._pre_logits if pre_logits else self.backbone
-        return self._router.collect(run, x, [head.pool for head in self._heads()])
-
-    def _pre_logits(self, x: Tensor) -> Tensor:
-        return self.backbone.forward_head(self.backbone.forward_features(x), pre_logits=True)
-
-    def _heads(self) -> list[ExitHead]:
-        return [head for head in self.heads if isinstance(head, ExitHead)]
-
-    # ---- the dial
+        """What heads classify, M of (N, in_features), and the backbone's logits or (N, head_hidden_size) before."""
+        run = partial(pre_logits_of, self.backbone) if pre_logits else self.backbone
+        return self._router.collect(run, x, [head.pool for head in self.heads])  # type: ignore[misc]
 
     def set_max_drop(
         self,
@@ -266,94 +238,59 @@ class CascadeModel(nn.Module):
         """Sets the thresholds from the accuracy that may be given up.
 
         With rule='certified', with probability `level` over the draw of the calibration images, accuracy on images
-        from the same source falls by at most max_drop: for every setting of the dial at once, so it may be turned,
-        compared and turned again. max_drop=0 opens exits only where they are certified to be no worse than the network.
-
-        Warns of exits that save MACs but no time, where this machine was profiled (`timm_cascade.profile`).
+        from the same source falls by at most max_drop, for every setting at once. max_drop=0 opens exits only where
+        they are certified to be no worse than the network. Warns of exits that save no time, where it was profiled.
 
         Args:
             max_drop: Acceptable loss of top-1 accuracy, absolute, as a fraction: 0.01 is one percentage point.
             rule: `certified`, `joint` or `per_exit`.
             level: Confidence level of the guarantee: it holds with at least this probability over the draw of the
                 calibration set.
-            reference: What counts as correct: `labels`, or `backbone` for the full network's own answers. Default:
-                labels, where the calibration had any. `best` counts max_drop from the most accurate point of the path
-                of thresholds instead of from the full network, where exits are better than it.
-            cost: What to save: `macs`, or `time` as it was profiled on this machine.
-            scope: `dial` for the guarantee at all settings at once; `setting` for this one alone, which is a little
-                more permissive.
-
-        Returns:
-            The thresholds and what to expect of them.
+            reference: What counts as correct: `labels` (the default where there are any), or `backbone` for agreement
+                with the full network. `best` counts max_drop from the most accurate thresholds instead.
+            cost: What to save: `macs`, or `time` as profiled on this machine (`timm_cascade.profile`).
+            scope: `dial` for the guarantee at all settings at once, `setting` for this one alone.
 
         Raises:
-            NotCalibratedError: There is neither a calibration nor a table to choose from; or, for `time`, no
-                calibration or no profile of this machine.
+            NotCalibratedError: No calibration or table; for `time`, no calibration or no profile of this machine.
+            TableMismatchError: Weights, dtype, input size or transform have changed since the calibration.
 
         Example:
             >>> print(model.set_max_drop(0.01))
         """
-        point = self.dial.choose(max_drop, rule, level, scope, reference, cost, self._setup)
-        self.thresholds = point.thresholds
-        for text in self.dial.exits_without_time(self.thresholds, self._setup):
+        setup = Setup(*setup_of(self))
+        point = self._turn(partial(self.dial.choose, max_drop, rule, level, scope, reference, cost, setup))
+        for text in self.dial.exits_without_time(self.thresholds, setup):
             warnings.warn(text, stacklevel=2)
         return point
 
     def set_cost(self, fraction: float, reference: str | None = None, cost: str = 'macs') -> OperatingPoint:
-        """Sets the most accurate thresholds that spend at most this share of the backbone's cost on average.
+        """Sets the most accurate thresholds that spend at most this share of the backbone's MACs, or time, on average.
 
-        Args:
-            fraction: Share of the backbone's MACs, or of its time.
-            reference: See `set_max_drop`.
-            cost: `macs` or `time`.
-
-        Raises:
-            NotCalibratedError: As for `set_max_drop`.
+        Raises NotCalibratedError and TableMismatchError as `set_max_drop` does; its arguments mean the same.
         """
-        point = self.dial.choose_by_cost(fraction, reference, cost, self._setup)
+        return self._turn(partial(self.dial.choose_by_cost, fraction, reference, cost, Setup(*setup_of(self))))
+
+    def _turn(self, choose: Callable[[], OperatingPoint]) -> OperatingPoint:
+        self.check_calibration()
+        point = choose()
         self.thresholds = point.thresholds
+        self._guard.begin(self)
         return point
 
-    @property
-    def calibration(self) -> Calibration | None:
-        """What `timm_cascade.calibrate` measured, to choose thresholds from."""
-        return self.dial.calibration
-
-    @calibration.setter
-    def calibration(self, value: Calibration | None) -> None:
-        self.dial.calibration = value
-
-    @property
-    def table(self) -> ThresholdTable | None:
-        """Operating points chosen before, for where there is no calibration."""
-        return self.dial.table
-
-    @table.setter
-    def table(self, value: ThresholdTable | None) -> None:
-        self.dial.table = value
-
-    @property
-    def profiles(self) -> list[Profile]:
-        """Times of the model's parts, as `timm_cascade.profile` measured them."""
-        return self.dial.profiles
-
-    @profiles.setter
-    def profiles(self, value: list[Profile]) -> None:
-        self.dial.profiles = value
+    def check_calibration(self) -> None:
+        """Raises TableMismatchError if weights, dtype, input size or transform have changed since the calibration."""
+        self._guard.check(self)
 
     def exits_without_time(self) -> list[str]:
         """Messages about open exits that save MACs but no time on this machine, by calibration and profile."""
-        return self.dial.exits_without_time(self.thresholds, self._setup)
+        return self.dial.exits_without_time(self.thresholds, Setup(*setup_of(self)))
 
     def forget_calibration(self) -> None:
-        """Closes all exits and drops calibration, table and profiles: they belong to other heads or classes."""
+        """Closes all exits and drops calibration, table and profiles."""
         self.dial.clear()
         self.thresholds = None
-
-    @property
-    def _setup(self) -> Setup:
-        weight = next(self.parameters())
-        return Setup(device_name(weight.device), str(weight.dtype).removeprefix('torch.'), self.compiled)
+        self._guard.watch = None
 
     @property
     def exits(self) -> tuple[ExitPoint, ...]:
@@ -363,7 +300,7 @@ class CascadeModel(nn.Module):
     @property
     def any_open(self) -> bool:
         """Whether a sample can exit early now."""
-        return not self.training and any(not math.isinf(t) for t in self._thresholds)
+        return self._open and not self.training
 
     @property
     def thresholds(self) -> Tensor:
@@ -372,24 +309,11 @@ class CascadeModel(nn.Module):
 
     @thresholds.setter
     def thresholds(self, values: Tensor | Sequence[float | None] | None) -> None:
-        if values is None:
-            values = [None] * len(self._points)
-        if isinstance(values, Tensor):
-            values = values.tolist()
-        numbers = [math.inf if v is None else float(v) for v in values]
-        if not self.num_classes and not all(math.isinf(t) for t in numbers):
-            raise ValueError('this model has no classes, so no exit can answer; reset_classifier(num_classes) first.')
-        if len(numbers) != len(self._points):
-            raise ValueError(
-                f'{len(numbers)} thresholds for {len(self._points)} exits; give one an exit '
-                f'({", ".join(p.module for p in self._points)}).'
-            )
-        if any(math.isnan(t) or t == -math.inf for t in numbers):
-            raise ValueError(f'thresholds {numbers}: each is a confidence in 0..1, or inf to close the exit.')
-        # kept as float32 values: a threshold is one of the confidences that were seen
-        self._thresholds = [float(np.float32(t)) for t in numbers]
-
-    # ---- what it costs, and which heads these are
+        numbers: Any = check_thresholds([None] * len(self._points) if values is None else values, self._points)
+        is_open = not all(map(math.isinf, numbers))
+        if is_open and not self.num_classes:
+            raise ValueError('a model that has no classes has no open exits; reset_classifier(num_classes) first.')
+        self._thresholds, self._open = numbers, is_open
 
     def head_macs(self) -> np.ndarray:
         """(M,) MACs of each head for one image; counted once."""
@@ -407,22 +331,8 @@ class CascadeModel(nn.Module):
         return state_digest(self.heads.state_dict(), also=[p.module for p in self._points])
 
     def provenance(self) -> dict[str, Any]:
-        """What confidences follow from beside heads and images: weights of the backbone, dtype and transform.
-
-        Calibrations and tables keep it, and are refused where it has changed.
-        """
-        config = resolve_input_data_config(self)
-        return dict(
-            backbone_digest=state_digest(self.backbone.state_dict()),
-            dtype=str(next(self.parameters()).dtype).removeprefix('torch.'),
-            input_size=list(config['input_size']),
-            mean=list(config['mean']),
-            std=list(config['std']),
-            interpolation=config['interpolation'],
-            crop_pct=config['crop_pct'],
-        )
-
-    # ---- timm's contract
+        """What calibrations follow from beside heads and images: digest of the backbone's weights, dtype, transform."""
+        return calibrated_as(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -432,15 +342,10 @@ class CascadeModel(nn.Module):
                 raise
             return getattr(self.backbone, name)
 
-    @property
-    def head_hidden_size(self) -> int:
-        """Width of what the backbone's classifier reads."""
-        return getattr(self.backbone, 'head_hidden_size', self.backbone.num_features)
-
-    @cached_property  # every batch is checked against it, and timm's way to it takes as long as a small layer
-    def in_chans(self) -> int:
-        """Channels of the images."""
-        return input_size_of(self.backbone)[0]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._guard.watch is not None:
+            self._guard.begin(self)
 
     def no_weight_decay(self) -> set[str]:
         """The backbone's parameters without weight decay, under their names here."""
@@ -449,10 +354,7 @@ class CascadeModel(nn.Module):
 
     @property
     def group_matcher(self) -> Callable[..., Any]:
-        """The backbone's groups, for its parameters under their names here; heads match none, so they come last.
-
-        A property, so that this model has it only where its backbone has: timm asks `hasattr`.
-        """
+        """The backbone's groups under their names here; a property, as timm asks whether a model `hasattr` it."""
         return nested_groups(self.backbone.group_matcher, 'backbone.')
 
     @property
@@ -467,7 +369,7 @@ class CascadeModel(nn.Module):
 
     @property
     def _model_args(self) -> dict[str, Any]:
-        """What timm writes to config.json and hands to the entrypoint again: resolved exits, heads and the dial."""
+        """Written to config.json by timm, and passed to the entrypoint again."""
         return {
             **self._factory_args,
             'exits': [p.module for p in self._points],
@@ -482,17 +384,16 @@ class CascadeModel(nn.Module):
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
         """New classifier and new heads for `num_classes`; all exits are closed."""
         self.backbone.reset_classifier(num_classes, *args, **kwargs)
-        reference = next(self.heads.parameters())
-        training = self.heads.training
-        self.heads = create_heads(self._points, num_classes, self._head_configs)
-        self.heads.to(device=reference.device, dtype=reference.dtype).train(training)
+        old = next(self.heads.parameters())
+        heads = create_heads(self._points, num_classes, self._head_configs).train(self.heads.training)
+        self.heads = heads.to(device=old.device, dtype=old.dtype).requires_grad_(old.requires_grad)
         self._head_macs = None
         self._router.forget()
         self.label_names = None
         self.forget_calibration()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads a cascade's state, or the state of a plain timm backbone into `backbone`."""
+        """Loads a cascade's state, or that of a plain timm model into the backbone."""
         if state_dict and not any(key.startswith(('backbone.', 'heads.')) for key in state_dict):
             return self.backbone.load_state_dict(state_dict, strict=strict, assign=assign)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)

@@ -161,15 +161,6 @@ def test_a_copy_and_its_original_do_not_meet(cascade):
 
 
 @torch.no_grad()
-def test_detached_hooks_are_gone(small):
-    small._router.remove_hooks()
-    small.thresholds = [0.0, 0.0]
-    assert small.predict(torch.randn(2, 1, 16, 16)).exit.tolist() == [2, 2]
-    with pytest.raises(RoutingError, match='did not run its exits'):
-        small.forward_exits(torch.randn(2, 1, 16, 16))
-
-
-@torch.no_grad()
 def test_a_backbone_that_mixes_rows_is_caught(small):
     """A single remaining sample can be broadcast silently: the number of rows that come back is checked every time."""
     x = torch.randn(3, 1, 16, 16) * torch.tensor([0.2, 1, 3])[:, None, None, None]

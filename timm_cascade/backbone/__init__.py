@@ -2,7 +2,7 @@
 
 from ..errors import BackboneError, ExitError
 from . import cifar_resnet
-from .exits import ExitPoint, candidates, cut, features_of, input_size_of, resolve_exits
+from .exits import ExitPoint, candidates, cut, features_of, input_size_of, pre_logits_of, resolve_exits
 from .groups import nested_groups
 from .probe import backbone_macs
 from .rows import merge_rows, select_rows
@@ -19,6 +19,7 @@ __all__ = [
     'input_size_of',
     'merge_rows',
     'nested_groups',
+    'pre_logits_of',
     'resolve_exits',
     'select_rows',
 ]

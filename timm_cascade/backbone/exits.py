@@ -18,7 +18,7 @@ from .layouts import find_layout
 from .probe import PROBE_BATCH, meta_pass
 from .rows import select_rows
 
-__all__ = ['ExitPoint', 'candidates', 'cut', 'features_of', 'input_size_of', 'resolve_exits']
+__all__ = ['ExitPoint', 'candidates', 'cut', 'features_of', 'input_size_of', 'pre_logits_of', 'resolve_exits']
 
 # an exit that hooks can cut is preferred to one that needs the exported graph, unless its share of the cost is
 # farther from the requested one by this much
@@ -87,6 +87,11 @@ def cut(output: Any, keep: Tensor, point: ExitPoint) -> Any:
 def input_size_of(backbone: nn.Module) -> tuple[int, ...]:
     """(C, H, W) of the images that the backbone was built for."""
     return tuple(get_model_input_config(backbone)['input_size'])
+
+
+def pre_logits_of(backbone: Any, images: Tensor) -> Tensor:
+    """(N, head_hidden_size), what the backbone's classifier reads."""
+    return backbone.forward_head(backbone.forward_features(images), pre_logits=True)
 
 
 def _is_list(module: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ..errors import ReleaseError
+from ..inference.request import unwrap
 from ..model import CascadeModel
 from ..thresholds import Calibration, Profile, ThresholdTable, profiles_from_json, profiles_to_json
 from ..thresholds.path import path_from_json, path_to_json
@@ -333,11 +334,10 @@ def save(model: nn.Module, folder: str | Path, layout: str | None = None, card: 
     Example:
         >>> timm_cascade.save(model, 'cascade_resnet50.flowers')
     """
-    if not isinstance(model, CascadeModel):
-        raise ReleaseError(
-            f'{type(model).__name__} is not a cascade; create one with timm.create_model("cascade_...") or save the '
-            f'model with timm.'
-        )
+    try:
+        model = unwrap(model, CascadeModel)
+    except TypeError as e:
+        raise ReleaseError(f'{e} Save other models with timm.') from e
     published = _unchanged(model)
     layout = layout or ('heads' if published else 'full')
     if layout not in LAYOUTS:

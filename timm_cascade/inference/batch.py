@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RoutingError
+from .request import Thresholds
 
 __all__ = ['ActiveBatch', 'CascadeOutput', 'Exited', 'confidence']
 
@@ -55,20 +56,18 @@ class ActiveBatch:
     Args:
         ids: (N,) int64, identifies the samples in the results.
         heads: One per exit.
-        thresholds: M numbers; infinity closes an exit. A confidence that is NaN never exits.
+        thresholds: M numbers, or a row per sample (N, M); infinity closes an exit. A NaN confidence never exits.
         min_leave: Share of the rows, in 0..1.
     """
 
     def __init__(
-        self,
-        ids: Tensor,
-        heads: Sequence[Callable[[Tensor], Tensor]],
-        thresholds: Sequence[float],
-        min_leave: float = 0.0,
+        self, ids: Tensor, heads: Sequence[Callable[[Tensor], Tensor]], thresholds: Thresholds, min_leave: float = 0.0
     ) -> None:
         self.ids = ids  # of the rows that the backbone works on
         self.heads = heads
-        self.thresholds = thresholds
+        self.limits: Tensor | None = None  # (rows, M), where samples have thresholds of their own
+        self.thresholds: Sequence[float] = ()  # of every exit the lowest
+        self._set_thresholds(thresholds)
         self.min_leave = min_leave
         self.exited: list[Exited] = []
         self._done: Tensor | None = None  # (rows,) bool: has exited, but is still among the rows
@@ -95,12 +94,12 @@ class ActiveBatch:
         logits = self.heads[index](features)
         found = confidence(logits)
         if rows == 1:  # a single image needs no selection of rows
-            if not found.item() >= self.thresholds[index]:
+            if not found.item() >= (self.thresholds[index] if self.limits is None else self.limits[0, index].item()):
                 return None
             self.exited.append(Exited(self.ids, logits, found, index))
             self._open = 0
             return EMPTY
-        passes = found >= self.thresholds[index]
+        passes = found >= (self.thresholds[index] if self.limits is None else self.limits[:, index])
         if self._done is not None:
             passes &= ~self._done
         exiting = passes.nonzero().squeeze(1)  # the one synchronisation of this exit
@@ -119,11 +118,22 @@ class ActiveBatch:
             return None
         keep = self._remaining(done)
         self.ids, self._done = self.ids[keep], None
+        if self.limits is not None:
+            self.limits = self.limits[keep]
         return keep
 
-    def replace(self, ids: Tensor) -> None:
-        """Replaces the remaining samples (used by `stream`)."""
+    def replace(self, ids: Tensor, thresholds: Tensor | None = None) -> None:
+        """Replaces the remaining samples, and their thresholds where each has its own (used by `stream`)."""
         self.ids, self._done, self._open = ids, None, ids.numel()
+        if thresholds is not None:
+            self._set_thresholds(thresholds)
+
+    def _set_thresholds(self, thresholds: Thresholds) -> None:
+        if isinstance(thresholds, Tensor):
+            self.limits = thresholds.to(self.ids.device)
+            self.thresholds = thresholds.amin(0).tolist() if len(thresholds) else [math.inf] * thresholds.shape[1]
+        else:
+            self.thresholds = thresholds
 
     def finish(self, logits: Tensor) -> None:
         """Assigns the backbone's logits to the remaining samples.

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ..backbone import select_rows
+from ..errors import RoutingError
 
-__all__ = ['Boundary', 'OnExit', 'Runner', 'StopForward']
+__all__ = ['Boundary', 'OnExit', 'Runner', 'StopForward', 'is_recorded', 'refuse_recording']
 
 
 class StopForward(Exception):
@@ -53,3 +55,21 @@ class Runner(Protocol):
     def __call__(
         self, images: Tensor, on_exit: OnExit, start: int = 0, tensors: list[Tensor] | None = None
     ) -> Tensor: ...
+
+
+def is_recorded(images: object) -> bool:
+    """Whether torch.jit.trace, torch.export, torch.fx or an ONNX exporter is recording this call."""
+    exporting = getattr(torch.compiler, 'is_exporting', None) or torch.compiler.is_compiling  # torch before 2.7
+    return torch.jit.is_tracing() or exporting() or isinstance(images, torch.fx.Proxy)
+
+
+def refuse_recording() -> None:
+    """
+    Raises:
+        RoutingError: Always; it says what to do instead.
+    """
+    raise RoutingError(
+        'this cascade has open exits, and the way its samples take depends on their confidence: a trace or an exported '
+        'graph would fix the way of the example images and answer others wrongly. Use timm_cascade.export(model, '
+        'folder), which keeps the early exits; or record the full network, with model.thresholds = None.'
+    )

@@ -65,14 +65,23 @@ class HookRunner:
 
     def __init__(self, backbone: nn.Module, points: Sequence[ExitPoint]) -> None:
         self.points = tuple(points)
-        self._handles: list[RemovableHandle] = [
-            backbone.get_submodule(p.module).register_forward_hook(_ExitHook(self, i)) for i, p in enumerate(points)
-        ]
+        self._hooked: list[tuple[nn.Module, RemovableHandle]] = []
+        self.attach(backbone)
+
+    def attach(self, backbone: nn.Module) -> bool:
+        """Puts hooks on the exits' modules, and says whether they were not there, as some modules were replaced."""
+        modules = [backbone.get_submodule(p.module) for p in self.points]
+        if [id(m) for m in modules] == [id(m) for m, _ in self._hooked]:
+            return False
+        self.remove()
+        self._hooked = [(m, m.register_forward_hook(_ExitHook(self, i))) for i, m in enumerate(modules)]
+        return True
 
     def remove(self) -> None:
         """Removes the hooks from the backbone."""
-        for handle in self._handles:
+        for _, handle in self._hooked:
             handle.remove()
+        self._hooked = []
 
     def run(
         self,

@@ -21,6 +21,7 @@ from ..errors import RoutingError
 from .batch import ActiveBatch, CascadeOutput
 from .engine import Boundary, Runner, StopForward
 from .hooks import HookRunner
+from .request import Thresholds
 
 if TYPE_CHECKING:
     from .compiled import CompileOptions
@@ -54,9 +55,24 @@ class Router:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_exported': {}}  # a copy exports its own backbone when it needs to
 
-    def remove_hooks(self) -> None:
-        """Removes the hooks from the backbone."""
-        self._hooks.remove()
+    def attach(self, backbone: nn.Module) -> bool:
+        """Makes sure that exits work after modules were replaced; returns whether any was."""
+        try:
+            changed = self._hooks.attach(backbone)
+        except AttributeError as e:
+            raise RoutingError(f'the backbone no longer has the modules of its exits: {e}. Wrap it again.') from e
+        if changed:
+            self.forget()
+        return changed
+
+    def compile(self, enabled: bool, backend: str, mode: str | None, channels_last: bool | None, fold: bool) -> None:
+        """See `CascadeModel.compile`."""
+        from .compiled import CompileOptions  # torch.export and the compiler are costly imports
+
+        if channels_last is None:
+            channels_last = any(p.layout == 'NCHW' for p in self.points)
+        self.forget()
+        self.options = CompileOptions(backend, mode, channels_last, fold) if enabled else None
 
     def forget(self) -> None:
         """Drops the exported stages, because the backbone or the compile options have changed."""
@@ -92,6 +108,8 @@ class Router:
     ) -> tuple[list[Tensor], Tensor]:
         """The output of each reader for its exit's features, and the output of `backbone`; no sample exits early."""
         read: list[Tensor | None] = [None] * len(self.points)
+        if isinstance(backbone, nn.Module):
+            self.attach(backbone)
 
         def on_exit(index: int, boundary: Boundary) -> None:
             read[index] = readers[index](boundary.features)
@@ -107,7 +125,7 @@ class Router:
         backbone: nn.Module,
         images: Tensor,
         heads: Sequence[Callable[[Tensor], Tensor]],
-        thresholds: Sequence[float],
+        thresholds: Thresholds,
         min_leave: float = 0.0,
     ) -> CascadeOutput:
         """Runs the cascade: a sample exits at the first exit whose confidence is at least its threshold.
@@ -116,12 +134,15 @@ class Router:
             backbone: The network that carries the hooks.
             images: (N, ...), N >= 1.
             heads: One per exit; not run where the threshold is infinite.
-            thresholds: M numbers; infinity closes an exit.
+            thresholds: M numbers, or (N, M) of them; infinity closes an exit.
             min_leave: See ActiveBatch.
         """
         batch = ActiveBatch(torch.arange(images.shape[0], device=images.device), heads, thresholds, min_leave)
+        reached = 0  # exits
 
         def on_exit(index: int, boundary: Boundary) -> list[Tensor] | None:
+            nonlocal reached
+            reached += 1
             remaining = batch.exit_confident(index, boundary.features)
             if remaining is None:
                 return None
@@ -129,11 +150,15 @@ class Router:
                 raise StopForward
             return boundary.select(remaining)
 
-        runner = self.runner(backbone, images, not all(math.isinf(t) for t in thresholds))
+        early_exit = not all(map(math.isinf, batch.thresholds))
+        runner = self.runner(backbone, images, early_exit)
         try:
-            batch.finish(runner(images, on_exit))
+            logits = runner(images, on_exit)
         except StopForward:  # every sample has exited
-            pass
+            return batch.output()
+        if early_exit and reached < len(self.points) and self.attach(backbone):
+            return self.route(backbone, images, heads, thresholds, min_leave)  # a module was replaced, with its hook
+        batch.finish(logits)
         return batch.output()
 
     def _staged(self, backbone: nn.Module, images: Tensor, compiled: bool) -> StagedBackbone:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-__all__ = ['StreamOutput', 'stream']
+__all__ = ['StreamOutput', 'StreamedModel', 'stream']
 
 
 class StreamOutput(NamedTuple):
@@ -77,10 +77,11 @@ class _Waiting:
 class _Stages:
     """The samples that wait in front of each stage, and the forwards that carry them on."""
 
-    def __init__(self, cascade: _Cascade, batch_size: int) -> None:
+    def __init__(self, cascade: StreamedModel, batch_size: int) -> None:
         self.cascade = cascade
         self.batch_size = batch_size
         self.heads, self.thresholds = cascade.heads, cascade.thresholds
+        self.own = False  # samples have thresholds of their own, which wait with them as their last tensor
         self.waiting = [_Waiting() for _ in range(len(cascade.heads) + 1)]
         self.runner: Runner | None = None
         self.kind: Any = None
@@ -90,15 +91,20 @@ class _Stages:
     def held(self) -> int:
         return sum(w.count for w in self.waiting)
 
-    def feed(self, ids: Tensor, images: Tensor) -> Iterator[Exited]:
-        """Adds images, and runs every stage that has a full batch."""
+    def feed(self, ids: Tensor, images: Tensor, limits: Tensor | None) -> Iterator[Exited]:
+        """Adds images, with thresholds (N, M) where they have their own, and runs every stage that has a full batch."""
         kind = (images.shape[1:], images.dtype, images.device)
+        if limits is not None and not self.own:
+            yield from self.drain()
+            self.own = True
+        if self.own and limits is None:
+            limits = torch.tensor([list(self.thresholds)]).expand(len(ids), -1)
         if kind != self.kind:
             yield from self.drain()  # samples of another size cannot go on together
             self.runner = self.cascade.runner(images)
             self.kind = kind
             self.carrier = images.new_zeros(1, *images.shape[1:])
-        self.waiting[0].add(ids, [images], (1,))
+        self._wait(0, ids, [images], (1,), limits)
         while self.waiting[0].count >= self.batch_size:
             yield from self._run(0, self.batch_size)
 
@@ -108,25 +114,33 @@ class _Stages:
             while waiting.count:
                 yield from self._run(stage, 1)
 
+    def _wait(self, stage: int, ids: Tensor, tensors: list[Tensor], rows: Sequence[int], limits: Tensor | None) -> None:
+        if limits is not None:
+            tensors, rows = [*tensors, limits.to(ids.device)], (*rows, 1)
+        self.waiting[stage].add(ids, tensors, rows)
+
+    def _take(self, stage: int) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        ids, tensors = self.waiting[stage].take(self.batch_size)
+        return (ids, tensors[:-1], tensors[-1]) if self.own else (ids, tensors, None)
+
     def _run(self, stage: int, least: int) -> list[Exited]:
         """Runs `stage`, and the following stages as long as at least `least` samples wait for them."""
         assert self.runner is not None
-        ids, tensors = self.waiting[stage].take(self.batch_size)
-        batch = ActiveBatch(ids, self.heads, self.thresholds)
+        ids, tensors, limits = self._take(stage)
+        batch = ActiveBatch(ids, self.heads, self.thresholds if limits is None else limits)
 
         def on_exit(index: int, boundary: Boundary) -> list[Tensor] | None:
-            if math.isinf(self.thresholds[index]):
+            if math.isinf(batch.thresholds[index]):
                 return None
             remaining = batch.exit_confident(index, boundary.features)
             waiting = self.waiting[index + 1]
             if remaining is None or len(remaining):
-                waiting.add(
-                    batch.ids, boundary.tensors if remaining is None else boundary.select(remaining), boundary.rows
-                )
+                tensors = boundary.tensors if remaining is None else boundary.select(remaining)
+                self._wait(index + 1, batch.ids, tensors, boundary.rows, batch.limits)
             if waiting.count < least:
                 raise StopForward
-            ids, tensors = waiting.take(self.batch_size)
-            batch.replace(ids)
+            ids, tensors, limits = self._take(index + 1)
+            batch.replace(ids, limits)
             return tensors
 
         try:
@@ -186,49 +200,51 @@ class _InOrder:
             yield StreamOutput(index, logits, exits, found)
 
 
-class _Cascade(NamedTuple):
-    """The parts of a model that a stream needs."""
+class StreamedModel(NamedTuple):
+    """The parts of a model that a stream needs.
+
+    Attributes:
+        runner: Returns the runner for images of a kind.
+        prepare: Checks images and moves them to the device; its exceptions end the stream.
+        request: Returns thresholds for (count, max_drop, thresholds).
+        heads: One per exit.
+        thresholds: M numbers, for batches without a request.
+    """
 
     runner: Callable[[Tensor], Runner]
     prepare: Callable[[Tensor], Tensor]
+    request: Callable[[int | None, Any, Any], Any]
     heads: Sequence[Callable[[Tensor], Tensor]]
     thresholds: Sequence[float]
+
+    def limits(self, request: Mapping[str, Any] | None, count: int) -> Tensor | None:
+        """Thresholds (count, M) of a batch's own request."""
+        if request is None:
+            return None
+        found = self.request(count, request.get('max_drop'), request.get('thresholds'))
+        return found if isinstance(found, Tensor) else torch.tensor([found]).expand(count, -1)
 
 
 def stream(
     batches: Iterable[Any],
-    *,
-    runner: Callable[[Tensor], Runner],
-    prepare: Callable[[Tensor], Tensor],
-    heads: Sequence[Callable[[Tensor], Tensor]],
-    thresholds: Sequence[float],
+    cascade: StreamedModel,
     batch_size: int | None = None,
     ordered: bool = True,
     max_held: int | None = None,
     accelerator: Accelerator | None = None,
 ) -> Iterator[StreamOutput]:
-    """See `CascadeModel.stream`.
-
-    Args:
-        batches: Images, or tuples that begin with them.
-        runner: Returns the runner for images of a kind.
-        prepare: Checks images and moves them to the device; its exceptions end the stream.
-        heads: One per exit.
-        thresholds: M numbers.
-        batch_size, ordered, max_held, accelerator: See `CascadeModel.stream`.
-    """
+    """See `CascadeModel.stream`."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f'batch_size is {batch_size}; expected at least 1.')
     if max_held is not None and max_held < (batch_size or 1):
         raise ValueError(f'max_held is {max_held}; expected at least the batch size, {batch_size or 1}.')
     share = _ProcessShard(batches, accelerator)
-    cascade = _Cascade(runner, prepare, heads, thresholds)
     return _raise_everywhere(_stream(cascade, share, batch_size, ordered, max_held), share)
 
 
 @torch.no_grad()
 def _stream(
-    cascade: _Cascade, share: _ProcessShard, batch_size: int | None, ordered: bool, max_held: int | None
+    cascade: StreamedModel, share: _ProcessShard, batch_size: int | None, ordered: bool, max_held: int | None
 ) -> Iterator[StreamOutput]:
     stages: _Stages | None = None
     order: _InOrder | None = None
@@ -236,8 +252,8 @@ def _stream(
     source = iter(share)
     while True:
         try:
-            start, images = next(source)
-            images = cascade.prepare(images)
+            start, images, request = next(source)
+            images, limits = cascade.prepare(images), cascade.limits(request, len(images))
         except StopIteration:
             break
         except Exception as e:  # an exception of the input is raised after the results of earlier samples
@@ -257,7 +273,8 @@ def _stream(
             if (order.held if order else stages.held) + len(part) > max_held:
                 yield from _results(stages.drain(), order)
             ids = order.expect(index) if order else index
-            yield from _results(stages.feed(ids, part), order)
+            own = None if limits is None else limits[offset : offset + len(part)]
+            yield from _results(stages.feed(ids, part, own), order)
         del images, part  # freed while the next ones are made
     if stages is not None:
         yield from _results(stages.drain(), order)
@@ -302,17 +319,19 @@ class _ProcessShard:
                 rng_types=accelerator.rng_types,
             )
 
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
+    def __iter__(self) -> Iterator[tuple[int, Any, Mapping[str, Any] | None]]:
         start = number = 0
         for batch in self.batches:
             images = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+            second = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+            request = second if isinstance(second, Mapping) and {'max_drop', 'thresholds'} & set(second) else None
             if not isinstance(images, Tensor):
                 raise TypeError(f'a batch is {type(images).__name__}; expected images (N, C, H, W), or (images, ...).')
             if self.size is not None:
-                yield (number * self.processes + self.process) * self.size, images
+                yield (number * self.processes + self.process) * self.size, images, request
             else:
                 if number % self.processes == self.process:
-                    yield start, images
+                    yield start, images, request
                 start += len(images)
             number += 1
             del batch, images  # freed while the next ones are made

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from ..data import UNLABELLED, create_loader
 from ..inference.batch import confidence
+from ..inference.request import unwrap
 from ..model import CascadeModel
 from ..thresholds import Calibration
 from ..utils.distributed import create_accelerator
@@ -38,6 +39,7 @@ def record(
         labelled: (n,) bool. Absent where all images have a label, or none has.
         digest: (n,) int64, equal for images that are exact copies of each other after the transform.
     """
+    model = unwrap(model, CascadeModel)
     accelerator = accelerator or create_accelerator()
     training = model.training
     model.to(accelerator.device).eval()
@@ -47,7 +49,7 @@ def record(
         loader = accelerator.prepare_data_loader(create_loader(model, data, share, workers))
         for images, target in progress(loader, 'every exit', accelerator.is_main_process):
             with accelerator.autocast():
-                logits = model.forward_exits(images)
+                logits = model.forward_exits(model.as_images(images))
             confident = torch.stack([confidence(x) for x in logits], 1)
             answer = torch.stack([x.argmax(1) for x in logits], 1)
             parts.append(accelerator.gather_for_metrics((confident, answer, target, _digests(images))))
@@ -109,6 +111,7 @@ def calibrate(
     Warns:
         UserWarning: Images that are exact copies of others: they make the guarantee void.
     """
+    model = unwrap(model, CascadeModel)
     arrays = record(model, held_out, batch_size, workers, accelerator)
     digests = [arrays.pop('digest')]
     if unlabelled is not None:

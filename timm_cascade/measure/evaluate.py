@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data import create_loader
+from ..inference.request import unwrap
 from ..model import CascadeModel
 from ..thresholds.samples import exit_costs
 from ..utils.clock import clock
@@ -106,7 +107,7 @@ def evaluate(
         title: What the progress bar says.
         every_exit: Run all exits on all images too, for `Report.every_exit`.
     """
-    device = next(model.parameters()).device
+    model = unwrap(model, CascadeModel)
     training = model.training
     model.eval()
     exits, right, full_right, ratios, weights = [], [], [], [], []
@@ -114,7 +115,7 @@ def evaluate(
         for i, (images, target) in enumerate(
             progress(create_loader(model, data, batch_size, workers), title, leave=False)
         ):
-            images = images.to(device)
+            images = model.as_images(images)
             if i == 0:  # the first batch warms both up
                 model.backbone(images), model.predict(images)
             calls = [model.backbone, model.predict]

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..backbone import input_size_of
 from ..inference.batch import ActiveBatch
 from ..inference.engine import Boundary, Runner
+from ..inference.request import unwrap
 from ..model import CascadeModel
 from ..thresholds import Profile
 from ..utils.clock import clock, device_name
@@ -37,9 +38,9 @@ def profile(model: CascadeModel, *, batch_size: int = 64, repeats: int = 20, ima
     """
     if batch_size < 1 or repeats < 1:
         raise ValueError(f'batch_size={batch_size} and repeats={repeats}: expected at least 1 of each.')
-    weight = next(model.backbone.parameters())
+    model = unwrap(model, CascadeModel)
     if images is None:
-        images = torch.randn(batch_size, *input_size_of(model.backbone)).to(weight.dtype)
+        images = torch.randn(batch_size, *input_size_of(model.backbone))
     images = model.as_images(images)
     training = model.training
     model.eval()
@@ -64,7 +65,7 @@ def profile(model: CascadeModel, *, batch_size: int = 64, repeats: int = 20, ima
     count = len(model.exits)
     result = Profile(
         device=device_name(images.device),
-        dtype=str(weight.dtype).removeprefix('torch.'),
+        dtype=str(images.dtype).removeprefix('torch.'),
         batch_size=len(images),
         compiled=model.compiled,
         exits=tuple(p.module for p in model.exits),

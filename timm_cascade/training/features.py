@@ -86,7 +86,6 @@ class FrozenFeatures:
     def batches(self, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
         """For each array of indices in `plan` the M+1 arrays, float32 on the accelerator's device, and the labels."""
         device = self.accelerator.device
-        dtype = next(self.model.backbone.parameters()).dtype
         loader = DataLoader(
             self.view,
             batch_sampler=[p.tolist() for p in plan],
@@ -100,7 +99,7 @@ class FrozenFeatures:
                 continue
             images, labels = batch
             with self.accelerator.autocast():
-                pooled, final = self.model.forward_pooled(images.to(device, dtype), self.pre_logits)
+                pooled, final = self.model.forward_pooled(self.model.as_images(images), self.pre_logits)
             yield [t.float() for t in (*pooled, final)], labels
 
     def key(self) -> str:

@@ -18,6 +18,8 @@ from torch.utils.data import Dataset
 
 from ..backbone import input_size_of
 from ..data import UNLABELLED, check_classes, check_training_classes
+from ..inference.request import unwrap
+from ..inference.weights import dtype_of
 from ..model import CascadeModel
 from ..utils.distributed import check_launch, create_accelerator, on_main
 from .features import FrozenFeatures, StoredFeatures, store
@@ -95,6 +97,7 @@ def train_heads(
     """
     if epochs < 1 or batch_size < 1 or views < 1:
         raise ValueError(f'epochs={epochs}, batch_size={batch_size}, views={views}: each must be at least 1.')
+    model = unwrap(model, CascadeModel)
     for data in (train, val):
         check_classes(data, model.num_classes, model.label_names) if data is not None else None
     check_training_classes(train)
@@ -107,12 +110,13 @@ def train_heads(
             'es' * (accelerator.num_processes > 1),
             accelerator.device,
         )
-    training, dtype = model.training, next(model.heads.parameters()).dtype
+    training = model.training
     before = {name: tensor.clone() for name, tensor in model.heads.state_dict().items()}
     folder = None if work_dir is None else Path(work_dir)
     model.to(accelerator.device).eval()
+    dtype, trainable = dtype_of(model.heads), next(model.heads.parameters()).requires_grad
+    model.heads.float().requires_grad_(True)  # small steps are lost in half precision
     try:
-        model.heads.float()  # small steps are lost in half precision
         final = _check_classifier(model) if classifier else None
         wanted = [(train, view) for view in range(views)] + ([(val, 0)] if val is not None else [])
         sources: list[Any] = [
@@ -125,7 +129,7 @@ def train_heads(
         mean, variance = moments(sources[:views], accelerator, model.num_classes, least=0 if classifier else UNLABELLED)
         for head, m, v in zip(model.heads, mean, variance, strict=False):
             # standardised by the training set's own statistics, so that no step depends on how a batch is split
-            if isinstance(norm := head.norm, nn.BatchNorm1d):
+            if isinstance(norm := head.norm, (nn.BatchNorm1d, nn.SyncBatchNorm)):
                 norm.running_mean.copy_(m)  # type: ignore[union-attr]
                 norm.running_var.copy_(v)  # type: ignore[union-attr]
         probe = None if final is None else Classifier(final, mean[-1], variance[-1])
@@ -139,7 +143,7 @@ def train_heads(
         model.heads.load_state_dict(before)
         raise
     finally:
-        model.heads.to(dtype)
+        model.heads.to(dtype).requires_grad_(trainable)
         model.train(training)
     if probe is not None and final is not None:
         probe.write_to(final)
@@ -162,13 +166,14 @@ def _check_classifier(model: CascadeModel) -> nn.Linear | nn.Conv2d:
             f'layer, and cannot be trained here. {advice}'
         )
     images = torch.randn(2, *input_size_of(model.backbone), generator=torch.Generator().manual_seed(0)).to(found.weight)
+    tolerance = max(1e-3, 8 * torch.finfo(found.weight.dtype).eps)
     with torch.no_grad():
         features, logits = model.forward_pooled(images, pre_logits=True)[1], model.backbone(images)
         ok = features.shape[1:] == (found.weight.shape[1],) and torch.allclose(
             F.linear(features, found.weight.flatten(1), found.bias),
             logits,
-            rtol=1e-3,
-            atol=1e-3 * float(logits.abs().max()),
+            rtol=tolerance,
+            atol=tolerance * float(logits.abs().max()),
         )
     if not ok:
         raise ValueError(

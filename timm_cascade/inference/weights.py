@@ -1,0 +1,174 @@
+"""Notices that a cascade is no longer the one that was calibrated: other weights, dtype or input transform."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from timm.data.model_config import resolve_input_data_config
+from torch import Tensor, nn
+
+from ..errors import TableMismatchError
+from ..utils.clock import device_name
+from ..utils.digest import state_digest
+
+__all__ = ['CalibrationGuard', 'WeightWatch', 'calibrated_as', 'differences', 'dtype_of', 'setup_of']
+
+STEP = 8  # tensors and modules that one call looks at, beside each head's classifier
+_version = operator.attrgetter('_version')
+_TRANSFORM = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
+_NAMES = dict(input_size='the input size', mean='the mean', std='the standard deviation', crop_pct='the crop')
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Floating-point type of the weights, float32 where there are none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def setup_of(model: Any) -> tuple[str, str, bool]:
+    """Device, dtype and whether stages are compiled, see `thresholds.dial.Setup`."""
+    device = next(model.parameters()).device
+    return device_name(device), str(dtype_of(model)).removeprefix('torch.'), model.compiled
+
+
+def calibrated_as(model: Any) -> dict[str, Any]:
+    """What confidences and correctness depend on, beside the heads: backbone (digest), dtype and transform.
+
+    The digest is the same on every device, and takes about a tenth of a second per gigabyte of weights.
+    """
+    config = resolve_input_data_config(model)
+    return dict(
+        backbone_digest=state_digest(model.backbone.state_dict()),
+        dtype=str(dtype_of(model)).removeprefix('torch.'),
+        **{name: _plain(config[name]) for name in _TRANSFORM},
+    )
+
+
+def differences(
+    stored: Mapping[str, Any], current: Mapping[str, Any], heads: tuple[str, str] | None = None
+) -> list[str]:
+    """What differs between a calibration's provenance and the model, in words.
+
+    Args:
+        stored: Provenance; what it does not say is not compared.
+        current: See `calibrated_as`.
+        heads: Digests of the calibrated and of the present heads.
+    """
+    if stored.get('dtype', current['dtype']) != current['dtype']:
+        return [f'the dtype is {current["dtype"]} (calibrated in {stored["dtype"]})']  # all values are rounded
+    found = []
+    if stored.get('backbone_digest', current['backbone_digest']) != current['backbone_digest']:
+        found.append("the backbone's weights have changed")
+    if heads is not None and heads[0] != heads[1]:
+        found.append("the heads' weights have changed")
+    for name in _TRANSFORM:
+        if name in stored and _plain(stored[name]) != current[name]:
+            found.append(f'{_NAMES.get(name, f"the {name}")} is {current[name]} (calibrated with {stored[name]})')
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, list)) else value
+
+
+class WeightWatch:
+    """Compares weights with those of its creation, a few per call, so that `predict` can afford it.
+
+    The first call looks at every tensor and module. The others look at the heads' classifiers and a few tensors from
+    all over the network, in turn: training, another checkpoint and replaced layers show at once, one edited tensor
+    after some calls. Values written through `Tensor.data` leave no trace that is cheap to find; only the digest
+    notices them.
+
+    Args:
+        model: The cascade.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        heads: Any = model.heads
+        places: list[tuple[dict[str, Any], str, Any]] = []
+        for module in model.modules():
+            for owned in (module._parameters, module._buffers, module._modules):
+                places += [(owned, name, value) for name, value in owned.items()]
+        seen = {id(v): v for _, _, v in places if isinstance(v, Tensor) and not v.is_inference()}
+        tensors = list(seen.values())
+        classifiers = [p for h in heads for p in list(h.parameters())[-2:-1] if not p.is_inference()]
+        turns = max(1, -(-len(tensors) // STEP), -(-len(places) // STEP))
+        self._all = _Part(tensors, places)
+        self._parts = [_Part([*classifiers, *tensors[i::turns]], places[i::turns]) for i in range(turns)]
+        self._probe, self._dtype = classifiers[:1], dtype_of(heads[0])
+        self._turn = 0
+        self._first = True
+
+    def changed(self) -> bool:
+        """Whether a change was found; False says that none was found yet."""
+        if self._first:
+            self._first = False
+            return self._all.changed()
+        if self._probe and self._probe[0].dtype is not self._dtype:
+            return True
+        turn = self._turn
+        self._turn = turn + 1 if turn + 1 < len(self._parts) else 0
+        return self._parts[turn].changed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # a copy of the model watches its own weights
+
+
+class _Part:
+    def __init__(self, tensors: Iterable[Tensor], places: Iterable[tuple[dict[str, Any], str, Any]]) -> None:
+        self.tensors = list(tensors)
+        places = list(places)
+        self.owners = [owner for owner, _, _ in places]
+        self.names = [name for _, name, _ in places]
+        self.values = [value for _, _, value in places]
+        self.total = sum(map(_version, self.tensors))
+
+    def changed(self) -> bool:
+        # versions only grow, so their sum tells; both loops run in C
+        return sum(map(_version, self.tensors)) != self.total or not all(
+            map(operator.is_, map(dict.get, self.owners, self.names), self.values)
+        )
+
+
+class CalibrationGuard:
+    """Keeps a cascade's calibration to the weights, dtype and transform that it was made for."""
+
+    def __init__(self) -> None:
+        self.watch: WeightWatch | None = None  # since thresholds were chosen
+
+    def check(self, model: Any) -> None:
+        """See `CascadeModel.check_calibration`."""
+        source = model.calibration if model.calibration is not None else model.table
+        if source is None:
+            return
+        wrong = differences(source.provenance, calibrated_as(model), (source.heads_hash, model.heads_hash()))
+        exits = tuple(p.module for p in model.exits)
+        if tuple(source.exits) != exits:
+            wrong.append(f'its exits are {exits} (calibrated with {tuple(source.exits)})')
+        if source.num_classes != model.num_classes:
+            wrong.append(f'it has {model.num_classes} classes (calibrated with {source.num_classes})')
+        if wrong:
+            raise TableMismatchError(
+                f'this cascade is not the one that was calibrated: {"; ".join(wrong)}. Calibrate it again '
+                f'(timm_cascade.calibrate(model, held_out)), undo the change, or call model.forget_calibration().'
+            )
+
+    def begin(self, model: Any) -> None:
+        """Watches the weights from now on."""
+        self.watch = WeightWatch(model)
+
+    def notice(self, model: Any) -> None:
+        """Warns once when the weights are no longer those of the calibration."""
+        watch = self.watch
+        if watch is None or torch.compiler.is_compiling() or not watch.changed():
+            return
+        self.watch = None
+        try:
+            self.check(model)
+        except TableMismatchError as e:
+            warnings.warn(f'{e} Until then thresholds stay as they are, and nothing is guaranteed.', stacklevel=4)
+        else:  # moved to another device, or a copy
+            self.begin(model)
