@@ -293,7 +293,7 @@ try:
     list(model.stream(accelerator.prepare_data_loader(loader), accelerator=accelerator))
     print('not refused')
 except ValueError as e:
-    assert 'share already' in str(e)
+    assert 'already sharded' in str(e)
 try:
     for _ in model.stream(broken(), accelerator=accelerator):
         pass
