@@ -264,6 +264,7 @@ def test_gradients_are_not_kept_and_the_mode_outside_stays(small):
 
 SCRIPT = """
 import sys, timm, torch, timm_cascade
+from timm_cascade.inference.batch import confidence
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 from helpers import between, near
