@@ -36,6 +36,8 @@ def add_command(commands: Commands) -> None:
         choices=['image', 'batch', 'none'],
         help='also write cascade.onnx, all stages in one file: for one image, or for batches too',
     )
+    exp.add_argument('--web', action='store_true', help='also write a page that runs it in a browser (npm is needed)')
+    exp.add_argument('--samples', nargs='+', default=[], help='for --web: image files or folders of them')
     exp.set_defaults(run=run)
 
 
@@ -55,6 +57,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         fp16=args.fp16,
         int8=images,
         single_file=None if args.single_file == 'none' else args.single_file,
+        web=args.web,
+        samples=args.samples,
     )
     manifest = read_manifest(folder)
     return dict(

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ from .onnx_single import SINGLE, SINGLE_BATCH, write_single
 from .onnx_stages import require, write_stage
 from .pt2 import write_program
 from .stage_module import StageModule
+from .web_page import write_page
 
 __all__ = ['export']
 
@@ -48,6 +49,8 @@ def export(
     fp16: bool = False,
     int8: ImageData | None = None,
     single_file: str | None = 'image',
+    web: bool = False,
+    samples: Sequence[str | Path] = (),
 ) -> Path:
     """Writes a cascade as one file per stage, with all that is needed to run it elsewhere.
 
@@ -71,6 +74,8 @@ def export(
             `image` for `cascade.onnx`, which takes one image, `batch` for `cascade_batch.onnx`, which takes any number
             as well, None for neither. Each holds all weights once more. Left out with a warning where it cannot be
             written.
+        web: Also write `index.html`, which runs the cascade in a browser, with onnxruntime-web, which npm fetches now.
+        samples: For the page: image files or folders of them, up to 60 are copied.
 
     Returns:
         The folder.
@@ -95,6 +100,8 @@ def export(
         raise ExportError('this model has no classes, so its exits cannot answer; reset_classifier(num_classes) first.')
     if batch_size is not None and batch_size < 1:
         raise ExportError(f'batch_size is {batch_size}; expected at least 1, or None for any number of samples.')
+    if (web and (format != 'onnx' or batch_size not in (None, 1))) or (samples and not web):
+        raise ExportError('web goes with format="onnx" and stages that take one image; samples go with web.')
     if single_file not in (None, 'image', 'batch'):
         raise ExportError(f'single_file is {single_file!r}; expected image, batch or None.')
     if format == 'onnx':
@@ -127,6 +134,8 @@ def export(
         if format == 'onnx':
             shutil.copyfile(Path(__file__).with_name(RUNNER), temporary / RUNNER)
             others = [RUNNER, *_single_files(manifest, temporary, single_file)]
+        if web:
+            others += write_page(temporary, [Path(path) for path in samples])
         write_manifest(manifest, temporary, others)
     return folder
 
