@@ -162,7 +162,7 @@ def _curve(points: Sequence[CurvePoint], stage: np.ndarray, alone: np.ndarray, a
         y, x = at(0, y_value)[1], at(x_value, low)[0]
         parts += [
             f'<path d="M{left} {y:.1f}H{width - 20}" stroke="#e6e9ed"/>',
-            _text(left - 8, y + 4, f'{y_value:.0%}', 'end'),
+            _text(left - 8, y + 4, f'{y_value:.1%}', 'end'),
         ]
         parts.append(_text(x, height - bottom + 18, f'{x_value:.0%}', 'middle'))
     line = ' '.join(f'{x:.1f},{y:.1f}' for x, y in (at(p.macs_share, p.accuracy) for p in points))
