@@ -128,8 +128,131 @@ def test_the_card_says_what_there_is(release):
 
 
 def test_in_half_precision_it_loads_too(release):
-    model = timm.create_model(f'local-dir:{release[1]}', pretrained=True, dtype=torch.bfloat16).eval()
-    assert next(model.parameters()).dtype == torch.bfloat16 and model.any_open and model.table is not None
+    with pytest.warns(UserWarning, match="dtype is 'float32' in the table, 'bfloat16' in the model") as said:
+        model = timm.create_model(f'local-dir:{release[1]}', pretrained=True, dtype=torch.bfloat16).eval()
+    assert next(model.parameters()).dtype == torch.bfloat16 and model.any_open and len(said) == 1
+    with pytest.raises(timm_cascade.NotCalibratedError):  # the certificate was for float32
+        model.set_max_drop(0.1)
+
+
+def test_half_precision_cascades_keep_their_table(small, images, tmp_path):
+    small.to(torch.bfloat16)
+    timm_cascade.calibrate(small, images)
+    small.thresholds = [0.3, None]
+    folder = timm_cascade.save(small, tmp_path / 'half')
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            loaded = timm_cascade.load(folder).eval()
+        assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+        assert loaded.set_max_drop(0.1, rule='joint') == small.set_max_drop(0.1, rule='joint')
+        with torch.no_grad():
+            assert torch.equal(loaded(x().bfloat16()), small(x().bfloat16()))
+        loaded.thresholds = [0.3, None]
+        folder = timm_cascade.save(loaded, tmp_path / 'again')
+
+
+@pytest.mark.parametrize('name', [hub.CALIBRATION, hub.TABLE, hub.WEIGHTS])
+def test_flipped_bytes_are_refused(release, name):
+    path = release[1] / name
+    content = bytearray(path.read_bytes())
+    at = len(content) - 40
+    if name == hub.TABLE:  # a digit
+        at = content.index(b'"accuracy": ') + 14
+    elif name == hub.CALIBRATION:  # the last bit of a confidence, behind the header and five costs
+        at = 8 + int.from_bytes(content[:8], 'little') + 5 * 8
+    content[at] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(timm_cascade.ReleaseError, match=f'{name}.*damaged'):
+        timm_cascade.load(release[1])
+
+
+def test_a_file_that_config_does_not_list_is_refused(release):
+    change(release[1] / hub.CONFIG, lambda c: c['cascade']['files'].pop(hub.TABLE))
+    with pytest.raises(timm_cascade.ReleaseError, match=f'{hub.TABLE} is not a file of this release'):
+        timm_cascade.load(release[1])
+
+
+def test_releases_of_version_1_load_with_one_notice_and_are_saved_as_version_2(release, tmp_path):
+    model, folder = release
+
+    def older(config):
+        config['cascade'].update(format_version=1, heads_hash='0' * 16)
+        config['cascade'].pop('files')
+        config['cascade']['backbone']['digest'] = '0' * 16
+
+    change(folder / hub.CONFIG, older)
+    change(folder / hub.TABLE, lambda t: (t.update(heads_hash='0' * 16), t['provenance'].pop('backbone_digest')))
+    (folder / hub.CALIBRATION).unlink()
+    with pytest.warns(UserWarning, match='format version 1, without hashes') as said:
+        loaded = timm_cascade.load(folder)
+    assert len(said) == 1 and loaded.set_max_drop(0.02, rule='joint') == model.set_max_drop(0.02, rule='joint')
+    assert loaded.table.provenance['backbone_digest'] == model.table.provenance['backbone_digest']
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        timm_cascade.load(timm_cascade.save(loaded, tmp_path / 'new'))
+
+
+class Adapter(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.down = inner, torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def wrap(model):
+    model.backbone.fc = Adapter(model.backbone.fc)
+
+
+def tie(model):
+    model.heads[1].fc.bias = model.heads[0].fc.bias
+
+
+def quantise(model):
+    model.backbone.fc.register_buffer('scale', torch.ones(4, dtype=torch.int8))
+
+
+def widen(model):
+    model.backbone.fc = torch.nn.Linear(64, 5)
+
+
+def as_integers(model):
+    weight = model.backbone.fc.weight
+    del model.backbone.fc.weight
+    model.backbone.fc.register_buffer('weight', weight.detach().to(torch.int8))
+
+
+@pytest.mark.parametrize(
+    'edit, message',
+    [
+        (wrap, 'backbone.fc.weight is missing'),
+        (tie, 'heads.0.fc.bias and heads.1.fc.bias share their memory'),
+        (quantise, 'backbone.fc.scale is not part of the model'),
+        (widen, r'backbone.fc.weight is \(5, 64\), not \(4, 64\)'),
+        (as_integers, 'backbone.fc.weight holds torch.int8, not torch.float32'),
+    ],
+)
+def test_save_refuses_what_load_would_refuse_and_writes_nothing(small, tmp_path, edit, message):
+    edit(small)
+    with pytest.raises(timm_cascade.ReleaseError, match=message) as e:
+        timm_cascade.save(small, tmp_path / 'new')
+    assert 'nothing was saved' in str(e.value) and 'Merge' in str(e.value) and not (tmp_path / 'new').exists()
+
+
+def test_a_calibration_of_other_weights_or_another_transform_is_not_saved(release, tmp_path):
+    model, _ = release
+    model.pretrained_cfg['mean'] = (0.1,)
+    with pytest.raises(timm_cascade.CascadeError, match=r'mean is \[0.5\] in the table'):
+        timm_cascade.save(model, tmp_path / 'new')
+    model.pretrained_cfg['mean'] = (0.5,)
+    with torch.no_grad():
+        model.backbone.conv1.weight *= 1.01
+    with pytest.raises(timm_cascade.CascadeError, match='backbone_digest'):
+        timm_cascade.save(model, tmp_path / 'new')
+    model.forget_calibration()
+    timm_cascade.load(timm_cascade.save(model, tmp_path / 'new'))
 
 
 def test_what_timm_s_own_saving_writes_loads_too(release, tmp_path):

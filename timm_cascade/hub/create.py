@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ from timm.models import PretrainedCfg
 from torch import Tensor
 
 from ..backbone import input_size_of
-from ..errors import ReleaseError
+from ..errors import ReleaseError, TableMismatchError
 from ..heads import HeadSpec
 from ..model import CascadeModel
+from ..thresholds import ThresholdTable
+from ..utils.digest import state_digest
 from .config import OWN_ARGS, SOURCE_KEYS
 from .described import bounded, described_by, plan
 from .download import Folder, Repository
 from .pretrained import fetch_published, identify
-from .release import CONFIG, MAX_CONFIG, Release
+from .release import CONFIG, MAX_CONFIG, Release, binding
 
 __all__ = ['create_cascade', 'load']
 
@@ -154,8 +157,11 @@ def _load_release(
     with described_by(str(release)):
         model = CascadeModel(backbone, described.points if same_input and same_exits else own['exits'], own['head'])
     if config.published is not None and same_input and same_classes and 'dtype' not in request:
-        config.published.check(backbone, str(release))
-        model.published = config.published
+        if config.files is None:  # an older format took digests in another way
+            model.published = replace(config.published, digest=state_digest(backbone.state_dict()))
+        else:
+            config.published.check(backbone, str(release))
+            model.published = config.published
     model.base_model = config.base_model
     heads = {k.removeprefix('heads.'): v for k, v in state.items() if k.startswith('heads.')}
     fit = (
@@ -173,6 +179,8 @@ def _load_release(
         model.dial.path = release.path()
         if own['thresholds'] is not None:
             model.thresholds = own['thresholds']
+        if 'dtype' in request or overlay:
+            _forget_what_does_not_apply(model, release)
     else:
         asked = (
             f'{backbone.num_classes} classes'
@@ -200,3 +208,18 @@ def _as_saved(model: CascadeModel, state: Mapping[str, Tensor]) -> None:
         elif saved:  # each its own
             for name, t in module.state_dict(keep_vars=True).items():
                 t.data = t.data.to(state[f'{group}.{name}'].dtype) if f'{group}.{name}' in state else t.data
+
+
+def _forget_what_does_not_apply(model: CascadeModel, release: Release) -> None:
+    """Drops the calibration where the caller asked for another precision or transform; thresholds stay as set."""
+    try:
+        for part in (model.table, model.calibration):
+            if part is not None:
+                (part if isinstance(part, ThresholdTable) else part.table(max_drops=())).check(**binding(model))
+    except TableMismatchError as e:
+        model.dial.clear()
+        warnings.warn(
+            f'{release}: {e} Thresholds stay as they were saved, without what was promised of them; to choose others, '
+            f'calibrate this model first.',
+            stacklevel=6,
+        )

@@ -256,6 +256,8 @@ class Release:
             input_size=config.input_size,
             backbone_digest=self._backbone_digest,
         )
+        if config.layout == 'full' and config.files is None:  # bound from now on
+            part = replace(part, provenance={**part.provenance, 'backbone_digest': self._backbone_digest})
         return replace(part, heads_hash=self._heads_hash)
 
     def profiles(self) -> list[Profile]:
