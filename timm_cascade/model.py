@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import ExitPoint, backbone_macs, input_size_of, nested_groups, pre_logits_of, resolve_exits
+from .data import warn_of_other_classes
 from .heads import HeadSpec, create_heads, head_configs, within_share
 from .inference.batch import CascadeOutput
 from .inference.engine import Runner, is_recorded, refuse_recording
@@ -83,9 +84,8 @@ class CascadeModel(nn.Module):
             self._head_configs = within_share(self._head_configs, self._points, self.num_classes)
         self.heads = create_heads(self._points, self.num_classes, self._head_configs)
         self.heads.to(device=next(backbone.parameters()).device, dtype=dtype_of(backbone)).requires_grad_(False)
-        self.pretrained_cfg = dict(getattr(backbone, 'pretrained_cfg', None) or {})
+        self.pretrained_cfg = self.default_cfg = dict(getattr(backbone, 'pretrained_cfg', None) or {})
         self.pretrained_cfg['architecture'] = f'cascade_{self.pretrained_cfg.get("architecture", "model")}'
-        self.default_cfg = self.pretrained_cfg
         self.in_chans = input_size_of(backbone)[0]  # every batch is checked against it
         self.dial = Dial()
         self.published: Any = None  # hub.published.Published: the checkpoint the backbone was loaded from, unadapted
@@ -164,6 +164,7 @@ class CascadeModel(nn.Module):
             >>> for index, logits, exit, confidence in model.stream(loader): ...
         """
         self._guard.notice(self)
+        warn_of_other_classes(batches, self.num_classes, self.label_names)
         limits = self._request(None, max_drop, thresholds)
         parts = StreamedModel(self.runner, self.as_images, self._request, list(self.heads), limits)
         return stream(batches, parts, batch_size, ordered, max_held, accelerator)
@@ -311,8 +312,8 @@ class CascadeModel(nn.Module):
     def thresholds(self, values: Tensor | Sequence[float | None] | None) -> None:
         numbers: Any = check_thresholds([None] * len(self._points) if values is None else values, self._points)
         is_open = not all(map(math.isinf, numbers))
-        if is_open and not self.num_classes:
-            raise ValueError('a model that has no classes has no open exits; reset_classifier(num_classes) first.')
+        if is_open and self.num_classes < 2:  # a softmax over one output is always 1
+            raise ValueError('a model that has no classes, or one, has no open exits; reset_classifier(2 or more).')
         self._thresholds, self._open = numbers, is_open
 
     def head_macs(self) -> np.ndarray:

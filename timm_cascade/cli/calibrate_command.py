@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import hub
-from ..data import check_classes
+from ..data import match_classes
 from ..exporters import MANIFEST, calibrate_exported, read_manifest
 from ..measure.calibrate import calibrate
 from ..thresholds import Calibration
@@ -37,7 +37,6 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     accelerator = create_accelerator()
     model = hub.load(args.folder)
     data = load_data_of(args, args.split, labels=not args.no_labels)
-    check_classes(data, model.num_classes, model.label_names)
     calibration = calibrate(model, data, batch_size=args.batch_size, workers=args.workers, accelerator=accelerator)
     main_process = accelerator.is_main_process
     if main_process:
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 def _run_exported(args: argparse.Namespace) -> dict[str, Any]:
     manifest = read_manifest(args.folder)
     data = load_data_of(args, args.split, labels=not args.no_labels)
-    check_classes(data, manifest.num_classes, manifest.label_names)
+    data = match_classes(data, manifest.num_classes, manifest.label_names)
     calibration = calibrate_exported(args.folder, data, batch_size=args.batch_size)
     return dict(precision=manifest.precision, **_summary(args, calibration))
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from .. import hub
-from ..data import check_classes
 from ..measure.curve import curve, plot_curve
 from ..measure.evaluate import evaluate
 from ..measure.report import write_report
@@ -63,7 +62,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _check_picture(Path(args.curve))
     model = hub.load(args.where)
     data = load_data_of(args, args.split)
-    check_classes(data, model.num_classes, model.label_names)
     point = None
     if args.max_drop is not None:
         point = model.set_max_drop(args.max_drop, rule=args.rule, level=args.level).to_dict()

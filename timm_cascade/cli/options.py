@@ -34,7 +34,18 @@ def data_options() -> argparse.ArgumentParser:
         '--data',
         required=True,
         nargs='+',
-        help='A Hub data set id, an image folder, parquet files, or a folder of IDX files.',
+        help='Image folder, parquet files or a folder of them, folder of save_to_disk or IDX files, or Hub id.',
+    )
+    data.add_argument('--label-column', help='Column with the labels, where a data set has several.')
+    data.add_argument('--image-column', help='Column with the images, where a data set has several.')
+    data.add_argument(
+        '--class-order',
+        default='natural',
+        choices=['natural', 'text'],
+        help='Order of class folders and text labels: class10 after class9 as in timm, or as text as in torchvision.',
+    )
+    data.add_argument(
+        '--extensions', nargs='+', metavar='.EXT', help='File types to read in image folders beside .png, .jpg, .jpeg.'
     )
     data.add_argument('--batch-size', type=int, default=256, help='Images per batch, over all processes together.')
     data.add_argument('--workers', type=int, default=0, help='Processes that decode images.')
@@ -58,5 +69,13 @@ def load_data_of(args: argparse.Namespace, split: str | None, labels: bool = Tru
     """The images that the command line names."""
     with bars_on_terminal_only():
         return load_data(
-            args.data if len(args.data) > 1 else args.data[0], split, labels, args.on_bad_image, args.workers
+            args.data if len(args.data) > 1 else args.data[0],
+            split,
+            labels,
+            args.on_bad_image,
+            args.workers,
+            image_column=args.image_column,
+            label_column=args.label_column,
+            class_order=args.class_order,
+            extensions=args.extensions,
         )

@@ -2,40 +2,125 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from .images import ImageData
+from .items import class_names_of, resolve
 
-__all__ = ['check_classes', 'check_training_classes']
+__all__ = [
+    'check_classes',
+    'check_training_classes',
+    'match_classes',
+    'other_classes',
+    'warn_of_other_classes',
+    'weak_backbone',
+]
+
+_logger = logging.getLogger(__name__)
 
 
-def check_classes(data: Dataset, num_classes: int, label_names: Sequence[str] | None = None) -> None:
-    """Makes sure that the labels of `data` mean the classes of a model, as far as both say what they are.
+def match_classes(data: Dataset, num_classes: int, label_names: Sequence[str] | None = None) -> Any:
+    """The data set with its labels in a model's order of classes; classes are compared by name.
+
+    A data set that lacks some classes, or has them in another order, gets the model's indices, and the log says so.
+
+    Args:
+        num_classes: Outputs of the model.
+        label_names: Its classes, where it knows them.
 
     Raises:
-        ValueError: More classes than the model has, or other names, or the same in another order.
+        ValueError: Classes that the model does not have, another number of them where the model knows no names, one
+            output only, or no data set.
     """
-    names = list(getattr(data, 'class_names', []))
-    source = f'{getattr(data, "source", "")} {getattr(data, "split", "")}'.strip() or 'the data set'
+    check_outputs(num_classes)
+    data = resolve(data)
+    names, known = class_names_of(data), list(label_names or [])
+    if len(known) != num_classes:  # of another classifier
+        known = []
+    source = getattr(data, 'title', '') or type(data).__name__
     if len(names) > num_classes:
         raise ValueError(
             f"{source} has {len(names)} classes, the model {num_classes}; give images of the model's "
             f'classes, or train a cascade for these.'
         )
-    known = list(label_names or [])
-    if not names or not known or _only_numbers(names) or _only_numbers(known):
-        return
-    other = [(i, name, known[i]) for i, name in enumerate(names) if name != known[i]]
+    if not names or names == known or (_only_numbers(names) and not (known and _only_numbers(known))):
+        return data
+    if not known or (_only_numbers(known) and not set(names) <= set(known)):
+        if len(names) < num_classes:
+            raise ValueError(
+                f'{source} has {len(names)} classes ({", ".join(names[:3])}, ...), the model {num_classes}, and the '
+                f'model does not know their names, so the labels cannot be matched. Set model.label_names.'
+            )
+        return data
+    other = [(i, name, known[i]) for i, name in enumerate(names) if name not in known]
     if other:
         raise ValueError(
-            f'{source} has other classes than the model, or the same in another order: '
+            f'{source} has other classes than the model: '
             + '; '.join(f'class {i} is {name!r} there and {mine!r} here' for i, name, mine in other[:3])
             + (f'; {len(other)} differ in all' if len(other) > 3 else '')
-            + ". Give images of the model's classes in its order; where only the names differ, set "
+            + ". Give images of the model's classes; where only the names differ, set "
             'model.label_names or class_names.'
+        )
+    missing = [name for name in known if name not in names]
+    if names == known[: len(names)]:  # the labels are right as they are
+        return data.with_classes(known) if isinstance(data, ImageData) else data
+    if not isinstance(data, ImageData):
+        raise ValueError(
+            f'{source} has the classes {", ".join(names[:5])}, the model {", ".join(known[:5])}, so label '
+            f'{next(i for i, name in enumerate(names) if name != known[i])} is not the same class in both. Open the '
+            f'images with load_data, which matches classes by name, or give them the labels of the model.'
+        )
+    _logger.warning(
+        '%s: labels were matched to the classes of the model by name: %s',
+        source,
+        f'{", ".join(missing[:5])} not among them' if missing else 'they are in another order there',
+    )
+    return data.with_classes(known)
+
+
+def check_classes(data: Dataset, num_classes: int, label_names: Sequence[str] | None = None) -> None:
+    """Raises what `match_classes` would raise."""
+    match_classes(data, num_classes, label_names)
+
+
+def other_classes(data: Any, num_classes: int, label_names: Sequence[str] | None) -> str | None:
+    """One sentence where the labels of a loader's data set do not mean a model's classes, index by index."""
+    try:
+        names, known = class_names_of(data), list(label_names or [])
+    except ValueError as e:
+        return str(e)
+    numbers = _only_numbers(names) or _only_numbers(known)
+    if not names or len(known) != num_classes or names == known[: len(names)] or (numbers and set(names) - set(known)):
+        return None
+    return (
+        f'labels of these batches are of the classes {", ".join(names[:5])}, the answers of {", ".join(known[:5])}: '
+        f'compare names, not indices, or open the images with load_data and match_classes.'
+    )
+
+
+def warn_of_other_classes(loader: Any, num_classes: int, label_names: Sequence[str] | None) -> None:
+    """Warns where the labels of a loader's data set do not mean a model's classes; see `other_classes`."""
+    labelled = getattr(loader, 'dataset', None)
+    if labelled is not None and (text := other_classes(labelled, num_classes, label_names)):
+        warnings.warn(text, stacklevel=3)
+
+
+def check_outputs(num_classes: int) -> None:
+    """Makes sure that a softmax over the model's outputs says something.
+
+    Raises:
+        ValueError: One output: its softmax is always 1.
+    """
+    if num_classes == 1:
+        raise ValueError(
+            'the model has one output, whose softmax is always 1: every sample would exit at the first exit, and no '
+            'drop in accuracy could be told. For two classes create it with num_classes=2 and labels 0 and 1.'
         )
 
 
@@ -50,19 +135,38 @@ def check_training_classes(data: Dataset) -> None:
     Raises:
         ValueError: One class only, or classes without an image.
     """
+    data = resolve(data)
     if not isinstance(data, ImageData) or not data.class_names:
         return
-    source = f'{data.source} {data.split}'.strip()
     if len(data.class_names) == 1:
         raise ValueError(
-            f'{source} has one class only, {data.class_names[0]!r}: there is nothing to tell apart. An '
-            f'image folder has one sub-folder a class.'
+            f'{data.title} has one class only, {data.class_names[0]!r}: there is nothing to tell apart. An '
+            f'image folder has one sub-folder per class.'
         )
     counts = np.bincount(data.labels[data.labels >= 0], minlength=len(data.class_names))
     empty = [name for name, count in zip(data.class_names, counts, strict=True) if not count]
     if empty and counts.any():
         raise ValueError(
-            f'{source} has no image of {len(empty)} of its {len(data.class_names)} classes: '
+            f'{data.title} has no image of {len(empty)} of its {len(data.class_names)} classes: '
             f'{", ".join(empty[:5])}{", ..." if len(empty) > 5 else ""}. Take a split or slice that has '
-            f'some of each, or take the classes out of the data set.'
+            f'some of each (train[:80%] is drawn by class), or take the classes out of the data set.'
         )
+
+
+def weak_backbone(accuracy: Sequence[float], n: int) -> str | None:
+    """One sentence where the backbone knows the labels far less than a head on its own features does.
+
+    Args:
+        accuracy: (M+1,) of each exit on labelled images, the backbone's own last.
+        n: How many images.
+    """
+    best = int(np.argmax(accuracy[:-1])) if len(accuracy) > 1 else 0
+    margin = max(0.1, 3 * 0.5 / max(n, 1) ** 0.5)  # three standard errors of a share
+    if len(accuracy) < 2 or accuracy[best] - accuracy[-1] < margin:
+        return None
+    return (
+        f'The backbone is right on {accuracy[-1]:.0%} of these images where its exit {best} is right on '
+        f'{accuracy[best]:.0%}: its classifier was trained on other classes or on the same in another order. Compare '
+        f'class_names with those it was trained on (load_data(..., class_order="text") is torchvision\'s order), or '
+        f'train the classifier too.'
+    )

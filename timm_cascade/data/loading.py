@@ -1,153 +1,176 @@
-"""Opens a Hub data set, parquet files, an image folder or IDX files."""
+"""Opens an image folder, parquet files, a saved or a Hub data set, or IDX files."""
 
 from __future__ import annotations
 
-import gzip
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from .columns import choose, from_columns, is_saved_dataset, load_hub, load_parquet, load_saved, parquet_files
+from .folders import CLASS_ORDERS, load_folder
+from .idx import is_idx_folder, load_idx
+from .images import ImageData, join
+from .splits import parse_split
 
-from .images import Column, ImageData
+__all__ = ['load_data']
 
-__all__ = ['load_data', 'read_idx']
-
-IDX_SPLITS = {'train': 'train', 'test': 't10k'}
-SPLIT = re.compile(r'(?P<name>[\w.-]+?)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$')
+HUB = 'hf://datasets/'
+REPO = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?')
+FILE = re.compile(r'\.(parquet|csv|json|jsonl|zip|tar|t?gz|png|jpe?g|npz?|arrow)$', re.IGNORECASE)
 
 
 def load_data(
-    source: str | Path | Sequence[str | Path],
+    source: Any,
     split: str | None = None,
     labels: bool = True,
     on_bad_image: str = 'fail',
     workers: int = 0,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    class_order: str = 'natural',
+    extensions: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> ImageData:
     """Opens a data set.
 
     Args:
-        source: A folder of IDX files, an image folder (one sub-folder a class), parquet file(s), or a Hub id.
-        split: `train`, `test`, ..., with an optional slice: `train[:50000]`. Needed where there are several.
+        source: An image folder (one sub-folder per class, or split folders of these), a folder or list of parquet
+            files, a folder written by `save_to_disk`, a folder of IDX files, a `datasets.Dataset` or DatasetDict, or
+            the id of a Hub data set (`user/name`, with a configuration `user/name:configuration`). What exists here, or
+            is written as a path, is never looked for on the Hub.
+        split: `train`, `validation`, `test`, ..., with an optional slice; needed where there are several. Counts
+            (`train[:50000]`) go by the data's own order. Percentages (`train[:80%]`) are drawn by class with `seed`,
+            so that `train[:80%]` and `train[80%:]` share no image and have the same classes. `a+b` joins two.
         labels: Without, only the images are read: enough to calibrate by agreement with the backbone.
         on_bad_image: `fail`: an image that cannot be decoded is an error once it is asked for. `skip`: every image is
             decoded once now, and those that cannot be are counted, named in the log and left out.
         workers: Processes that decode for `skip`.
+        image_column, label_column: Columns that count, where a data set has several or their types do not say it.
+            Labels may be class labels, integers 0..C-1, or text.
+        class_order: Of image folders and text labels: `natural` (class10 after class9) as in timm, or `text` as in
+            torchvision. It decides which output of a trained classifier a class is.
+        extensions: File types to read in image folders beside timm's (.png, .jpg, .jpeg), such as ['.webp'].
+        seed: Of slices in per cent.
+
+    Returns:
+        Images that are decoded when they are asked for; `class_names` in the order of the labels.
 
     Raises:
-        FileNotFoundError: A path that does not exist.
-        ValueError: An unknown split, or files that are not what they should be; the message says which.
+        FileNotFoundError: Neither a path here nor a Hub data set.
+        ValueError: An unknown split, files that are not what they should be, ambiguous folders or columns, images that
+            are in two splits; the message says which and what to do.
+
+    Example:
+        >>> train = timm_cascade.load_data('flowers', 'train[:80%]')
+        >>> held_out = timm_cascade.load_data('flowers', 'train[80%:]')
     """
     if on_bad_image not in ('fail', 'skip'):
         raise ValueError(f'on_bad_image={on_bad_image!r}; choose fail or skip.')
-    data = _load(source, split, labels)
+    if class_order not in CLASS_ORDERS:
+        raise ValueError(f'class_order={class_order!r}; choose {" or ".join(CLASS_ORDERS)}.')
+    if isinstance(extensions, str):
+        extensions = re.split(r'[\s,;]+', extensions.strip())
+    settings = dict(
+        image_column=image_column, label_column=label_column, class_order=class_order, extensions=extensions
+    )
+    parts = []
+    for name in split.split('+') if split else [None]:
+        parts.append(_load_part(source, name, labels, seed, settings))
+    data = join(parts)
     return data.without_bad_images(workers) if on_bad_image == 'skip' else data
 
 
-def _load(source: str | Path | Sequence[str | Path], split: str | None, labels: bool) -> ImageData:
-    paths = [Path(s) for s in (source if isinstance(source, (list, tuple)) else [source])]  # type: ignore[arg-type]
-    if len(paths) == 1 and paths[0].is_dir() and list(paths[0].glob('*-idx3-ubyte*')):
-        data = _load_idx(paths[0], split)
-        return data if labels else ImageData(data.images, None, source=data.source, split=data.split)
-    return _load_datasets(paths, split, labels)
-
-
-def _parse_split(split: str) -> tuple[str, slice]:
-    match = SPLIT.match(split)
-    if match is None:
-        raise ValueError(f'split {split!r} is not NAME or NAME[START:STOP], such as train[:50000].')
-    start, stop = (int(v) if v else None for v in (match['start'] or '', match['stop'] or ''))
-    return match['name'], slice(start, stop)
-
-
-def _load_idx(folder: Path, split: str | None) -> ImageData:
-    name, part = _parse_split(split) if split else ('', slice(None))
-    if name not in IDX_SPLITS:
-        raise ValueError(f'{folder} has the splits {sorted(IDX_SPLITS)}; asked was {split!r}. Choose one of them.')
-    arrays = []
-    for kind in ('images-idx3', 'labels-idx1'):
-        found = sorted(folder.glob(f'{IDX_SPLITS[name]}-{kind}-ubyte*'))
-        if not found:
-            raise FileNotFoundError(f'{folder} has no {IDX_SPLITS[name]}-{kind}-ubyte[.gz].')
-        arrays.append(read_idx(found[0]))
-    images, labels = arrays
-    if len(images) != len(labels):
-        raise ValueError(f'{folder} {name}: {len(images)} images but {len(labels)} labels; fetch the files again.')
-    names = [str(c) for c in range(int(labels.max(initial=0)) + 1)]  # the format has no names
-    return ImageData(images[part], labels[part], names, str(folder), split or '')
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """One IDX file (LeCun's MNIST format, gzipped or not) of unsigned bytes, as an array.
-
-    Raises:
-        ValueError: Not an IDX file of bytes, or shorter than its header says.
-    """
-    try:
-        with gzip.open(path) if path.suffix == '.gz' else open(path, 'rb') as f:
-            data = f.read()
-    except (EOFError, gzip.BadGzipFile) as e:
-        raise ValueError(f'{path} is truncated or damaged ({e}); fetch it again.') from e
-    if len(data) < 4 or data[:3] != b'\0\0\x08':
-        raise ValueError(f'{path} is not an IDX file of unsigned bytes; fetch it again.')
-    dims = data[3]
-    shape = np.frombuffer(data[4 : 4 + 4 * dims], dtype='>u4').astype(int)
-    body = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * dims)
-    if len(shape) != dims or body.size != int(np.prod(shape)):
-        raise ValueError(f'{path} holds {body.size} bytes where its header says {shape.tolist()}; fetch it again.')
-    return body.reshape(shape)
-
-
-def _load_datasets(paths: list[Path], split: str | None, labels: bool) -> ImageData:
-    import datasets
-
-    kind: dict[str, Any]
-    if all(p.suffix == '.parquet' for p in paths):
-        missing = [str(p) for p in paths if not p.is_file()]
-        if missing:
-            raise FileNotFoundError(f'no such file: {", ".join(missing)}.')
-        kind = dict(path='parquet', data_files=[str(p) for p in paths])
-        split = f'train{split[split.index("[") :]}' if split and '[' in split else 'train'
-    elif len(paths) == 1 and paths[0].is_dir():
-        kind = dict(path='imagefolder', data_dir=str(paths[0]), drop_labels=not labels)
-        if labels:
-            _no_empty_folders(paths[0])
-    elif len(paths) == 1 and re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(paths[0])):
-        kind = dict(path=str(paths[0]))
+def _load_part(source: Any, split: str | None, labels: bool, seed: int, settings: dict[str, Any]) -> ImageData:
+    if split is None:
+        return _load(source, None, labels, **settings)
+    name, part = parse_split(split)
+    with_labels = labels
+    if part.percent and not labels:  # the classes decide what is drawn, whether or not the labels are wanted
+        try:
+            data = _load(source, name, True, **settings)
+        except ValueError:
+            data = _load(source, name, False, **settings)
     else:
-        raise FileNotFoundError(
-            f'{", ".join(map(str, paths))} is no IDX folder, no image folder, no parquet file and no Hub data set id.'
-        )
-    loaded = datasets.load_dataset(**kind, split=split)
-    if isinstance(loaded, dict):
-        if len(loaded) > 1:
-            raise ValueError(f'{paths[0]} has the splits {sorted(loaded)}; choose one with --split.')
-        split, loaded = next(iter(loaded.items()))
-    features = loaded.features
-    image = [c for c, f in features.items() if isinstance(f, datasets.Image)]
-    label = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel)]
-    if len(image) != 1 or (labels and len(label) != 1):
+        data = _load(source, name, with_labels, **settings)
+    data.split = split
+    drawn = part.of(data, seed)
+    return drawn if labels else drawn.without_labels()
+
+
+def _load(
+    source: Any,
+    split: str | None,
+    labels: bool,
+    image_column: str | None,
+    label_column: str | None,
+    class_order: str,
+    extensions: Sequence[str] | None,
+) -> ImageData:
+    if hasattr(source, 'features') or (isinstance(source, dict) and source):
+        table, name, title = *choose(source, split, type(source).__name__), type(source).__name__
+        title = str(getattr(getattr(table, 'info', None), 'dataset_name', None) or title)
+    else:
+        given = list(source) if isinstance(source, (list, tuple)) else [source]
+        if not given or not all(isinstance(s, (str, Path)) for s in given):
+            raise ValueError(
+                f'source is {type(source).__name__}; expected a path, a list of parquet files or a Hub id.'
+            )
+        paths, title = [Path(s).expanduser() for s in given], str(given[0])
+        folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else None
+        data = None
+        if folder is not None and is_idx_folder(folder):
+            data = load_idx(folder, split)
+        elif folder is not None and not is_saved_dataset(folder):
+            data = load_folder(folder, split, labels, class_order, extensions)
+        if data is not None:
+            if image_column or label_column:
+                raise ValueError(f'{folder} has no columns to choose from: leave out image_column and label_column.')
+            return data if labels else data.without_labels()
+        table, name = _table(given, paths, folder, split)
+    order = CLASS_ORDERS[class_order]
+    return from_columns(table, name, labels, title, image_column, label_column, order)
+
+
+def _table(given: Sequence[Any], paths: list[Path], folder: Path | None, split: str | None) -> tuple[Any, str]:
+    if folder is not None:
+        if is_saved_dataset(folder):
+            return load_saved(folder, split)
+        if files := parquet_files(folder):
+            return load_parquet(files, split, folder)
         raise ValueError(
-            f'{paths[0]} needs one image column{" and one class label column" if labels else ""}; it has '
-            f'{dict(features)}.'
+            f'{folder} holds no images (.png, .jpg, .jpeg), no parquet files, no IDX files and no saved data set. '
+            f'An image folder has one sub-folder per class.'
         )
-    if not labels:
-        return ImageData(Column(loaded, image[0]), None, source=str(paths[0]), split=str(split))
-    return ImageData(Column(loaded, image[0]), loaded[label[0]][:], features[label[0]].names, str(paths[0]), str(split))
-
-
-def _no_empty_folders(root: Path) -> None:
-    """The reader of image folders passes over a class without files in silence."""
-    used = {file.parent for file in root.rglob('*') if file.is_file() and not file.name.startswith('.')}
-    names = {folder.name for folder in used}
-    empty = sorted(
-        str(folder)
-        for parent in {folder.parent for folder in used if folder != root}
-        for folder in parent.iterdir()
-        if folder.is_dir() and folder.name not in names and not any(p.is_file() for p in folder.rglob('*'))
+    if all(p.suffix.lower() == '.parquet' for p in paths):
+        return load_parquet(paths, split)
+    if len(paths) > 1:
+        raise ValueError(f'{", ".join(map(str, paths))}: several sources must all be parquet files.')
+    if paths[0].exists():
+        raise ValueError(
+            f'{paths[0]} is a file that is not read here. Give an image folder, parquet files or a folder of IDX '
+            f'files; unpack archives first.'
+        )
+    text = str(given[0])
+    if repo := _hub_id(given[0]):
+        return load_hub(repo, split)
+    siblings = [p.name for p in paths[0].parent.iterdir()] if paths[0].parent.is_dir() else []
+    alike = difflib.get_close_matches(paths[0].name, siblings, 1)
+    raise FileNotFoundError(
+        f'{text} does not exist'
+        + (f'; did you mean {paths[0].parent / alike[0]}?' if alike else f' (seen from {Path.cwd().name}).')
+        + ' It is no IDX folder, no image folder, no parquet file, and no Hub data set id, which is user/name.'
     )
-    if empty:
-        raise ValueError(
-            f'{len(empty)} class folders hold no files: {", ".join(empty[:5])}. Add images or remove the folders.'
-        )
+
+
+def _hub_id(source: Any) -> str | None:
+    """The id, where the source is written as one and not as a path."""
+    if not isinstance(source, str):
+        return None
+    if source.startswith(HUB):
+        return source[len(HUB) :].strip('/')
+    if not REPO.fullmatch(source) or FILE.search(source) or Path(source.split('/')[0]).exists():
+        return None
+    return source

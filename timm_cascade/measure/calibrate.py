@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import timm
 import torch
 from torch.utils.data import Dataset
 
-from ..data import UNLABELLED, create_loader
+from ..data import UNLABELLED, create_loader, prepare_data, weak_backbone
 from ..inference.batch import confidence
 from ..inference.request import unwrap
 from ..model import CascadeModel
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ['calibrate', 'record']
+
+_logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -40,6 +43,7 @@ def record(
         digest: (n,) int64, equal for images that are exact copies of each other after the transform.
     """
     model = unwrap(model, CascadeModel)
+    data = prepare_data(model, data)
     accelerator = accelerator or create_accelerator()
     training = model.training
     model.to(accelerator.device).eval()
@@ -99,7 +103,8 @@ def calibrate(
 
     Args:
         model: The cascade.
-        held_out: An ImageData, or any data set of (normalised tensor, label). Images without a label (-1) count as
+        held_out: An ImageData, or any data set of (image, label); classes are compared by name with those that the
+            heads were trained on. Images without a label (-1) count as
             far as they need none, see `Calibration.to_label`; where none has a label, the dial counts agreement with
             the full network instead of correctness.
         unlabelled: Further images from the same source, whose labels are not looked at. They only test how often
@@ -112,6 +117,9 @@ def calibrate(
         UserWarning: Images that are exact copies of others: they make the guarantee void.
     """
     model = unwrap(model, CascadeModel)
+    held_out = prepare_data(model, held_out)
+    if seen_in_training := vars(model).get('trained_on'):
+        seen_in_training.warn_of(held_out)
     arrays = record(model, held_out, batch_size, workers, accelerator)
     digests = [arrays.pop('digest')]
     if unlabelled is not None:
@@ -128,6 +136,9 @@ def calibrate(
             stacklevel=2,
         )
     has_labels = 'correct' in arrays
+    if has_labels and 'labelled' not in arrays:
+        if text := weak_backbone(arrays['correct'].mean(0).tolist(), len(arrays['correct'])):
+            _logger.warning('%s', text)
     arrays.setdefault('correct', arrays['agreement'])  # without labels the full network is taken to be right
     provenance: dict[str, Any] = dict(
         data=getattr(held_out, 'name', type(held_out).__name__),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data import create_loader
+from ..data import UNLABELLED, create_loader, prepare_data
 from ..inference.request import unwrap
 from ..model import CascadeModel
 from ..thresholds.samples import exit_costs
@@ -103,11 +103,13 @@ def evaluate(
     Which of the two goes first alternates from batch to batch. Loading and decoding are not timed.
 
     Args:
-        data: Images with labels; an ImageData, or any data set of (normalised tensor, label).
+        data: Images with labels: an ImageData, or any data set of (image, label); classes are compared by name with
+            those that the heads were trained on.
         title: What the progress bar says.
         every_exit: Run all exits on all images too, for `Report.every_exit`.
     """
     model = unwrap(model, CascadeModel)
+    data = prepare_data(model, data)
     training = model.training
     model.eval()
     exits, right, full_right, ratios, weights = [], [], [], [], []
@@ -115,6 +117,7 @@ def evaluate(
         for i, (images, target) in enumerate(
             progress(create_loader(model, data, batch_size, workers), title, leave=False)
         ):
+            _check_labels(target, model.num_classes)
             images = model.as_images(images)
             if i == 0:  # the first batch warms both up
                 model.backbone(images), model.predict(images)
@@ -154,6 +157,20 @@ def evaluate(
         survivors=tuple(float((exit_of >= m).mean()) for m in range(count)),
         every_exit=_every_exit(model, data, batch_size, workers) if every_exit else None,
     )
+
+
+def _check_labels(target: Tensor, num_classes: int) -> None:
+    low, high = int(target.min()), int(target.max())
+    if low == UNLABELLED:
+        raise ValueError(
+            'some images have no label (-1), so accuracy cannot be told. Give a split with labels; without any, '
+            'calibrate(...) counts agreement with the full network.'
+        )
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f'labels go from {low} to {high}, the model has the classes 0..{num_classes - 1}; these images belong to '
+            f'other classes.'
+        )
 
 
 def _every_exit(model: CascadeModel, data: Dataset, batch_size: int, workers: int) -> EveryExit:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..data import create_loader
+from ..data import create_loader, prepare_data
 from ..inference.batch import confidence
 from ..model import CascadeModel
 from ..thresholds import route
@@ -40,7 +40,7 @@ def _seen(
     training, parts = model.training, []
     model.eval()
     try:
-        for images, labels in progress(create_loader(model, data, batch_size, workers), 'report'):
+        for images, labels in progress(create_loader(model, prepare_data(model, data), batch_size, workers), 'report'):
             logits = [x.float() for x in model.forward_exits(images.to(weight.device, weight.dtype))]
             columns = [torch.stack([f(x) for x in logits], 1).cpu() for f in (confidence, lambda x: x.argmax(1))]
             parts.append((*columns, labels))

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from timm.data.readers.img_extensions import IMG_EXTENSIONS
 
-from ..data import ImageData, load_data
+from ..data import ImageData, load_data, upright
 
 __all__ = ['DataSource', 'FileSource', 'Item', 'ParquetSource', 'Source', 'open_sources']
 
@@ -44,13 +44,10 @@ class Item(NamedTuple):
         found = self.image
         if isinstance(found, bytes):
             found = io.BytesIO(found)
-        if isinstance(found, Image.Image):
-            return found
-        if isinstance(found, np.ndarray):
-            return Image.fromarray(found)
+        if isinstance(found, (Image.Image, np.ndarray)):
+            return upright(found)
         with Image.open(found) as image:
-            image.load()
-            return image
+            return upright(image)
 
 
 class Source(Protocol):

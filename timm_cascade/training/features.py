@@ -21,9 +21,9 @@ import timm
 import torch
 from timm.data.model_config import resolve_input_data_config
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
-from ..data import View
+from ..data import View, collate, fingerprint_of
 from ..errors import BadImageError
 from ..model import CascadeModel
 from ..utils.digest import state_digest
@@ -44,7 +44,7 @@ Batch = tuple[list[Tensor], Tensor]  # for b images: M of (b, in_features) and t
 
 
 def _collate(items: list[Any]) -> Any:
-    return default_collate(items) if items else None
+    return collate(items) if items else None
 
 
 class FrozenFeatures:
@@ -113,7 +113,7 @@ class FrozenFeatures:
             ids = {id(p) for p in model.get_classifier().parameters()}
             skip = {name for name, p in model.backbone.named_parameters() if id(p) in ids}
         state = {name: t for name, t in model.backbone.state_dict().items() if name not in skip}
-        fingerprint = getattr(self.data, 'fingerprint', None)
+        fingerprint = fingerprint_of(self.data)
         if fingerprint is None:
             raise ValueError(
                 f'{type(self.data).__name__} has no attribute `fingerprint`, so features stored in work_dir could not '

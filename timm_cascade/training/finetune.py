@@ -15,7 +15,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..data import View, check_classes, check_training_classes
+from ..data import View, check_training_classes, prepare_data
 from ..model import CascadeModel
 from ..utils.distributed import check_launch, create_accelerator
 from ..utils.progress import progress
@@ -91,9 +91,10 @@ def finetune(
             f'epochs={epochs}, batch_size={batch_size}, layer_decay={layer_decay}, ema_decay={ema_decay}: expected at '
             f'least 1, at least 1, more than 0 and at most 1, at least 0 and less than 1.'
         )
-    for data in (train, val):
-        check_classes(data, model.num_classes, model.label_names)
     check_training_classes(train)
+    train = prepare_data(model, train)
+    names = getattr(train, 'class_names', None)
+    val = prepare_data(model, val, names if names and len(names) == model.num_classes else None)
     accelerator = accelerator or create_accelerator()
     check_launch(accelerator)
     tuner = _Finetuner(

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..backbone import input_size_of
-from ..data import UNLABELLED, check_classes, check_training_classes
+from ..data import UNLABELLED, ImageData, Seen, check_training_classes, prepare_data, weak_backbone
 from ..inference.request import unwrap
 from ..inference.weights import dtype_of
 from ..model import CascadeModel
@@ -98,9 +98,14 @@ def train_heads(
     if epochs < 1 or batch_size < 1 or views < 1:
         raise ValueError(f'epochs={epochs}, batch_size={batch_size}, views={views}: each must be at least 1.')
     model = unwrap(model, CascadeModel)
-    for data in (train, val):
-        check_classes(data, model.num_classes, model.label_names) if data is not None else None
     check_training_classes(train)
+    train = prepare_data(model, train, [] if classifier else None)  # a new classifier has the classes of its data
+    names = getattr(train, 'class_names', None)
+    names = names if names and len(names) == model.num_classes else model.label_names
+    val = None if val is None else prepare_data(model, val, names)
+    seen = Seen(train)
+    if val is not None:
+        seen.warn_of(val)
     accelerator = accelerator or create_accelerator()
     check_launch(accelerator)
     if accelerator.is_main_process:
@@ -149,6 +154,11 @@ def train_heads(
         probe.write_to(final)
     model.forget_calibration()
     model.dial.path = path
+    seen.keep(model)
+    model.label_names = names  # later data are compared with them, and a release carries them
+    if isinstance(val, ImageData) and (val.labels != UNLABELLED).all():
+        if text := weak_backbone(history[-1]['accuracy'], len(val)):
+            _logger.warning('%s', text)
     return history
 
 
