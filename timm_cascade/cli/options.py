@@ -34,7 +34,7 @@ def data_options() -> argparse.ArgumentParser:
         '--data',
         required=True,
         nargs='+',
-        help='Image folder, parquet files or a folder of them, folder of save_to_disk or IDX files, or Hub id.',
+        help='Image folder, parquet files or a folder of them, save_to_disk or IDX folder, or Hub id.',
     )
     data.add_argument('--label-column', help='Column with the labels, where a data set has several.')
     data.add_argument('--image-column', help='Column with the images, where a data set has several.')
