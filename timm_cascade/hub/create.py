@@ -79,7 +79,7 @@ def create_cascade(
         model.published = identify(backbone, cache_dir)
         model.base_model = str(backbone.pretrained_cfg.get('hf_hub_id') or '').partition('@')[0] or None
         warnings.warn(
-            f'cascade_{base}: the backbone has its published weights, but nobody has published heads '
+            f'cascade_{base}: the backbone has its published weights, but no heads are published '
             f'for it. No exit fires until they are trained and calibrated.',
             stacklevel=4,
         )

@@ -162,6 +162,6 @@ def fetch_published(published: Published, cache_dir: str | Path | None = None) -
     try:
         with safe_open(path, framework='pt'):
             pass
-    except Exception as e:  # a stranger's file: whatever is wrong with it
+    except Exception as e:  # from an untrusted file: anything may be raised
         raise ReleaseError(f'{path} ({repository}) is no safetensors file ({e}).') from e
     return path.stat().st_size

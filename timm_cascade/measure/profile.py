@@ -18,7 +18,7 @@ from ..version import __version__
 
 __all__ = ['profile']
 
-NEVER = 2.0  # a threshold that no confidence reaches: exits decide, and nobody leaves
+NEVER = 2.0  # a threshold that no confidence reaches: exits decide, and no sample exits early
 
 
 @torch.no_grad()

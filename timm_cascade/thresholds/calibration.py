@@ -213,7 +213,7 @@ class Calibration:
         return self._kept[key]
 
     def to_label(self, max_drop: float, level: float = 0.9, scope: str = 'dial') -> IntArray:
-        """Which samples without a label need one, for the certificate at max_drop; rising indices, often 5 to 8 %.
+        """Which samples without a label need one, for the certificate at max_drop; rising indices.
 
         A sample whose exits all agree with the full network along the path has no loss, whatever its label. Label the
         samples named here, calibrate again with these labels (-1 for the others), and ask again: once nothing is

@@ -53,7 +53,7 @@ def _stub(
     head: Callable[[Tensor], Tensor] | None = None,
     seen: list[Tensor] | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """A head that sends rows `leaving(rows)` away and nobody else."""
+    """A head that lets rows `leaving(rows)` exit and no others."""
 
     def answer(tap: Tensor) -> Tensor:
         if head is not None and seen is not None:
