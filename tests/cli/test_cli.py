@@ -106,6 +106,7 @@ def test_a_linear_probe_on_other_classes(capsys, tmp_path):
         'features',
         'heads.jsonl',
         'model.safetensors',
+        'path.json',
     ]
     assert json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names'] == ['cat', 'dog', 'owl']
     status, result, _ = run(capsys, 'evaluate', tmp_path / 'out', '--data', tmp_path / 'data', '--split', 'test')

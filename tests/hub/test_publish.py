@@ -43,7 +43,7 @@ def test_publish_pushes_what_differs_and_shows_it_before(server, client, release
     assert 'owner/one: README.md, calibration.safetensors' in texts[0] and '+' in texts[0]
     assert 'commit/' in texts[1] and 'two' not in texts[1]
     assert 'owner/one: no difference' in texts[2]
-    assert 'owner/one: thresholds.json, README.md' in texts[3] and '+   "max_drop": 0.3,' in texts[3]
+    assert 'owner/one: config.json, thresholds.json, README.md' in texts[3] and '+   "max_drop": 0.3,' in texts[3]
     assert texts[4].count('commit/') == 2 and texts[5].count('no difference') == 2
     assert 'commit/' in texts[6] and 'owner/two' in errors[6] and 'not a JSON' in errors[6]
 

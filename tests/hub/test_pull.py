@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import textwrap
 
@@ -48,6 +50,8 @@ def test_heads_only(server, client, published):
         with torch.no_grad():
             model.backbone.conv1[0].weight[0, 0, 0, 0] += 1e-3
         result.append(error(timm_cascade.save, model, 'x', layout='heads'))
+        result.append(error(timm_cascade.push_to_hub, model, 'owner/changed'))  # its calibration is the old one's
+        model.forget_calibration()
         timm_cascade.push_to_hub(model, 'owner/changed')
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -56,8 +60,9 @@ def test_heads_only(server, client, published):
     """,
     )
     assert 'published checkpoint' in made[0][1] and 'no longer test_resnet' in made[1][1]
-    assert made[2]['hub_id'] == BACKBONE and made[2]['revision'] == published.at('main')[0] and made[4]
-    assert made[5] == BACKBONE
+    assert made[2][0] == 'TableMismatchError'
+    assert made[3]['hub_id'] == BACKBONE and made[3]['revision'] == published.at('main')[0] and made[5]
+    assert made[6] == BACKBONE
     files = server.repos['owner/heads'].at('main')[1]
     assert {name.split('.')[0] for name in load(files['model.safetensors'].content)} == {'heads'}
     for name in ('whole', 'changed'):
@@ -133,8 +138,11 @@ def test_what_timm_pushes_and_damage_on_the_way(server, client, release):
     for name, content in (('flipped', b'f'), ('once', b'o'), ('cut', b'c')):  # other bytes, so that storage differs
         tensors = load(sound)
         tensors['heads.0.fc.bias'] = tensors['heads.0.fc.bias'] * 1
-        server.repos[f'owner/{name}'].put(model__safetensors=save(tensors, metadata={'name': content.decode()}))
-        sha = server.repos[f'owner/{name}'].at('main')[1]['model.safetensors'].sha256
+        weights = save(tensors, metadata={'name': content.decode()})
+        sha = hashlib.sha256(weights).hexdigest()
+        config = json.loads(server.repos[f'owner/{name}'].at('main')[1]['config.json'].content)
+        config['cascade']['files']['model.safetensors'] = dict(sha256=sha, size=len(weights))
+        server.repos[f'owner/{name}'].put(model__safetensors=weights, config__json=json.dumps(config).encode())
         server.fault(f'GET /storage/{sha}', 'cut' if name == 'cut' else 'flip', 1 << 30 if name == 'flipped' else 1)
     server.fault('/owner/flaky/resolve/.*/model.safetensors', 503, times=1)
     server.log.clear()

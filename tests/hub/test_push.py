@@ -93,7 +93,7 @@ def test_refusals_have_names_and_publish_nothing(server, client, release):
         result['no token'] = error(push, 'changed', 'owner/new_one')
     """)
     expected = {
-        'race': ('PushConflictError', 'pushed meanwhile'),
+        'race': ('PushConflictError', 'another commit meanwhile'),
         'bad token': ('PushDeniedError', 'not valid'),
         'reader': ('PushDeniedError', 'may not write'),
         'not mine': ('PushDeniedError', 'may not write'),
@@ -102,7 +102,7 @@ def test_refusals_have_names_and_publish_nothing(server, client, release):
         'no token': ('PushDeniedError', 'there is no token'),
         'nan': ('ReleaseError', 'NaN'),
         'no release': ('ReleaseError', 'no config.json'),
-        'no cascade': ('ReleaseError', 'CifarResNet is no cascade'),
+        'no cascade': ('ReleaseError', 'CifarResNet is not a cascade'),
     }
     for key, (name, text) in expected.items():
         assert result[key][0] == name and text in result[key][1], (key, result[key])

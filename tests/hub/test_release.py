@@ -159,8 +159,9 @@ def test_flipped_bytes_are_refused(release, name):
     at = len(content) - 40
     if name == hub.TABLE:  # a digit
         at = content.index(b'"accuracy": ') + 14
-    elif name == hub.CALIBRATION:  # the last bit of a confidence, behind the header and five costs
-        at = 8 + int.from_bytes(content[:8], 'little') + 5 * 8
+    elif name == hub.CALIBRATION:  # the last bit of a confidence
+        length = int.from_bytes(content[:8], 'little')
+        at = 8 + length + json.loads(content[8 : 8 + length])['confidence']['data_offsets'][0]
     content[at] ^= 1
     path.write_bytes(bytes(content))
     with pytest.raises(timm_cascade.ReleaseError, match=f'{name}.*damaged'):

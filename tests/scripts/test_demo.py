@@ -74,7 +74,7 @@ def test_coverage_reads_losses_off_the_whole_population(tiny, images, tmp_path, 
     coverage.main()
     assert log.read_text().startswith(first)  # nothing done twice
     report = json.loads(next((tmp_path / 'docs' / 'results').glob('*.json')).read_text())
-    assert len(report['rows']) == 2 * 3 * 4 and all(r['draws'] == 3 for r in report['rows'])
+    assert len(report['rows']) == 2 * 5 * 4 and all(r['draws'] == 3 for r in report['rows'])
     assert '| 40 | certified |' in capsys.readouterr().out
 
     whole = timm_cascade.Calibration.load(next((tmp_path / 'runs').glob('*.safetensors')))

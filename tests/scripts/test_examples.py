@@ -45,7 +45,7 @@ def folder(small, images, tmp_path, monkeypatch):
 def test_quickstart(folder, capsys):
     run('quickstart.py')
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and all(re.match(r'allowed .* accuracy \d+\.\d% .* saved$', line) for line in lines)
+    assert len(lines) == 4 and all(re.match(r'allowed .* accuracy \d+\.\d%, .* saved$', line) for line in lines)
 
 
 def test_choosing_max_drop(folder, capsys):

@@ -52,6 +52,7 @@ def test_an_interrupted_release_continues_to_the_same_weights(recipe, tmp_path, 
         'thresholds.json',
         'calibration.safetensors',
         'README.md',
+        'path.json',
         'tradeoff.png',
     }
 

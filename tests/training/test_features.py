@@ -77,7 +77,9 @@ def test_without_a_cache_the_heads_are_the_same(small, images, passes, tmp_path,
     kept = heads_after(small, images, images, epochs=3, batch_size=32, views=views, work_dir=tmp_path)
     passes.clear()
     fresh = heads_after(small, images, images, epochs=3, batch_size=32, views=views, cache=False)
-    assert sum(passes) == len(images) * (3 + views + 3)  # epochs, statistics of each view, validation
+    assert sum(passes) == len(images) * (
+        3 + views + 3 + 1
+    )  # epochs, statistics of each view, validation, the thresholds' path
     assert near_weights(fresh, kept, small.heads.state_dict())
 
 
@@ -217,7 +219,7 @@ def test_views_are_taken_in_turn(small, images, accelerator, tmp_path, monkeypat
     original = StoredFeatures.batches
     monkeypatch.setattr(StoredFeatures, 'batches', lambda self, plan: used.append(id(self)) or original(self, plan))
     timm_cascade.train_heads(small, images, epochs=5, views=2, work_dir=tmp_path)
-    statistics, epochs = used[:2], used[2:]
+    statistics, epochs = used[:2], used[2:7]  # and once more for the thresholds' path
     assert len(set(statistics)) == 2 and epochs == [statistics[i % 2] for i in range(5)]
     assert len(list((tmp_path / 'features').iterdir())) == 2
 

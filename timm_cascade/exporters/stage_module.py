@@ -153,7 +153,10 @@ class StageModule(nn.Module):
         if isinstance(head, ExitHead):
             head = FoldedHead(head, [1, *map(int, features.shape[1:])])
         self.head = head
-        self.examples = tuple(_example(node.meta['val'], staged.batch) for node in tensors)
+        examples = [_example(node.meta['val'], staged.batch) for node in tensors]
+        # images come in single precision whatever the stages compute in: they are cast inside
+        self.casts = {i: examples[i].dtype for i, node in enumerate(tensors) if node is staged.images}
+        self.examples = tuple(x.float() if i in self.casts else x for i, x in enumerate(examples))
         self.eval()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -161,6 +164,9 @@ class StageModule(nn.Module):
         samples: Any = tensors[which].shape[0]
         if rows > 1:
             samples = samples // rows
+        tensors = tuple(
+            x.to(self.casts[i]) if i in self.casts and x.dtype != self.casts[i] else x for i, x in enumerate(tensors)
+        )
         values = [tensors[g] if isinstance(g, int) else g[0] * samples + g[1] for g in self.given]
         made, features = self.body(*values)
         logits = features if self.head is None else self.head(features)

@@ -179,8 +179,8 @@ def _named_errors(repo_id: str) -> Iterator[None]:
         status, said = e.response.status_code, str(e).strip()
         if status == 412:
             raise PushConflictError(
-                f'{repo_id}: the repository received another commit meanwhile; nothing was published. Look at what is there now, load '
-                f'it if it is better, and push again.'
+                f'{repo_id}: the repository received another commit meanwhile; nothing was published. Look at what is '
+                f'there now, load it if it is better, and push again.'
             ) from e
         if status == 401:
             raise PushDeniedError(

@@ -345,11 +345,8 @@ def save(model: nn.Module, folder: str | Path, layout: str | None = None, card: 
     if layout not in LAYOUTS:
         raise ReleaseError(f'layout is {layout!r}; expected {" or ".join(LAYOUTS)}.')
     if layout == 'heads' and published is None:
-        was = (
-            f'no longer {model.published.name}'
-            if model.published
-            else 'not a published checkpoint with nothing adapted'
-        )
+        named = model.published.name if model.published else ''
+        was = f'no longer {named}' if named else 'not a published checkpoint with nothing adapted'
         raise ReleaseError(
             f'a release of heads only names its backbone, but this one is {was}; save it with layout="full".'
         )
