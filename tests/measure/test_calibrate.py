@@ -186,3 +186,16 @@ def test_the_dial_of_a_trained_model_walks_its_stored_path(trained, images):
     assert trained.thresholds.tolist() == before
     trained.reset_classifier(3)
     assert trained.dial.path is None
+
+
+def test_a_max_drop_in_points_is_questioned(trained, images, recwarn):
+    timm_cascade.calibrate(trained, images)
+    recwarn.clear()
+    for asked, meant in ((1, '0.01'), (0.5, '0.005')):
+        with pytest.warns(UserWarning, match=f'did you mean {meant}'):
+            trained.set_max_drop(asked, rule='joint')
+    with pytest.raises(ValueError, match=r'expected a fraction between 0 and 1. One percentage point is 0\.01'):
+        trained.set_max_drop(2)
+    recwarn.clear()
+    trained.set_max_drop(0.1, rule='joint')
+    assert not [w for w in recwarn if 'did you mean' in str(w.message)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 from numpy.typing import ArrayLike
@@ -16,6 +17,7 @@ from .timing import Profile, in_time, savings
 __all__ = ['Dial', 'Setup']
 
 COSTS = ('macs', 'time')
+QUESTIONED = 0.5  # a max_drop from which a number of points was probably meant
 
 
 class Setup(NamedTuple):
@@ -64,6 +66,12 @@ class Dial:
     ) -> OperatingPoint:
         """Thresholds for an accuracy that may be given up; see `CascadeModel.set_max_drop`."""
         source = self._source(cost, setup)
+        if isinstance(max_drop, (int, float)) and QUESTIONED <= max_drop <= 1:
+            warnings.warn(
+                f'max_drop={max_drop:g} allows {100 * max_drop:g} percentage points of accuracy to be lost; did you '
+                f'mean {max_drop / 100:g}?',
+                stacklevel=3,
+            )
         return source.point(max_drop, rule=rule, level=level, reference=_reference(source, reference), scope=scope)
 
     def choose_by_cost(
