@@ -57,7 +57,7 @@ def killed_when(condition, *args):
 def records_done(where):
     try:
         return sum(int((StoredFeatures(p).records['checksum'] != 0).sum()) for p in (where / 'features').glob('*.part'))
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return 0
 
 

@@ -245,7 +245,7 @@ def _allocate(part: Path, source: FrozenFeatures, title: str) -> None:
         if found.dtype == dtype and found.shape == (n,):
             _logger.info('%s: continuing the features in %s', title, part)
             return
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         pass
     part.unlink(missing_ok=True)
     part.parent.mkdir(parents=True, exist_ok=True)
