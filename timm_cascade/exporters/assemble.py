@@ -190,7 +190,7 @@ def stage_modules(model: CascadeModel, dtype: torch.dtype) -> list[StageModule]:
         model = copy.deepcopy(model).to(device='cpu', dtype=dtype)
     images = torch.zeros(2, *input_size_of(model.backbone), dtype=dtype)
     try:
-        staged = model._router._export(model.backbone, images, False)
+        staged = model._router.export(model.backbone, images)
         return [StageModule(staged, k, model.backbone, head) for k, head in enumerate([*model.heads, None])]
     except RuntimeError as e:
         raise ExportError(str(e)) from e

@@ -178,13 +178,23 @@ class Router:
         with _export_lock:
             staged = self._exported.pop(key, None)
             if staged is None or staged.stale(backbone):
-                staged = self._export(backbone, images.contiguous(memory_format=layout), compiled)
+                staged = self.export(backbone, images.contiguous(memory_format=layout), compiled)
             self._exported[key] = staged
             while len(self._exported) > MAX_EXPORTS:
                 self._exported.pop(next(iter(self._exported)))
         return staged
 
-    def _export(self, backbone: nn.Module, images: Tensor, compiled: bool) -> StagedBackbone:
+    def export(self, backbone: nn.Module, images: Tensor, compiled: bool = False) -> StagedBackbone:
+        """The backbone as one graph, split at its exits into stages; a new one at every call.
+
+        Args:
+            backbone: The network that carries the hooks, in eval mode.
+            images: (N, C, H, W), an example of what the stages take.
+            compiled: Whether the stages are compiled with the router's options.
+
+        Raises:
+            RoutingError: torch.export or the compiler cannot take the network.
+        """
         from .graph import StagedBackbone, mark  # torch.export is a costly import, and few backbones need it
 
         def on_exit(index: int, boundary: Boundary) -> list[Tensor]:

@@ -6,6 +6,7 @@ import argparse
 import copy
 import csv
 import importlib.util
+import math
 import tempfile
 import time
 import warnings
@@ -23,9 +24,14 @@ from timm_cascade.backbone import input_size_of
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / 'docs' / 'results' / 'export.csv'
-COLUMNS = ('module', 'model', 'passes', 'over_rounding', 'relative_error', 'seconds', 'file_share', 'reason')
+COLUMNS = ('module', 'model', 'exits', 'head', 'passes', 'over_rounding', 'relative_error', 'cpu_seconds')
+COLUMNS += ('megabytes', 'file_share', 'reason')
 LIMIT = 10  # times the network's own rounding
-EXITS = 2
+EXITS, HEAD = 2, 'enhanced'  # whatever the defaults are, so that rows of several runs go together
+# take longest, for their many operators or weights
+LAST = """
+    hrnet_w18_small inception_resnet_v2 inception_v4 mobilenetv5_base nasnetalarge pnasnet5large vgg11
+""".split()
 
 
 def load(path: Path) -> Any:
@@ -46,8 +52,9 @@ def measure(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """One row. The files' logits are compared exit by exit, with all samples leaving there."""
     torch.manual_seed(0)
     row = dict.fromkeys(COLUMNS, '') | dict(model=name, module=model_entrypoint(name).__module__.rpartition('.')[2])
+    row |= dict(exits=EXITS, head=HEAD)
     try:
-        model = timm.create_model(f'cascade_{name}', num_classes=11, exits=EXITS, **kwargs).eval()
+        model = timm.create_model(f'cascade_{name}', num_classes=11, exits=EXITS, head=HEAD, **kwargs).eval()
         images = batch(input_size_of(model.backbone), 3)
         randomise(model, images)
         own = model.forward_exits(images)
@@ -57,10 +64,11 @@ def measure(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
             exact = [torch.cat([model.forward_exits(images[i : i + 1])[k] for i in range(3)]) for k in range(EXITS + 1)]
         with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            start = time.perf_counter()
+            start = time.process_time()
             folder = timm_cascade.export(model, Path(temporary) / 'out', single_file=None)
-            row['seconds'] = round(time.perf_counter() - start, 1)
+            row['cpu_seconds'] = round(time.process_time() - start, 1)
             size = sum(p.stat().st_size for p in folder.glob('stage_*'))
+            row['megabytes'] = round(size / 1e6, 1)
             state = model.state_dict().values()
             row['file_share'] = round(size / sum(t.numel() * t.element_size() for t in state), 3)
             cascade = load(folder / 'runner.py').Cascade(folder)
@@ -84,18 +92,20 @@ def measure(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--only', nargs='*', default=[], help='these models, also where they have a row')
-    parser.add_argument('--count', type=int, default=1000, help='at most this many in this run')
+    parser.add_argument('--minutes', type=float, default=math.inf, help='begin no further family after this time')
     parser.add_argument('--out', type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    began = time.monotonic()
     rows = {}
     if args.out.exists():
         with open(args.out, newline='', encoding='utf-8') as file:
             rows = {row['model']: row for row in csv.DictReader(file)}
-    todo = [n for n in sorted(families()) if n in args.only or not (args.only or n in rows)]
-    for name in todo[: args.count]:
-        kwargs = families()[name]
-        rows[name] = row = measure(name, kwargs)
+    todo = [n for n in families() if n in args.only or not (args.only or n in rows)]
+    for name in sorted(todo, key=lambda n: (n in LAST, n)):
+        if time.monotonic() - began > 60 * args.minutes:
+            break
+        rows[name] = row = measure(name, families()[name])
         print({k: v for k, v in row.items() if v != ''}, flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with open(args.out, 'w', newline='', encoding='utf-8') as file:
