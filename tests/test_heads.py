@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
@@ -34,34 +36,87 @@ def test_forward_is_pool_then_classify():
     assert head(features).shape == (3, 5)
 
 
+@pytest.mark.parametrize('grid', [1, 3, 4])
+@pytest.mark.parametrize('size', [(6, 6), (1, 1)])
+def test_columns_are_the_grid_then_the_mean_then_the_prefix_tokens(grid, size):
+    prefix, patches = torch.randn(3, 2, 8), torch.randn(3, size[0] * size[1], 8)
+    head = ExitHead(8, size, 5, 'NLC', prefix_tokens=2, grid=grid, mean=True, tokens=True)
+    columns = head.pool(torch.cat([prefix, patches], 1)).unflatten(1, (8, -1))
+    want = [ExitHead(8, size, 5, 'NLC', grid=grid).pool(patches).unflatten(1, (8, -1))]
+    if grid > 1 and size != (1, 1):  # else it would stand there twice
+        want.append(patches.mean(1)[..., None])
+    assert near(columns, torch.cat([*want, prefix.transpose(1, 2)], 2))
+    assert head.columns == columns.shape[2] and head.in_features == 8 * head.columns
+
+
+def test_an_exit_without_prefix_tokens_reads_none():
+    head = ExitHead(8, (6, 6), 5, 'NHWC', grid=2, tokens=True)
+    assert head.columns == 4 and head(torch.randn(3, 6, 6, 8)).shape == (3, 5)
+
+
+def points(*channels, total=10**9, size=(7, 7), prefix_tokens=0):
+    return [SimpleNamespace(channels=c, size=size, prefix_tokens=prefix_tokens, total=total) for c in channels]
+
+
 def test_descriptions():
-    assert [c['hidden'] for c in head_configs('linear', 3)] == [0, 0, 0]
-    assert [c['grid'] for c in head_configs('paper', 3)] == [4, 2, 2]
-    assert head_configs(dict(grid=2), 1) == [dict(grid=2, hidden=64, norm=True)]
+    three, one = points(8, 8, 8), points(8)
+    assert [c['hidden'] for c in head_configs('linear', three, 5)] == [0, 0, 0]
+    assert [c['grid'] for c in head_configs('paper', three, 5)] == [4, 2, 2]
+    # what releases of version 0.1 say means what it meant then
+    assert head_configs(dict(grid=2), one, 5) == [dict(grid=2, hidden=64, norm=True, mean=False, tokens=False)]
     with pytest.raises(ValueError, match='2 head descriptions for 1'):
-        head_configs([dict(grid=4), dict(grid=2)], 1)
-    with pytest.raises(ValueError, match='at least 1'):
-        head_configs(dict(grid=0), 1)
+        head_configs([dict(grid=4), dict(grid=2)], one, 5)
+    for wrong in (dict(grid=0), dict(hidden=-1)):
+        with pytest.raises(ValueError, match='at least 1'):
+            head_configs(wrong, one, 5)
+    with pytest.raises(ValueError, match='expected grid, hidden, norm, mean, tokens'):
+        head_configs(dict(grids=4), one, 5)
+
+
+@pytest.mark.parametrize('classes, hidden', [(0, 64), (10, 64), (100, 96), (1000, 512)])
+def test_the_width_follows_the_number_of_classes(classes, hidden):
+    assert [c['hidden'] for c in head_configs('enhanced', points(16, 32), classes)] == [hidden] * 2
+
+
+def test_the_width_follows_the_cost_of_the_backbone():
+    small = head_configs('enhanced', points(16, 32, total=10**7), 1000)  # 1 % are 100,000
+    cost = [c['hidden'] * (p * 17 + 1000) for c, p in zip(small, (16, 32), strict=True)]
+    assert small[0]['hidden'] == small[1]['hidden'] == 32 and 0.8e5 < sum(cost) <= 1e5
+    assert head_configs('enhanced', points(16, total=10), 1000)[0]['hidden'] == 1  # never none
+    given = head_configs([dict(hidden=7), dict(hidden=None)], points(16, 32, total=10**7), 10)
+    assert given[0]['hidden'] == 7 and given[1]['hidden'] == 64
+
+
+def test_many_channels_are_pooled_to_a_coarser_grid():
+    assert [c['grid'] for c in head_configs('enhanced', points(256, 257, 1024, 1025, 9999), 5)] == [4, 2, 2, 1, 1]
+    assert head_configs('enhanced', points(4096, size=(1, 1)), 5)[0]['grid'] == 4  # the features' own grid is no larger
 
 
 @pytest.mark.parametrize(
-    'name, hidden',
+    'name, classes, hidden',
     [
-        ('tinynet_e', 32),
-        ('lcnet_035', 32),
-        ('mobilenetv3_small_050', 32),
-        ('test_byobnet', 32),
-        ('test_vit', 32),
-        ('test_resnet', 64),
-        ('cifar_resnet20', 64),
-        ('resnet18', 64),
+        ('tinynet_e', 1000, 16),
+        ('test_vit', 1000, 32),
+        ('test_resnet', 1000, 128),
+        ('cifar_resnet20', 10, 64),
+        ('resnet18', 10, 64),
+        ('resnet18', 1000, 512),
     ],
 )
-def test_default_heads_cost_less_than_one_percent(name, hidden):
-    """The cheapest models of the sweep, where 64 hidden units would cost up to 1.5 %, and usual ones."""
-    model = timm.create_model(f'cascade_{name}')
+def test_default_heads_cost_less_than_one_percent(name, classes, hidden):
+    model = timm.create_model(f'cascade_{name}', num_classes=classes)
     assert model.head_macs().sum() < MAX_SHARE * model.exits[-1].total
     assert {c['hidden'] for c in model._model_args['head']} == {hidden}
+
+
+def test_a_new_number_of_classes_brings_heads_of_its_width():
+    model = timm.create_model('cascade_resnet18', num_classes=10)
+    model.reset_classifier(100)
+    fresh = timm.create_model('cascade_resnet18', num_classes=100)
+    assert model._model_args['head'] == fresh._model_args['head'] and model._model_args['head'][0]['hidden'] == 96
+    described = timm.create_model('cascade_resnet18', num_classes=10, head=dict(hidden=8))
+    described.reset_classifier(100)
+    assert described._model_args['head'][0]['hidden'] == 8
 
 
 def test_an_explicit_description_is_used_unchanged():

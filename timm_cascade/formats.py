@@ -30,9 +30,7 @@ __all__ = [
 ]
 
 CONFIG_VERSION = 2
-TABLE_VERSION = 1
-CALIBRATION_VERSION = 1
-PROFILES_VERSION = 1
+TABLE_VERSION = CALIBRATION_VERSION = PROFILES_VERSION = 1
 
 MAX_DEPTH = 16
 MAX_LENGTH = 1000  # of texts, and of lists of values
@@ -219,6 +217,8 @@ class HeadEntry(_Described):
     grid: Annotated[int, Field(ge=1, le=1000)]
     hidden: Annotated[int, Field(ge=0, le=1 << 16)]
     norm: bool
+    mean: bool = False
+    tokens: bool = False
 
 
 class ExitEntry(_Described):

@@ -6,26 +6,34 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['MAX_SHARE', 'PRESETS', 'ExitHead', 'create_heads', 'head_configs', 'within_share']
+__all__ = ['MAX_SHARE', 'PRESETS', 'ExitHead', 'create_heads', 'head_configs']
 
-# grid: side of the grid that features are pooled to; hidden: width of the hidden layer or 0; norm: BatchNorm first
+# what a description leaves out
+DEFAULTS: dict[str, Any] = dict(grid=4, hidden=64, norm=True, mean=False, tokens=False)
+# None: as the number of classes, the features and MAX_SHARE allow
 PRESETS: dict[str, list[dict[str, Any]]] = {
-    'linear': [dict(grid=1, hidden=0, norm=True)],
-    'enhanced': [dict(grid=4, hidden=64, norm=True)],
+    'linear': [dict(grid=1, hidden=0)],
+    'enhanced': [dict(grid=None, hidden=None, mean=True, tokens=True)],
     # Berestizshevsky & Even 2019, section 5: 4x4 at the first exit, 2x2 at the second, FC 64, FC C
     'paper': [dict(grid=4, hidden=64, norm=False), dict(grid=2, hidden=64, norm=False)],
 }
 
 MAX_SHARE = 0.01  # of the backbone's MACs, for all heads of the default preset together
+NARROWEST, WIDEST = 64, 512  # hidden units of the default preset, before MAX_SHARE
+# features of the default preset's pooled grid: weights for more take longer to read than the stage to run (batch 1)
+MAX_POOLED = 4096
+GRIDS = 4, 2, 1
+LEAST = dict(grid=1, hidden=0)
 
 HeadSpec = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 class ExitHead(nn.Module):
-    """Pools features to a small grid, standardises them, and classifies them with one or two linear layers.
+    """Pools features to a few columns per channel, standardises these, and classifies with one or two linear layers.
 
     `pool` has no parameters: with a frozen backbone its output can be computed once and stored.
 
@@ -38,6 +46,12 @@ class ExitHead(nn.Module):
         grid: Side of the pooled grid, at most that of the features.
         hidden: Width of the hidden layer, 0 for a linear head.
         norm: Standardise the pooled features (BatchNorm1d) first.
+        mean: Read the mean over the whole grid beside the pooled grid.
+        tokens: Read the prefix tokens (class token, registers) beside the pooled grid.
+
+    Attributes:
+        columns: What is read of each channel: the cells of the pooled grid row by row, the mean, the prefix tokens.
+        in_features: Size of what `pool` returns, channels * columns: all columns of the first channel come first.
     """
 
     def __init__(
@@ -50,25 +64,34 @@ class ExitHead(nn.Module):
         grid: int = 4,
         hidden: int = 64,
         norm: bool = True,
+        mean: bool = False,
+        tokens: bool = False,
     ) -> None:
         super().__init__()
         self.layout = layout
         self.size = size
         self.prefix_tokens = prefix_tokens
-        self.grid = (min(grid, size[0]), min(grid, size[1]))
-        self.in_features = channels * self.grid[0] * self.grid[1]
+        self.grid, self.mean, self.tokens = _columns(size, prefix_tokens, grid, mean, tokens)
+        self.columns = self.grid[0] * self.grid[1] + self.mean + self.tokens
+        self.in_features = channels * self.columns
         self.norm = nn.BatchNorm1d(self.in_features) if norm else nn.Identity()
         self.hidden = nn.Sequential(nn.Linear(self.in_features, hidden), nn.ReLU()) if hidden else nn.Identity()
         self.fc = nn.Linear(hidden or self.in_features, num_classes) if num_classes else nn.Identity()
 
     def pool(self, features: Tensor) -> Tensor:
         """Features (N, ...) in this head's layout to (N, in_features)."""
+        beside = []
         if self.layout == 'NHWC':
             features = features.permute(0, 3, 1, 2)
         elif self.layout == 'NLC':
-            features = features[:, self.prefix_tokens :].transpose(1, 2)
+            features = features.transpose(1, 2)
+            beside = [features[..., : self.prefix_tokens]] if self.tokens else []
+            features = features[..., self.prefix_tokens :]
             features = features.unflatten(2, (self._rows(features.shape[2]), -1))
-        return F.adaptive_avg_pool2d(features, self.grid).flatten(1)
+        pooled = F.adaptive_avg_pool2d(features, self.grid).flatten(2)
+        if self.mean:
+            beside = [features.mean((2, 3))[..., None], *beside]
+        return torch.cat([pooled, *beside], 2).flatten(1) if beside else pooled.flatten(1)
 
     def _rows(self, tokens: int) -> int:
         """Rows of the grid that the tokens form, for images of any size with the aspect ratio of `size`."""
@@ -83,49 +106,74 @@ class ExitHead(nn.Module):
         return self.classify(self.pool(features))
 
 
-def head_configs(head: HeadSpec, count: int) -> list[dict[str, Any]]:
-    """A dict of ExitHead's grid, hidden and norm for each of `count` exits.
+def _columns(
+    size: Sequence[int], prefix_tokens: int, grid: int, mean: bool, tokens: bool
+) -> tuple[tuple[int, int], bool, int]:
+    """The pooled grid, whether the mean stands beside it, and how many prefix tokens do."""
+    pooled = (min(grid, size[0]), min(grid, size[1]))
+    return pooled, mean and pooled != (1, 1), prefix_tokens * tokens
+
+
+def head_configs(head: HeadSpec, points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:
+    """A dict of ExitHead's grid, hidden, norm, mean and tokens for each exit.
 
     Args:
         head: Name of a preset, one dict for all exits, or a sequence of dicts, of which the last serves the remaining
-            exits.
+            exits. What a dict leaves out is as in DEFAULTS. hidden=None is as wide as the number of classes and a
+            share of MAX_SHARE of the backbone's MACs for all heads together allow; grid=None is 4, or less where the
+            pooled grid would have more than MAX_POOLED features.
+        points: The exits: their channels, size, prefix_tokens and total.
+        num_classes: Number of classes.
 
     Raises:
-        ValueError: An unknown preset or key.
+        ValueError: An unknown preset or key, or a number out of range.
+
+    Example:
+        >>> head_configs(dict(grid=2), resolve_exits(backbone, 1), 10)
+        [{'grid': 2, 'hidden': 64, 'norm': True, 'mean': False, 'tokens': False}]
     """
+    count = len(points)
     if isinstance(head, str):
         if head not in PRESETS:
-            raise ValueError(f'head is {head!r}; expected one of {sorted(PRESETS)} or a dict of grid, hidden and norm.')
+            raise ValueError(f'head is {head!r}; expected one of {sorted(PRESETS)} or a dict of {", ".join(DEFAULTS)}.')
         configs: Sequence[Mapping[str, Any]] = PRESETS[head]
     else:
         configs = [head] if isinstance(head, Mapping) else head
     for config in configs:
-        unknown = set(config) - {'grid', 'hidden', 'norm'}
+        unknown = set(config) - set(DEFAULTS)
         if unknown:
-            raise ValueError(f'head has the keys {sorted(unknown)}; expected grid, hidden and norm.')
-        if int(config.get('grid', 4)) < 1 or int(config.get('hidden', 64)) < 0:
+            raise ValueError(f'head has the keys {sorted(unknown)}; expected {", ".join(DEFAULTS)}.')
+        if any(config.get(key, low) is not None and int(config.get(key, low)) < low for key, low in LEAST.items()):
             raise ValueError(f'head={dict(config)}: expected a grid of at least 1 and hidden of at least 0.')
     if isinstance(head, str):
         configs = configs[:count]
     if not 1 <= len(configs) <= count:
         raise ValueError(f'{len(configs)} head descriptions for {count} exits; expected one for all, or one per exit.')
-    return [{**PRESETS['enhanced'][0], **configs[min(i, len(configs) - 1)]} for i in range(count)]
+    filled = [{**DEFAULTS, **configs[min(i, len(configs) - 1)]} for i in range(count)]
+    for config, point in zip(filled, points, strict=True):
+        if config['grid'] is None:
+            fits = (g for g in GRIDS if point.channels * min(g, point.size[0]) * min(g, point.size[1]) <= MAX_POOLED)
+            config['grid'] = next(fits, GRIDS[-1])
+    return _with_widths(filled, points, num_classes)
 
 
-def within_share(configs: list[dict[str, Any]], points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:
-    """Halves the hidden layers until all heads together cost at most MAX_SHARE of the backbone."""
+def _with_widths(configs: list[dict[str, Any]], points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:
+    """Fills in the hidden layers whose width is not given: all are as wide as each other.
 
-    def macs(c: Mapping[str, Any], point: Any) -> int:
-        grid = min(c['grid'], point.size[0]) * min(c['grid'], point.size[1])
-        return c['hidden'] * (point.channels * grid + num_classes)
-
-    while (
-        configs
-        and min(c['hidden'] for c in configs) > 1
-        and (sum(map(macs, configs, points)) > MAX_SHARE * points[0].total)
-    ):
-        configs = [dict(c, hidden=c['hidden'] // 2) for c in configs]
-    return configs
+    As many units as there are classes lose nothing before the last layer, within NARROWEST and WIDEST; all heads
+    together cost at most MAX_SHARE of the backbone.
+    """
+    open_ = [i for i, c in enumerate(configs) if c['hidden'] is None]
+    if not open_:
+        return configs
+    cost = 0  # of one hidden unit in each of these heads
+    for i in open_:
+        c, p = configs[i], points[i]
+        grid, mean, tokens = _columns(p.size, p.prefix_tokens, c['grid'], c['mean'], c['tokens'])
+        cost += p.channels * (grid[0] * grid[1] + mean + tokens) + num_classes
+    width = min(WIDEST, max(NARROWEST, num_classes), int(MAX_SHARE * points[0].total / cost))
+    width = max(1, width - width % 8 if width > 8 else width)  # whole vectors of a processor
+    return [dict(c, hidden=width) if i in open_ else c for i, c in enumerate(configs)]
 
 
 def create_heads(points: Sequence[Any], num_classes: int, configs: Sequence[Mapping[str, Any]]) -> nn.ModuleList:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .backbone import ExitPoint, backbone_macs, input_size_of, nested_groups, pre_logits_of, resolve_exits
 from .data import warn_of_other_classes
-from .heads import HeadSpec, create_heads, head_configs, within_share
+from .heads import HeadSpec, create_heads, head_configs
 from .inference.batch import CascadeOutput
 from .inference.engine import Runner, is_recorded, refuse_recording
 from .inference.request import Requests, check_images, check_thresholds
@@ -51,7 +51,7 @@ class CascadeModel(nn.Module):
 
     Args:
         backbone: A timm classifier.
-        exits: Their number, cost fractions or module names (see `backbone.resolve_exits`), or resolved exit points.
+        exits: Their number, cost fractions or module names, resolved exit points, or None (see `resolve_exits`).
         head: Preset or description of the exit heads (see `heads.head_configs`).
         thresholds: One confidence per exit; inf or None closes it.
 
@@ -70,7 +70,7 @@ class CascadeModel(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        exits: int | Sequence[float] | Sequence[str] | Sequence[ExitPoint] = 3,
+        exits: int | Sequence[float] | Sequence[str] | Sequence[ExitPoint] | None = None,
         head: HeadSpec = 'enhanced',
         thresholds: Sequence[float | None] | None = None,
     ) -> None:
@@ -78,10 +78,8 @@ class CascadeModel(nn.Module):
         # every check comes before the backbone is touched
         known = [e for e in exits if isinstance(e, ExitPoint)] if isinstance(exits, Sequence) else []
         self._points = tuple(known) or tuple(resolve_exits(backbone, exits))  # type: ignore[arg-type]
-        self._head_configs = head_configs(head, len(self._points))
+        self._head, self._head_configs = head, head_configs(head, self._points, getattr(backbone, 'num_classes', 0))
         self.backbone = backbone
-        if head == 'enhanced':  # by default heads stay cheap; a description is used unchanged
-            self._head_configs = within_share(self._head_configs, self._points, self.num_classes)
         self.heads = create_heads(self._points, self.num_classes, self._head_configs)
         self.heads.to(device=next(backbone.parameters()).device, dtype=dtype_of(backbone)).requires_grad_(False)
         self.pretrained_cfg = self.default_cfg = dict(getattr(backbone, 'pretrained_cfg', None) or {})
@@ -386,6 +384,8 @@ class CascadeModel(nn.Module):
         """New classifier and new heads for `num_classes`; all exits are closed."""
         self.backbone.reset_classifier(num_classes, *args, **kwargs)
         old = next(self.heads.parameters())
+        if isinstance(self._head, str):  # the width follows the classes; a description stays
+            self._head_configs = head_configs(self._head, self._points, num_classes)
         heads = create_heads(self._points, num_classes, self._head_configs).train(self.heads.training)
         self.heads = heads.to(device=old.device, dtype=old.dtype).requires_grad_(old.requires_grad)
         self._head_macs = None

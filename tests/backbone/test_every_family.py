@@ -83,7 +83,7 @@ def test_remaining_samples_get_the_logits_they_get_in_the_whole_batch(name):
         equal, *errors = judge(model, images)
         assert equal, errors
         assert torch.equal(model.backbone(images), before)  # an export or a probe leaves nothing behind
-    assert len(model.exits) == 3
+    assert 1 <= len(model.exits) <= 5
     if name in EXPORTED:
         assert {p.cut for p in model.exits} == {'export'}
 

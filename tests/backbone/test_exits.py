@@ -76,6 +76,27 @@ def test_counts_fractions_and_names(resnet):
     assert [p.module for p in resolve_exits(resnet, ['layer1.1'])] == ['layer1.1']  # where layer1 ends too
 
 
+@pytest.mark.parametrize('name', ['resnet18', 'test_resnet', 'test_vit', 'mobilenetv3_small_050', 'vgg11'])
+def test_by_default_five_exits_where_they_can_pay_or_fewer(name):
+    points = resolve_exits(timm.create_model(name))
+    fractions = [p.fraction for p in points]
+    assert len(points) == dict(test_resnet=3, vgg11=3).get(name, 5)  # as many places as these have
+    assert all(0.05 <= f <= 0.95 for f in fractions)
+    assert all(b - a >= 0.04 for a, b in itertools.pairwise(fractions))
+    assert not any(p.module.startswith(('bn', 'conv', 'stem')) for p in points)
+
+
+def test_a_number_of_exits_prefers_places_that_can_pay(resnet):
+    assert [p.module for p in resolve_exits(resnet, 7)][-1] == 'layer4.0'  # eight places; the last is the whole network
+    assert [p.module for p in resolve_exits(resnet, 8)][-1] == 'layer4'
+
+
+def test_a_network_without_a_good_place_gets_the_one_it_has():
+    model = Net()
+    model.blocks = torch.nn.Sequential(Residual(4))  # 99 % of the cost, and no other place
+    assert [p.module for p in resolve_exits(model)] == ['blocks.0']
+
+
 class Inner(torch.nn.Module):
     def __init__(self, width):
         super().__init__()

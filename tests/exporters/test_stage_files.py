@@ -50,9 +50,10 @@ def test_logits_differ_by_no_more_than_the_networks_own_rounding(name, tmp_path)
 @pytest.mark.parametrize('layout', ['NCHW', 'NHWC', 'NLC'])
 @pytest.mark.parametrize('hidden', [0, 6])
 @pytest.mark.parametrize('size', [(8, 8), (7, 5), (3, 2)], ids=str)  # grids that divide the map, do not, and exceed it
-def test_folded_heads_are_the_heads(layout, hidden, size):
+@pytest.mark.parametrize('beside', [False, True], ids=['grid', 'mean and tokens'])
+def test_folded_heads_are_the_heads(layout, hidden, size, beside):
     prefix = 2 if layout == 'NLC' else 0
-    head = ExitHead(6, size, 4, layout, prefix, grid=4, hidden=hidden).eval()
+    head = ExitHead(6, size, 4, layout, prefix, grid=4, hidden=hidden, mean=beside, tokens=beside).eval()
     head.norm.running_mean.normal_()
     head.norm.running_var.uniform_(0.5, 2)
     head.norm.weight.data.normal_()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from timm_cascade.data import create_loader
 from timm_cascade.heads import head_configs
 
 SHAPES = [dict(channels=3, size=(4, 4)), dict(channels=5, size=(2, 2)), dict(channels=6, size=(2, 2))]
+POINTS = [SimpleNamespace(**s, prefix_tokens=0, total=10**6) for s in SHAPES]
 WIDTHS = [48, 20, 24]
 
 
@@ -37,7 +39,7 @@ def pooled():
 
 def make(row: Row) -> Heads:
     torch.manual_seed(0)
-    return Heads(SHAPES, head_configs('enhanced', 3), 4, row)
+    return Heads(SHAPES, head_configs(dict(grid=4), POINTS, 4), 4, row)
 
 
 def test_the_base_row_is_what_train_heads_does(small, images):
@@ -175,9 +177,11 @@ def test_a_tiny_pair_from_backbone_to_page(images, tmp_path, monkeypatch):
     ablation.main()
 
     taps = ablation_features.load_features('tiny')
-    assert taps.pooled['train', 'layer1', 4].shape == (96, 16 * 16)
+    assert taps.pooled['train', 'layer1', 4].shape == (96, 16, 16)
+    config = dict(grid=4, hidden=0, norm=True, mean=True, tokens=True)
+    assert taps.of('train', 'layer1', config, slice(7)).shape == (7, 16 * 17)
     np.testing.assert_allclose(  # every grid is pooled from the tap itself; 8 divides into all of them
-        taps.pooled['test', 'layer2', 4].reshape(96, 32, 2, 2, 2, 2).mean((3, 5)).reshape(96, -1),
+        taps.pooled['test', 'layer2', 4].reshape(96, 32, 2, 2, 2, 2).mean((3, 5)).reshape(96, 32, 4),
         taps.pooled['test', 'layer2', 2],
         atol=2e-3,
     )

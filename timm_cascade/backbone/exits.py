@@ -23,6 +23,10 @@ __all__ = ['ExitPoint', 'candidates', 'cut', 'features_of', 'input_size_of', 'pr
 # an exit that hooks can cut is preferred to one that needs the exported graph, unless its share of the cost is
 # farther from the requested one by this much
 EXPORT_PENALTY = 0.1
+DEFAULT_EXITS = 5  # where nothing is asked for, or fewer where the backbone has fewer places
+# where an exit can pay: not before a stem has done its work, nor when hardly anything is left to save; and not close
+# behind another. Shares of the cost.
+FIRST, LAST, APART = 0.05, 0.95, 0.04
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,11 @@ def _block_names(backbone: nn.Module) -> list[str]:
             series.setdefault(stem, []).append(child)
     names.update(child for children in series.values() if len(children) > 1 for child in children)
     # stems and single layers are poor places: used only in networks that have nothing else (VGG)
-    blocks = {n for n in names if _has_children(modules[n]) and not re.match(r'stem|patch_embed|conv_?1|pos_', n)}
+    blocks = {
+        n
+        for n in names
+        if _has_children(modules[n]) and not re.match(r'stem|patch_embed|(conv|bn|norm|act)_?1|pos_', n)
+    }
     names = blocks if len(blocks) > 3 else names
     return [name for name in modules if name in names and name]
 
@@ -257,12 +265,17 @@ class _Cuts:
         return ', '.join(str(p) for p in self.points if self.at(p))
 
 
-def resolve_exits(backbone: nn.Module, exits: int | Sequence[float] | Sequence[str]) -> list[ExitPoint]:
+def resolve_exits(backbone: nn.Module, exits: int | Sequence[float] | Sequence[str] | None = None) -> list[ExitPoint]:
     """The exit points described by `exits`, in order of cost.
 
     Args:
         backbone: A timm classifier.
-        exits: Their number (spread evenly over the cost), their cost fractions (each in 0..1), or module names.
+        exits: Their number (spread evenly over the cost), their cost fractions (each in 0..1), or module names. None
+            for five, or fewer where the backbone has fewer places between 5 and 95 % of its cost, 4 % apart.
+
+    Example:
+        >>> [str(point) for point in resolve_exits(timm.create_model('resnet18'))]
+        ['layer1.0 (19%)', 'layer2.0 (42%)', 'layer2 (55%)', 'layer3.0 (67%)', 'layer3 (79%)']
 
     Raises:
         BackboneError: The model does not classify.
@@ -271,6 +284,8 @@ def resolve_exits(backbone: nn.Module, exits: int | Sequence[float] | Sequence[s
     places = _places(backbone)
     points = _distinct(places)
     cuts = _Cuts(backbone, points)
+    if exits is None:
+        return _by_default(points, cuts)
     if isinstance(exits, str):
         exits = [exits]
     if not isinstance(exits, int) and any(isinstance(e, str) for e in exits):
@@ -278,11 +293,36 @@ def resolve_exits(backbone: nn.Module, exits: int | Sequence[float] | Sequence[s
     if isinstance(exits, int):
         if exits < 1:
             raise ExitError(f'exits={exits}: expected at least one exit.')
-        exits = [(i + 1) / (exits + 1) for i in range(exits)]
+        paying = _paying(points)
+        return _by_fraction(_spread(exits), paying if len(paying) >= exits else points, cuts)
     fractions = sorted(float(f) for f in exits)
     if not fractions or any(not 0 < f < 1 for f in fractions):
         raise ExitError(f'exits={fractions}: cost fractions lie strictly between 0 and 1.')
     return _by_fraction(fractions, points, cuts)
+
+
+def _spread(count: int) -> list[float]:
+    return [(i + 1) / (count + 1) for i in range(count)]
+
+
+def _paying(points: Sequence[ExitPoint]) -> list[ExitPoint]:
+    return [p for p in points if FIRST <= p.fraction <= LAST]
+
+
+def _by_default(points: Sequence[ExitPoint], cuts: _Cuts) -> list[ExitPoint]:
+    """Up to DEFAULT_EXITS where they can pay; at least one, wherever it can be."""
+    places = _paying(points)
+    picked: list[ExitPoint] = []
+    for fraction in _spread(DEFAULT_EXITS):
+        apart = [p for p in places if all(abs(p.fraction - other.fraction) >= APART for other in picked)]
+        picked.extend(sorted(apart, key=lambda p: abs(p.fraction - fraction))[:1])
+    for count in range(len(picked), 0, -1):
+        chosen = [p.fraction for p in picked] if count == len(picked) else _spread(count)
+        try:
+            return _by_fraction(sorted(chosen), places, cuts)
+        except ExitError:  # some of the places are inside residual branches
+            continue
+    return _by_fraction(_spread(1), points, cuts)
 
 
 def _by_name(names: list[str], points: Sequence[ExitPoint], cuts: _Cuts) -> list[ExitPoint]:

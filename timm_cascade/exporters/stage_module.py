@@ -48,19 +48,21 @@ class FoldedHead(nn.Module):
             bias = bias + weight @ (norm.bias.detach().double() - norm.running_mean.double() * scale)
             weight = weight * scale
         self.kernel: tuple[int, int] | None = None
-        cells = head.grid[0] * head.grid[1]
+        by_channel = weight.unflatten(1, (-1, head.columns))
         if head.layout == 'NCHW':
             height, width = shape[2:]
             if height % head.grid[0] == 0 and width % head.grid[1] == 0:
                 self.kernel = (height // head.grid[0], width // head.grid[1])
                 pooling = None
+                if head.mean:  # of cells of one size it is their mean
+                    cells = by_channel[..., :-1]
+                    weight = (cells + by_channel[..., -1:] / cells.shape[-1]).flatten(1)
             else:  # no pooling operator of ONNX has cells of different sizes: a product with their averages has
-                pooling = _averages((height, width), head.grid).T
+                pooling = _columns_of(head, (height, width)).T
         else:
-            size = tuple(shape[1:3]) if head.layout == 'NHWC' else head.size
-            pooling = F.pad(_averages(size, head.grid), (head.prefix_tokens, 0))
+            pooling = _columns_of(head, tuple(shape[1:3]) if head.layout == 'NHWC' else head.size)
             # pooled cells come before channels here, while the head's weights have channels first
-            weight = weight.unflatten(1, (-1, cells)).transpose(1, 2).flatten(1)
+            weight = by_channel.transpose(1, 2).flatten(1)
         self.spatial = head.layout == 'NHWC'
         self.register_buffer('pooling', None if pooling is None else pooling.to(first.weight.dtype))
         self.first = _linear(weight, bias, first)
@@ -77,6 +79,16 @@ class FoldedHead(nn.Module):
             pooled = self.pooling @ features  # type: ignore[operator]
         answer = self.first(pooled.flatten(1))
         return answer if self.second is None else self.second(answer.relu())
+
+
+def _columns_of(head: ExitHead, size: Sequence[int]) -> Tensor:
+    """(columns, prefix tokens and pixels): what the head's pooling multiplies features of this size with."""
+    rows = [_averages(size, head.grid)]
+    if head.mean:
+        rows.append(_averages(size, (1, 1)))
+    pooling = F.pad(torch.cat(rows), (head.prefix_tokens, 0))
+    prefix = torch.eye(head.tokens, pooling.shape[1], dtype=pooling.dtype)
+    return torch.cat([pooling, prefix])
 
 
 def _averages(size: Sequence[int], grid: tuple[int, int]) -> Tensor:

@@ -33,7 +33,7 @@ def create_cascade(
     pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | Path | None = None,
-    exits: int | Sequence[float] | Sequence[str] = 3,
+    exits: int | Sequence[float] | Sequence[str] | None = None,
     head: HeadSpec = 'enhanced',
     thresholds: Any = None,
     pretrained_model_args: dict[str, Any] | None = None,

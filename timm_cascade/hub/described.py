@@ -57,7 +57,7 @@ def plan(config: ReleaseConfig, source: str, size: int | None = None) -> Plan:
         if not (published and published.is_plain(config.backbone_args, config.num_classes, config.input_size)):
             backbone = timm.create_model(config.base, pretrained_cfg=cfg, **config.backbone_args)
         points = config.points or resolve_exits(backbone, args['exits'])
-        heads = create_heads(points, config.num_classes, head_configs(args['head'], len(points)))
+        heads = create_heads(points, config.num_classes, head_configs(args['head'], points, config.num_classes))
     modules = {'heads': heads} if config.layout == 'heads' else {'backbone': backbone, 'heads': heads}
     tensors = {
         f'{g}.{name}': t for g, module in modules.items() for name, t in module.state_dict(keep_vars=True).items()

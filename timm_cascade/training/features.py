@@ -124,7 +124,7 @@ class FrozenFeatures:
             format=FORMAT,
             weights=state_digest(state, also=[type(model.backbone).__name__]),
             exits=[(p.module, p.item, p.layout, p.prefix_tokens) for p in model.exits],
-            grids=[h.grid for h in model.heads],
+            pooled=[(h.grid, h.mean, h.tokens) for h in model.heads],
             pre_logits=self.pre_logits,
             images=str(fingerprint),
             transform=repr(self.view.data.transform) if hasattr(self.view.data, 'transform') else '',

@@ -29,7 +29,7 @@ from scripts import ROOT, evidence
 from scripts.experiments.ablation.features import PAIRS, Features, load_features
 from scripts.experiments.ablation.heads import Heads, Row, fit, fit_weights
 from scripts.experiments.ablation.page import BASE, DROPS, METRICS, PAPER, SEEDS, THREE, markdown, summary
-from timm_cascade.heads import head_configs, within_share
+from timm_cascade.heads import head_configs
 from timm_cascade.inference.batch import confidence
 from timm_cascade.thresholds import Samples as Calibrated
 from timm_cascade.thresholds.path import follow, nested_path
@@ -73,22 +73,20 @@ def exits_of(row: Row, name: str, features: Features) -> list[str]:
 
 def configs_of(row: Row, exits: list[str], features: Features) -> list[dict[str, Any]]:
     """The heads of a row, as a CascadeModel would make them."""
-    configs = head_configs(row.head, len(exits))
     points = [SimpleNamespace(**features.shapes[e], total=features.total) for e in exits]
-    return within_share(configs, points, features.logits['test'].shape[1]) if row.head == 'enhanced' else configs
+    return head_configs(row.head, points, features.logits['test'].shape[1])
 
 
 def runs_of(rows: Sequence[Row], name: str, features: Features, seed: int) -> Iterable[dict[str, Any]]:
     """Trains the heads that these rows share, and measures every row."""
     exits, began = exits_of(rows[0], name, features), time.perf_counter()
     configs = configs_of(rows[0], exits, features)
-    grids = [c['grid'] for c in configs]
     classes = features.logits['test'].shape[1]
 
     def pooled(*splits: str, few: slice = slice(None)) -> list[Tensor]:
         return [
-            torch.from_numpy(np.concatenate([features.pooled[s, e, g][few] for s in splits]))
-            for e, g in zip(exits, grids, strict=True)
+            torch.from_numpy(np.concatenate([features.of(s, e, c, few) for s in splits]))
+            for e, c in zip(exits, configs, strict=True)
         ]
 
     # two exits are cheap: the paper's recipe always gets all images

@@ -39,7 +39,8 @@ class Features:
     """One pair's frozen side.
 
     Attributes:
-        pooled: For each split, exit and grid: (n, C * g * g) float16, mapped from disk.
+        pooled: For each split, exit and grid: (n, C, g * g) float16, mapped from disk; `tokens` in place of a grid for
+            the prefix tokens (n, C, tokens), where there are any.
         logits: For each split, the backbone's (n, num_classes) float32.
         labels: For each split (n,).
         shapes: For each exit the arguments of ExitHead that describe its features.
@@ -47,23 +48,32 @@ class Features:
         total: MACs of the backbone.
     """
 
-    pooled: dict[tuple[str, str, int], np.ndarray]
+    pooled: dict[tuple[str, str, int | str], np.ndarray]
     logits: dict[str, Tensor]
     labels: dict[str, Tensor]
     shapes: dict[str, dict[str, Any]]
     macs: dict[str, int]
     total: int
 
+    def of(self, split: str, module: str, config: dict[str, Any], few: slice = slice(None)) -> np.ndarray:
+        """What a head of this description reads at an exit, (n, in_features); see ExitHead."""
+        head = ExitHead(num_classes=0, **self.shapes[module], **config)
+        which: list[int | str] = [config['grid'], *[1] * head.mean, *['tokens'] * bool(head.tokens)]
+        parts = [self.pooled[split, module, each][few] for each in which]
+        return np.concatenate(parts, 2).reshape(len(parts[0]), -1)
+
 
 class _AllGrids(ExitHead):
-    """Pools to every grid at once."""
+    """Pools to every grid at once, and hands on the prefix tokens."""
 
     def pool(self, features: Tensor) -> Tensor:
         parts = []
         for side in GRIDS:
             self.grid = (min(side, self.size[0]), min(side, self.size[1]))
-            parts.append(super().pool(features))
-        return torch.cat(parts, 1)
+            parts.append(super().pool(features).unflatten(1, (-1, self.grid[0] * self.grid[1])))
+        if self.prefix_tokens:
+            parts.append(features[:, : self.prefix_tokens].transpose(1, 2))
+        return torch.cat(parts, 2)
 
 
 def recipe_of(pair: dict[str, Any]) -> dict[str, Any]:
@@ -109,8 +119,9 @@ def _write(pair: dict[str, Any], work: Path) -> None:
             for part, p in zip(parts, pooled, strict=True):
                 part.append(p.half().numpy())
         for point, part in zip(model.exits, parts, strict=True):
-            sides = [min(g, point.size[0]) * min(g, point.size[1]) * point.channels for g in GRIDS]
-            for grid, array in zip(GRIDS, np.split(np.concatenate(part), np.cumsum(sides)[:-1], axis=1), strict=True):
+            sides = [min(g, point.size[0]) * min(g, point.size[1]) for g in GRIDS]
+            each = np.split(np.concatenate(part), np.cumsum(sides), axis=2)
+            for grid, array in zip((*GRIDS, 'tokens'), each, strict=True):
                 np.save(work / f'{split}.{point.module}.{grid}.npy', array)
         correct = float((torch.cat(logits).argmax(1).numpy() == data.labels).mean())
         _logger.info('%s: %d images, backbone %.2f %%, %.0f s', split, len(data), 100 * correct, time.time() - began)
@@ -145,7 +156,7 @@ def load_features(name: str, runs: Path = ROOT / 'runs' / 'ablation') -> Feature
             (split, e, g): np.load(work / f'{split}.{e}.{g}.npy', mmap_mode='r')
             for split in _splits(pair)
             for e in points
-            for g in GRIDS
+            for g in (*GRIDS, 'tokens')
         },
         logits={s: torch.from_numpy(z['logits']) for s, z in rest.items()},
         labels={s: torch.from_numpy(z['labels']) for s, z in rest.items()},

@@ -38,7 +38,7 @@ over the seeds; the backbone is the same for all.
 The paper's recipe: two exits, where the first and the second group of its networks end; average pooling to 4x4 and 2x2,
 FC 64, FC C; SGD 0.9, weight decay 1e-4, lr 0.01 at batches of 256, x0.1 after 10 epochs. Its thresholds are the joint
 rule's here, as for every row. The base is what `train_heads` does by default, with exits at every block but the last;
-three exits, spread over the network, are the library's default and have a row of their own.
+three exits, spread over the network, were the library's default in version 0.1 and have a row of their own.
 """
 WHICH = f"""Each switch alone on top of the base row: gain in MACs saved, in points, averaged over the three losses;
 mean ± standard error of the difference to the base, seed by seed. Bold: it pays, by more than two standard errors and
