@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from exporters.cases import load_runner, quietly_export, small_model
-from helpers import batch_for, run
+from helpers import batch_for, near, run
 
 import timm_cascade
 from timm_cascade.data import ImageData
@@ -94,8 +94,8 @@ def test_programs_of_torch_export(tmp_path):
         program = torch.export.load(folder / stage['file']).module()
         *made, logits, confidence = program(*(values[name] for name in stage['inputs']))
         values |= zip(stage['outputs'], made, strict=True)
-        assert torch.allclose(logits, want, atol=1e-4), k
-        assert torch.allclose(confidence, want.softmax(1).amax(1), atol=1e-5)
+        assert near(logits, want), k
+        assert near(confidence, want.softmax(1).amax(1))
     with pytest.raises(timm_cascade.ExportError, match='int8 goes with'):
         timm_cascade.export(
             model, tmp_path / 'other', format='pt2', int8=ImageData(np.zeros((1, 4, 4), np.uint8), None)

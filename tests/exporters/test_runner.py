@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from exporters.cases import between, load_runner
-from helpers import batch_for
+from helpers import batch_for, near
 from PIL import Image
 
 from timm_cascade.data.views import eval_transform
@@ -48,14 +48,14 @@ def test_routes_as_the_model_does(case, cascade, calibrated, pictures):
     cascade.set_thresholds(values)
     got = cascade.predict(pictures.numpy())
     assert (got.exit == want.exit.numpy()).all() and len(set(got.exit)) == (3 if case == 'some' else 1)
-    assert np.allclose(got.logits, want.logits, atol=1e-5)
-    assert np.allclose(got.confidence, want.confidence, atol=1e-6)
+    assert near(got.logits, want.logits)
+    assert near(got.confidence, want.confidence)
     order = np.random.default_rng(0).permutation(len(pictures))
     again = cascade.predict(pictures.numpy()[order])
-    assert (again.exit == got.exit[order]).all() and np.allclose(again.logits, got.logits[order], atol=1e-6)
+    assert (again.exit == got.exit[order]).all() and near(again.logits, got.logits[order])
     for i in range(3):  # a batch of one
         alone = cascade.predict(pictures.numpy()[i : i + 1])
-        assert alone.exit[0] == got.exit[i] and np.allclose(alone.logits[0], got.logits[i], atol=1e-6)
+        assert alone.exit[0] == got.exit[i] and near(alone.logits[0], got.logits[i])
 
 
 def test_a_tie_leaves_and_nan_does_not(cascade, calibrated, pictures):
@@ -81,7 +81,7 @@ def test_threads_share_a_cascade(cascade, pictures, calibrated):
     want = cascade.predict(pictures.numpy())
     with ThreadPoolExecutor(4) as pool:
         for got in pool.map(cascade.predict, [pictures.numpy()] * 16):
-            assert (got.exit == want.exit).all() and np.allclose(got.logits, want.logits, atol=1e-6)
+            assert (got.exit == want.exit).all() and near(got.logits, want.logits)
 
 
 @pytest.mark.parametrize('rule', ['certified', 'joint', 'per_exit'])

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from exporters.cases import between, load_runner
-from helpers import batch_for
+from helpers import batch_for, near
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def test_one_image_at_a_time(exported, calibrated, cascade):
         for i in range(9):
             logits, exits, confidence = single.run(None, {'images': pictures[i : i + 1], 'thresholds': values})
             assert exits.tolist() == [want.exit[i]]
-            assert np.allclose(logits[0], want.logits[i], atol=1e-5)
-            assert np.allclose(confidence, want.confidence[i], atol=1e-6)
+            assert near(logits[0], want.logits[i])
+            assert near(confidence, want.confidence[i])
 
 
 @pytest.mark.parametrize('n', [1, 9])
@@ -46,8 +46,8 @@ def test_batches(n, exported, calibrated, cascade):
         cascade.set_thresholds(values.tolist())
         want = cascade.predict(images)
         logits, exits, confidence = single.run(None, {'images': images, 'thresholds': values})
-        assert (exits == want.exit).all() and np.allclose(logits, want.logits, atol=1e-5)
-        assert np.allclose(confidence, want.confidence, atol=1e-6)
+        assert (exits == want.exit).all() and near(logits, want.logits)
+        assert near(confidence, want.confidence)
 
 
 def test_the_active_thresholds_are_the_default(exported, calibrated, cascade):

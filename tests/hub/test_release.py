@@ -316,7 +316,7 @@ def test_a_full_disk_leaves_the_old_release(release, monkeypatch):
         path.write_bytes(b'half')
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr('timm_cascade.hub.release.save_file', full)
+    monkeypatch.setattr('timm_cascade.hub.save_release.save_file', full)
     with torch.no_grad():
         model.backbone.fc.bias += 1
     model.forget_calibration()

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 import warnings
 
 import numpy as np
@@ -127,9 +126,7 @@ def test_table_travels(table):
 
 
 def test_table_gives_the_next_stricter_point(table):
-    start = time.process_time()
     point = table.point(0.015)
-    assert time.process_time() - start < 0.05
     assert point.max_drop == 0.01 and point.rule == 'certified'
     assert table.point(0.02, rule='joint').max_drop == 0.02
     with pytest.raises(PointNotFoundError, match=r'It has: certified at level 0.9 \(labels\): 0, 0.001, 0.0025'):

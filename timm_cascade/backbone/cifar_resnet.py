@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import create_classifier, get_device_dtype
+from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
@@ -59,7 +59,8 @@ class CifarResNet(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+        # only what is given: timm's blocks take neither before 1.0.23
+        dd = {k: v for k, v in dict(device=device, dtype=dtype).items() if v is not None}
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -105,8 +106,8 @@ class CifarResNet(nn.Module):
             self.num_features,
             num_classes,
             pool_type=global_pool or self.global_pool.pool_type,
-            **get_device_dtype(self),
         )
+        self.fc.to(self.conv1.weight)  # its device and dtype
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.fc.train(self.training)
 

@@ -3,7 +3,8 @@
 from ..errors import HubUnavailableError, PushConflictError, PushDeniedError, PushError, ReleaseError
 from .create import create_cascade, load
 from .push import Pushed, compare, push_to_hub
-from .release import CALIBRATION, CARD, CONFIG, PATH, PROFILES, TABLE, WEIGHTS, binding, save, save_profiles
+from .release import CALIBRATION, CARD, CONFIG, PATH, PROFILES, TABLE, WEIGHTS, binding
+from .save_release import save, save_profiles
 
 __all__ = [
     'CALIBRATION',

@@ -21,7 +21,8 @@ from torch import nn
 from ..errors import HubUnavailableError, PushConflictError, PushDeniedError, PushError, ReleaseError
 from .card import PLACEHOLDER
 from .download import Folder, git_oid, sha256_of
-from .release import CARD, CONFIG, FILES, Release, save
+from .release import CARD, CONFIG, FILES, Release
+from .save_release import save
 
 __all__ = ['Pushed', 'compare', 'push_to_hub']
 

@@ -1,0 +1,35 @@
+"""Every file that may come from outside, described once; an error names the file and the place in it.
+
+Only what loads and saves imports this package: it needs pydantic, which nothing else here does.
+"""
+
+from .config_file import CONFIG_VERSION, ConfigFile, FullEntry, HeadsEntry, PublishedEntry
+from .dial_files import (
+    CALIBRATION_VERSION,
+    PROFILES_VERSION,
+    TABLE_VERSION,
+    CalibrationEntry,
+    PathFile,
+    PointEntry,
+    ProfilesFile,
+    TableFile,
+)
+from .fields import MAX_NUMBER, parse
+
+__all__ = [
+    'CALIBRATION_VERSION',
+    'CONFIG_VERSION',
+    'MAX_NUMBER',
+    'PROFILES_VERSION',
+    'TABLE_VERSION',
+    'CalibrationEntry',
+    'ConfigFile',
+    'FullEntry',
+    'HeadsEntry',
+    'PathFile',
+    'PointEntry',
+    'ProfilesFile',
+    'PublishedEntry',
+    'TableFile',
+    'parse',
+]
