@@ -2,9 +2,11 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# of test-oldest
+OLDEST ?= .venv-oldest
 STAMP := $(VENV)/.timm-cascade-installed
 
-.PHONY: demo test test-all lint docs wheel clean
+.PHONY: demo test test-all test-oldest lint docs wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
@@ -14,6 +16,16 @@ test: $(STAMP) lint
 
 test-all: $(STAMP) lint
 	$(BIN)/python -m pytest
+
+# the default tests with the lowest versions that pyproject.toml admits
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -n 2 -m "not slow"
+
+$(OLDEST)/.installed: pyproject.toml .ci/lowest
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	.ci/lowest > $(OLDEST)/lowest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/lowest.txt -e ".[test]"
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check timm_cascade scripts tests

@@ -5,7 +5,7 @@ Importing this package registers `cascade_<name>` with timm for every model timm
 
 from timm import create_model
 
-from . import registry  # noqa: F401  registers the models
+from . import moved, registry  # noqa: F401  registry registers the models, moved says where old modules are
 from .data import ImageData, load_data
 from .errors import (
     BackboneError,

@@ -33,7 +33,7 @@ def test_one_image_at_a_time(exported, calibrated, cascade):
             logits, exits, confidence = single.run(None, {'images': pictures[i : i + 1], 'thresholds': values})
             assert exits.tolist() == [want.exit[i]]
             assert near(logits[0], want.logits[i])
-            assert near(confidence, want.confidence[i])
+            assert near(confidence, want.confidence[i : i + 1])
 
 
 @pytest.mark.parametrize('n', [1, 9])

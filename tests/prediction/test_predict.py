@@ -256,7 +256,7 @@ timm_cascade.predict(model, sys.argv[1], sys.argv[2], batch_size=4, unit=4)
 """
 
 
-@pytest.mark.parametrize('kills', [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kills', [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_times_nothing_is_lost_or_doubled(folder, tmp_path, kills):
     def start(out):
         return subprocess.Popen(

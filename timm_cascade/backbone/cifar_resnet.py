@@ -103,9 +103,7 @@ class CifarResNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
         self.global_pool, self.fc = create_classifier(
-            self.num_features,
-            num_classes,
-            pool_type=global_pool or self.global_pool.pool_type,
+            self.num_features, num_classes, pool_type=global_pool or self.global_pool.pool_type
         )
         self.fc.to(self.conv1.weight)  # its device and dtype
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
