@@ -1,6 +1,6 @@
 """Loads a released cascade in one line and shows what its dial does on real test images.
 
-python scripts/demo.py [--rule certified|joint|per_exit] [--out runs/demo]
+python scripts/demo.py [--rule certified|joint|per_exit] [--images N] [--out runs/demo]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, so that scripts.* is found
 
+import numpy as np
 import timm
 import torch
 
@@ -22,6 +23,7 @@ import timm_cascade
 from scripts import ROOT
 from scripts.datasets import fashion_mnist
 from scripts.releases.pictures import contact_sheet, plot_tradeoff
+from timm_cascade.data import ImageData
 from timm_cascade.measure.calibrate import record
 from timm_cascade.thresholds import route
 from timm_cascade.utils.files import write_text
@@ -68,16 +70,30 @@ def table(rows: list[dict[str, Any]], exits: int) -> str:
     return '\n'.join([*text, '', 'thresholds (- is a closed exit)', *thresholds])
 
 
+def draw(data: ImageData, n: int, seed: int = 0) -> ImageData:
+    """`n` of the images, drawn without replacement; all of them where there are no more."""
+    if n >= len(data):
+        return data
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(data))[:n])
+    split = f'{data.split}, {n:,} of {len(data):,} images'
+    return ImageData([data[i][0] for i in chosen], data.labels[chosen], data.class_names, data.source, split)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rule', default='certified', choices=['certified', 'joint', 'per_exit'])
+    parser.add_argument(
+        '--images', type=int, default=2000, metavar='N', help='draw N of the test images (default: 2000)'
+    )
     parser.add_argument('--out', type=Path, default=ROOT / 'runs' / 'demo')
     args = parser.parse_args()
+    if args.images < 1:
+        parser.error(f'--images is {args.images}; expected is at least 1')
 
     model = timm.create_model(f'local-dir:{RELEASE}', pretrained=True).eval()
     model.to('cuda' if torch.cuda.is_available() else 'cpu')
-    data = fashion_mnist.load_test()
-    print(f'{RELEASE.name}: {len(model.exits)} exits, {len(data):,} test images ({data.source})')
+    data = draw(fashion_mnist.load_test(), args.images)
+    print(f'{RELEASE.name}: {len(model.exits)} exits, {len(data):,} images ({data.title})', flush=True)
 
     rows, thresholds, notes = [], [], []
     for max_drop in MAX_DROPS:

@@ -109,8 +109,8 @@ class CascadeModel(nn.Module):
 
         Args:
             x: Images (N, C, H, W).
-            max_drop: For this call only: a number, or one per image (N,), as in `set_max_drop` with its defaults.
-            thresholds: For this call only: M confidences, or a row per image (N, M).
+            max_drop: Setting of this call: a number, or one per image (N,), as in `set_max_drop` with its defaults.
+            thresholds: Thresholds of this call: M confidences, or a row per image (N, M).
 
         Raises:
             ValueError: Images or arguments of another shape than expected, or numbers out of range.
@@ -153,7 +153,7 @@ class CascadeModel(nn.Module):
             ordered: Results in the input's order, batch by batch. Otherwise they come as soon as they are known.
             max_held: Most samples that wait for a stage, or for others' results; before it is exceeded, stages run with
                 fewer. Default: 32 batches. Up to M * `batch_size` of them keep features.
-            max_drop, thresholds: For this input only: a number, or M confidences.
+            max_drop, thresholds: Setting of this input only: a number, or M confidences.
             accelerator: With several processes each predicts every P-th batch; `index` counts in the whole input.
 
         Raises ValueError or TypeError for what does not fit the model, RuntimeError if another process failed.

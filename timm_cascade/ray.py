@@ -27,7 +27,7 @@ class Predictor:
         max_drop: Accuracy that may be given up, a fraction; by default the release's active thresholds stay.
         column: Column of the images: encoded bytes, or arrays (H, W) or (H, W, 3) of bytes.
         device: Where the model runs; by default a GPU if the actor has one.
-        **dial: For `model.set_max_drop`.
+        **dial: Arguments of `model.set_max_drop`.
 
     Example:
         >>> ds = ray.data.read_images('photos/', include_paths=True)

@@ -24,13 +24,14 @@ def tiny(small, images, tmp_path):
 def test_demo_prints_the_table_and_names_its_pictures_last(tiny, images, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, 'RELEASE', tiny)
     monkeypatch.setattr(fashion_mnist, 'load_test', lambda: images)
-    monkeypatch.setattr('sys.argv', ['demo.py', '--rule', 'joint', '--out', str(tmp_path / 'out')])
+    monkeypatch.setattr('sys.argv', ['demo.py', '--rule', 'joint', '--images', '64', '--out', str(tmp_path / 'out')])
     demo.main()
     printed = capsys.readouterr().out.rstrip().splitlines()
     assert printed[-1].endswith('exits.png') and printed[-2].endswith('tradeoff.png')
     assert sum(line.lstrip().startswith(('backbone', '0 %', '0.5 %', '1 %', '2 %')) for line in printed) >= 5
     table = json.loads((tmp_path / 'out' / 'table.json').read_text())
     assert [r['max_drop'] for r in table['rows']] == [0, 0.005, 0.01, 0.02]
+    assert table['n'] == 64 and '64 of 96' in printed[0]
     for row in table['rows']:
         assert {'thresholds', 'accuracy', 'change', 'macs', 'macs_share', 'time_share', 'exit_shares'} <= row.keys()
         assert sum(row['exit_shares']) == pytest.approx(1)

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
-from populations import one_point, overconfident, rare_harm, realistic, tied, useless
+from populations import in_sorts, one_point, overconfident, rare_harm, realistic, tied, useless
 from scipy import stats
 from scipy.special import gammaln
 
@@ -323,9 +321,4 @@ def test_a_path_that_cannot_be_right_is_refused(path):
 
 def test_it_is_quick():
     c, r = realistic(50_000, 8)
-    best = np.inf
-    for _ in range(3):
-        start = time.process_time()
-        certified(Samples(c, r), 0.01)
-        best = min(best, time.process_time() - start)
-    assert best < 12  # about 3 s on one idle core, for all settings
+    assert in_sorts(lambda: certified(Samples(c, r), 0.01), len(c)) < 75  # about 15, for all settings

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
-from populations import realistic
+from populations import in_sorts, realistic
 
 from timm_cascade.thresholds import Samples, ThresholdError, joint, outcome
 from timm_cascade.thresholds.rule_joint import joint_choice, within_budget
@@ -101,9 +99,5 @@ def test_the_dial_is_on_target_on_unseen_data(exits, first, last, n):
 
 def test_it_is_quick():
     c, r = realistic(50_000, 8)
-    samples, best = Samples(c, r, np.ones(9), np.full(8, 0.05)), np.inf
-    for _ in range(3):
-        start = time.process_time()
-        joint(samples, 0.01)
-        best = min(best, time.process_time() - start)
-    assert best < 3  # 0.6 s on one idle core
+    samples = Samples(c, r, np.ones(9), np.full(8, 0.05))
+    assert in_sorts(lambda: joint(samples, 0.01), len(c)) < 20  # about 4

@@ -32,7 +32,7 @@ def match_classes(data: Dataset, num_classes: int, label_names: Sequence[str] | 
 
     Args:
         num_classes: Outputs of the model.
-        label_names: Its classes, where it knows them.
+        label_names: Names of the model's classes, where it knows them.
 
     Raises:
         ValueError: Classes that the model does not have, another number of them where the model knows no names, one

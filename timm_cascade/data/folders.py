@@ -1,6 +1,6 @@
 """Image folders: which files are images, which classes and splits they belong to.
 
-Files are found here and by nobody else, as timm's and torchvision's readers find them: links are followed, hidden files
+All image files are found here, as timm's and torchvision's readers find them: links are followed, hidden files
 passed over, the extensions are timm's, and a class is the name of the folder that an image lies in.
 """
 

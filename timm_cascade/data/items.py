@@ -133,7 +133,7 @@ class _Reader:
     Args:
         what: The data set, for messages.
         in_chans: Channels of the images that the model takes.
-        transform: For images that are no tensors yet.
+        transform: Applied to images that are not tensors yet.
     """
 
     def __init__(self, what: str, in_chans: int, transform: Callable[[Image.Image], Tensor]) -> None:
@@ -253,7 +253,7 @@ class Items(Dataset):
     Args:
         data: Yields (image, label) or a dict of these.
         in_chans: Channels of the images that the model takes.
-        transform: For images that are no tensors yet.
+        transform: Applied to images that are not tensors yet.
     """
 
     def __init__(self, data: Any, in_chans: int, transform: Callable[[Image.Image], Tensor]) -> None:

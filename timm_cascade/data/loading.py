@@ -50,10 +50,10 @@ def load_data(
         workers: Processes that decode for `skip`.
         image_column, label_column: Columns that count, where a data set has several or their types do not say it.
             Labels may be class labels, integers 0..C-1, or text.
-        class_order: Of image folders and text labels: `natural` (class10 after class9) as in timm, or `text` as in
+        class_order: Order of folders and text labels: `natural` (class10 after class9) as in timm, or `text` as in
             torchvision. It decides which output of a trained classifier a class is.
         extensions: File types to read in image folders beside timm's (.png, .jpg, .jpeg), such as ['.webp'].
-        seed: Of slices in per cent.
+        seed: Seed of the draw of slices in per cent.
 
     Returns:
         Images that are decoded when they are asked for; `class_names` in the order of the labels.

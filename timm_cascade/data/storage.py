@@ -62,7 +62,7 @@ class Column:
 
     Args:
         dataset: What is read.
-        column: Its column of images.
+        column: Name of the column with the images.
         origin: The fingerprint of the data set that this one is a part of, and the row there of each row here.
     """
 

@@ -178,7 +178,7 @@ def prepare_data(model: Any, data: Any, names: Sequence[str] | None = None) -> A
 
     Args:
         model: The cascade; its `num_classes` is compared.
-        names: Its classes; by default model.label_names.
+        names: Names of the model's classes; by default model.label_names.
 
     Raises:
         ValueError: Classes or items that do not fit the model; the message says what was seen and what to pass.

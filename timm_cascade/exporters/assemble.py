@@ -75,7 +75,7 @@ def export(
             as well, None for neither. Each holds all weights once more. Left out with a warning where it cannot be
             written.
         web: Also write `index.html`, which runs the cascade in a browser, with onnxruntime-web, which npm fetches now.
-        samples: For the page: image files or folders of them, up to 60 are copied.
+        samples: Images that the page shows: files or folders of them, up to 60 are copied.
 
     Returns:
         The folder.

@@ -40,14 +40,14 @@ class StageEntry(_Entry):
 
     Attributes:
         file: Name in the folder.
-        sha256: Of the file.
+        sha256: Hash of the file.
         bytes: Size of the file.
         inputs: Tensors it reads; the first stage reads `images` (N, C, H, W) float32.
         outputs: Tensors it makes for later stages. After them come `logits` and `confidence`.
         live: All tensors that later stages need once this one is done.
         exit: Module after which the exit stands; None for the last stage.
-        macs: Of the stage for one sample, its head included.
-        head_macs: Of its head, 0 for the last stage.
+        macs: MACs of the stage for one sample, its head included.
+        head_macs: MACs of the stage's head, 0 for the last stage.
     """
 
     file: FileName
@@ -77,7 +77,7 @@ class Manifest(_Entry):
 
     Attributes:
         kind: `onnx` or `pt2`.
-        precision: That the files compute in: `float32`, `float16` or `int8`.
+        precision: Number format in which the files compute: `float32`, `float16` or `int8`.
         batch_size: Samples that every stage takes; None for any number.
         thresholds: (M,) that are active by default; None closes an exit.
         table: Operating points as `ThresholdTable.to_json` writes them; None if the cascade is not calibrated.

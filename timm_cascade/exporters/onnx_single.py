@@ -30,7 +30,7 @@ def write_single(manifest: Manifest, folder: Path, path: Path, batch: bool = Fal
         manifest: The folder's; its active thresholds become the default.
         folder: Holds the stage files.
         path: The file.
-        batch: For any number of images: those that remain are gathered for the next stage, and all answers put back
+        batch: Takes any number of images: those that remain are gathered for the next stage, and all answers put back
             in input order. Otherwise for one image, which then costs no gathering.
         default: Whether `thresholds` may be left out. onnxruntime-web does not take an input that has a default.
 

@@ -34,11 +34,11 @@ def render(
 
     Args:
         layout: `full` or `heads`.
-        name: Of the release; by default the model's.
+        name: Name of the release; by default the model's.
         picture: File of the picture of accuracy against MACs, if there is one.
-        results: For the metadata; by default the table's expectations.
+        results: Results in the metadata; by default the table's expectations.
         metadata: Fields of ModelCardData that replace what the model says (license, datasets, ...).
-        **measured: For the template, where there is a report of a test: see scripts/releases/cards.py.
+        **measured: Values of the template where there is a report of a test: see scripts/releases/cards.py.
     """
     cfg = model.backbone.pretrained_cfg
     base = '.'.join(str(part) for part in (cfg['architecture'], cfg.get('tag')) if part)

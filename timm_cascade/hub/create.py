@@ -47,7 +47,7 @@ def create_cascade(
         pretrained_cfg: Tag, or the config of a release as timm's loader read it.
         exits, head, thresholds: See CascadeModel.
         pretrained_model_args: timm's record of what a release's config.json asked for.
-        **kwargs: For the backbone.
+        **kwargs: Arguments of the backbone.
 
     Raises:
         ReleaseError: A release that is damaged or does not fit its config.
@@ -93,7 +93,7 @@ def load(where: str | Path, **kwargs: Any) -> CascadeModel:
 
     Args:
         where: Folder or repository.
-        **kwargs: For timm.create_model.
+        **kwargs: Arguments of timm.create_model.
 
     Raises:
         ReleaseError: There is no such release, or it is damaged; the message says which file and why.

@@ -33,7 +33,7 @@ class Folder:
     """A release on disk.
 
     Args:
-        path: Its folder.
+        path: Folder of the release.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -63,7 +63,7 @@ class Repository:
 
     Args:
         repo: `user/name`, or `user/name@revision`.
-        cache_dir: Of the Hub client; None for its default.
+        cache_dir: Cache of the Hub client; None is its default.
     """
 
     def __init__(self, repo: str, cache_dir: str | Path | None = None) -> None:

@@ -32,10 +32,10 @@ class Published:
     Attributes:
         name: timm's name, with its tag where it has one.
         hub_id: Repository on the Hub; None for timm's few checkpoints that are elsewhere.
-        revision: Its commit.
-        filename: Of the weights there.
-        digest: Of the weights as timm loads them (`state_digest`).
-        dtype: That they had when the digest was taken.
+        revision: Commit of that repository.
+        filename: Name of the weights file there.
+        digest: `state_digest` of the weights as timm loads them.
+        dtype: dtype of the weights when the digest was taken.
     """
 
     name: str

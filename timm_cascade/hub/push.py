@@ -34,8 +34,8 @@ class Pushed:
     """What a push did.
 
     Attributes:
-        url: Of the commit, or of the repository where nothing differed.
-        commit: Its id; of the commit that was there already where nothing differed.
+        url: Address of the commit, or of the repository where nothing differed.
+        commit: Id of the commit; where nothing differed, of the one that was there already.
         files: Names of the files that were uploaded or deleted; empty where nothing differed.
         pull_request: Address of the pull request, if one was opened.
     """
@@ -64,13 +64,13 @@ def push_to_hub(
     Args:
         what: A cascade, or a folder that `save` wrote.
         repo_id: `user/name`; made if it is not there.
-        private: For a repository that is made.
+        private: Whether a repository that is made is private.
         revision: Branch; made if it is not there. The main one by default.
         create_pr: Open a pull request instead of committing to the branch.
         tag: Git tag for the commit.
-        token: Of the Hub; by default the one that huggingface_hub finds (HF_TOKEN, or a login).
+        token: Access token of the Hub; by default the one that huggingface_hub finds (HF_TOKEN, or a login).
         layout, card: See `save`; for a model only.
-        commit_message: By default it says which files are new.
+        commit_message: Text of the commit; the default says which files are new.
 
     Raises:
         PushConflictError: Somebody pushed meanwhile; nothing of this was.

@@ -29,8 +29,8 @@ class EveryExit:
         accuracy: (M+1,) top-1 of each exit on all images.
         auroc: (M+1,) how well each exit's confidence tells its right answers from its wrong ones; 0.5 is chance,
             nan where all are right or all wrong.
-        oracle_accuracy, oracle_macs_share: Of a policy that knows the labels: each image leaves at the first exit that
-            is right, or at exit 0 where none is. No thresholds can do better with these heads.
+        oracle_accuracy, oracle_macs_share: Figures of a policy that knows the labels: each image leaves at the first
+            exit that is right, or at exit 0 where none is. No thresholds can do better with these heads.
     """
 
     accuracy: tuple[float, ...]

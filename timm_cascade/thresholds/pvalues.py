@@ -27,7 +27,7 @@ def score(harmful: NDArray, helpful: NDArray, n: int, margin: float) -> NDArray[
     Args:
         harmful, helpful: Counts, broadcast against each other.
         n: Samples.
-        margin: In (-1, 1).
+        margin: Number in (-1, 1).
     """
     x10, x01 = np.asarray(harmful, dtype=np.float64), np.asarray(helpful, dtype=np.float64)
     # p01 at its maximum likelihood under the constraint p10 = p01 + margin: a root of 2n q^2 - b q - c.

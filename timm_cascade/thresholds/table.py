@@ -24,10 +24,10 @@ class ThresholdTable:
 
     Attributes:
         exits: Module names of the M exits.
-        num_classes: Of the classifier.
+        num_classes: Number of classes of the classifier.
         heads_hash: Identifies the trained heads.
         input_size: (channels, height, width); None where unknown.
-        points: In any order.
+        points: Operating points in any order.
         provenance: Data set, split, transform, dtype, versions and the like; JSON values.
         extra: Keys of a stored table that this version does not know.
     """

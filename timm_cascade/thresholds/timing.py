@@ -27,7 +27,7 @@ class Profile:
 
     Attributes:
         device: The machine's name.
-        dtype: Of the weights.
+        dtype: dtype of the weights.
         batch_size: Images in a batch.
         compiled: Whether the stages were compiled.
         exits: Module names of the M exits.
@@ -36,7 +36,7 @@ class Profile:
         cut_seconds: (M,) copying out an image that goes on, where others leave.
         backbone_seconds: The backbone, run alike without heads.
         repeats: Times that all this was measured; these are medians.
-        versions: Of the packages.
+        versions: Versions of the packages.
     """
 
     device: str
@@ -119,7 +119,7 @@ class Saving:
     """What one open exit saves an image on average, the other thresholds as they are; negative where it costs.
 
     Attributes:
-        exit: Its module.
+        exit: Module of the exit.
         macs: Multiply-accumulates.
         seconds: Time.
     """
@@ -134,7 +134,7 @@ def savings(calibration: Calibration, profile: Profile, thresholds: ArrayLike) -
 
     Args:
         calibration: With MACs for costs.
-        profile: Of the same exits.
+        profile: Profile of the same exits.
         thresholds: (M,); inf closes an exit.
     """
     t = check_thresholds(thresholds, len(calibration.exits))

@@ -53,7 +53,7 @@ class FrozenFeatures:
     Args:
         model: The cascade; in evaluation mode whenever batches are asked for.
         data: An ImageData, or any data set of (normalised tensor, label).
-        accelerator: Its device and precision are used; each process asks for its own batches.
+        accelerator: Says device and precision; each process asks for its own batches.
         view: Number of the view (see data.View).
         seed: Seed of the view's augmentation.
         workers: Processes that decode images.

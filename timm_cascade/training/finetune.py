@@ -62,7 +62,7 @@ def finetune(
         batch_size: Images per batch, over all processes together; with gradient accumulation (the accelerator's) of
             each part of a step.
         lr: Learning rate of the last layers after the warm-up.
-        weight_decay: For weights, not for biases, norms and what the backbone exempts.
+        weight_decay: Weight decay of weights; biases, norms and what the backbone exempts have none.
         layer_decay: Factor on the learning rate from each group of layers to the one before; 1 for none.
         smoothing: Label smoothing.
         ema_decay: Decay of an exponential moving average of the weights, which is then what is validated and kept;

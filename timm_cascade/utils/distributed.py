@@ -22,7 +22,7 @@ def create_accelerator(**kwargs: Any) -> Accelerator:
     """An Accelerator for the launch at hand: gloo where several processes share a machine without a GPU.
 
     Args:
-        **kwargs: For Accelerator.
+        **kwargs: Arguments of Accelerator.
 
     Raises:
         LaunchError: See check_launch.

@@ -19,7 +19,7 @@ def progress(items: Iterable[Any] | None = None, title: str | None = None, show:
         items: What to iterate over; None for a bar with `update` and `total`.
         title: Text in front of the bar.
         show: False on all processes but the main one.
-        **kwargs: Of tqdm, such as total and initial.
+        **kwargs: Arguments of tqdm, such as total and initial.
 
     Example:
         >>> for batch in progress(loader, 'calibration'):
