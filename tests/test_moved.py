@@ -22,9 +22,8 @@ def test_names_of_the_package_itself_stay():
 
 @pytest.mark.parametrize('old', sorted(MOVED))
 def test_a_moved_module_says_where_its_names_are(old):
-    with pytest.raises(ModuleNotFoundError, match=f'its public names are in {MOVED[old]} now') as caught:
+    with pytest.raises(ModuleNotFoundError, match=f'its public names are in {MOVED[old]} now'):
         importlib.import_module(old)
-    assert caught.value.name == old
     importlib.import_module(MOVED[old])
 
 

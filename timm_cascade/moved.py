@@ -41,11 +41,10 @@ class _Moved(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname in MOVED:
-            raise ModuleNotFoundError(
+            raise ModuleNotFoundError(  # without name=: `from timm_cascade import ...` would swallow it
                 f'{fullname} is a module of version 0.1; its public names are in {MOVED[fullname]} now. What most '
                 f'programs need (train_heads, calibrate, evaluate, profile, load, save and the errors) is in '
-                f'timm_cascade itself.',
-                name=fullname,
+                f'timm_cascade itself.'
             )
         return None
 
