@@ -14,7 +14,7 @@ FLOORS = [
     {'backbone', 'data', 'formats', 'heads'},
     {'inference', 'thresholds'},
     {'model'},
-    {'exporters', 'hub', 'measure', 'prediction', 'training'},
+    {'exporters', 'hub', 'measure', 'prediction', 'serving', 'training'},
     {'top'},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

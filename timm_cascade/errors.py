@@ -17,6 +17,7 @@ __all__ = [
     'PushDeniedError',
     'PushError',
     'ReleaseError',
+    'RequestError',
     'RoutingError',
     'TableFormatError',
     'TableMismatchError',
@@ -115,3 +116,20 @@ class LaunchError(CascadeError, RuntimeError):
 
 class PlanError(CascadeError, ValueError):
     """A folder of predictions was begun with another model, other thresholds, another input or other settings."""
+
+
+# ---- serving
+
+
+class RequestError(CascadeError, ValueError):
+    """A request to a server cannot be answered.
+
+    Attributes:
+        status: HTTP status that says so.
+        reason: One word for the metrics, such as `too_large`.
+    """
+
+    def __init__(self, status: int, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.reason = reason

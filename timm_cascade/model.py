@@ -104,13 +104,16 @@ class CascadeModel(nn.Module):
             return self.backbone(x)
         return self.predict(x).logits
 
-    def predict(self, x: Tensor, *, max_drop: Any = None, thresholds: Any = None) -> CascadeOutput:
+    def predict(
+        self, x: Tensor, *, max_drop: Any = None, thresholds: Any = None, on_answer: Any = None
+    ) -> CascadeOutput:
         """Logits, exit and confidence for images, in their order.
 
         Args:
             x: Images (N, C, H, W).
             max_drop: Setting of this call: a number, or one per image (N,), as in `set_max_drop` with its defaults.
             thresholds: Thresholds of this call: M confidences, or a row per image (N, M).
+            on_answer: Called as on_answer(exited) when images exit: `ids`, `logits`, `confidence`, `exit`.
 
         Raises:
             ValueError: Images or arguments of another shape than expected, or numbers out of range.
@@ -118,7 +121,6 @@ class CascadeModel(nn.Module):
             RoutingError: torch.jit.trace, torch.export or an ONNX exporter records it with open exits.
 
         Example:
-            >>> logits, exit, confidence = model.predict(images)
             >>> model.predict(images, max_drop=[0, 0.01, 0.05]).exit  # three images, three kinds of patience
         """
         if is_recorded(x) and not (max_drop is None is thresholds and not self.any_open):
@@ -129,7 +131,7 @@ class CascadeModel(nn.Module):
             return CascadeOutput(x.new_empty(0, self.num_classes), empty.long(), empty)
         limits = self._request(x.shape[0], max_drop, thresholds)
         self._guard.notice(self)
-        return self._router.route(self.backbone, x, list(self.heads), limits, self.min_leave)
+        return self._router.route(self.backbone, x, list(self.heads), limits, self.min_leave, on_answer)
 
     def stream(
         self,
@@ -144,19 +146,18 @@ class CascadeModel(nn.Module):
     ) -> Iterator[StreamOutput]:
         """Predicts a long input with full batches in every stage: remaining samples of several batches go on together.
 
-        Gradients are not kept. If the input raises, the results of earlier samples come first.
+        Gradients are not kept. If the input raises, the results of earlier samples come first. Raises ValueError or
+        TypeError for what does not fit the model, RuntimeError if another process failed.
 
         Args:
             batches: Images, or tuples that begin with them, such as a data loader; a dict as second element may hold
                 `max_drop` or `thresholds` of that batch, see `predict`.
             batch_size: Samples that a stage runs on; by default the size of the first batch.
             ordered: Results in the input's order, batch by batch. Otherwise they come as soon as they are known.
-            max_held: Most samples that wait for a stage, or for others' results; before it is exceeded, stages run with
-                fewer. Default: 32 batches. Up to M * `batch_size` of them keep features.
+            max_held: Most samples that wait; before it is exceeded, stages run with fewer. Default: 32 batches. Up to
+                M * `batch_size` of them keep features.
             max_drop, thresholds: Setting of this input only: a number, or M confidences.
             accelerator: With several processes each predicts every P-th batch; `index` counts in the whole input.
-
-        Raises ValueError or TypeError for what does not fit the model, RuntimeError if another process failed.
 
         Example:
             >>> for index, logits, exit, confidence in model.stream(loader): ...
@@ -243,8 +244,7 @@ class CascadeModel(nn.Module):
         Args:
             max_drop: Acceptable loss of top-1 accuracy, absolute, as a fraction: 0.01 is one percentage point.
             rule: `certified`, `joint` or `per_exit`.
-            level: Confidence level of the guarantee: it holds with at least this probability over the draw of the
-                calibration set.
+            level: Confidence level of the guarantee: its probability, at least, over the draw of the calibration set.
             reference: What counts as correct: `labels` (the default where there are any), or `backbone` for agreement
                 with the full network. `best` counts max_drop from the most accurate thresholds instead.
             cost: What to save: `macs`, or `time` as profiled on this machine (`timm_cascade.profile`).

@@ -16,6 +16,7 @@ from . import (
     predict_command,
     profile_command,
     push_command,
+    serve_command,
     train_command,
 )
 from .output import show
@@ -28,6 +29,7 @@ COMMANDS = (
     evaluate_command,
     export_command,
     predict_command,
+    serve_command,
     profile_command,
     info_command,
     push_command,

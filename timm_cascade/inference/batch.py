@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import RoutingError
 from .request import Thresholds
 
-__all__ = ['ActiveBatch', 'CascadeOutput', 'Exited', 'confidence']
+__all__ = ['ActiveBatch', 'CascadeOutput', 'Exited', 'OnAnswer', 'confidence']
 
 
 EMPTY = torch.empty(0, dtype=torch.int64)
@@ -41,6 +41,9 @@ class Exited(NamedTuple):
     exit: int
 
 
+OnAnswer = Callable[[Exited], None]
+
+
 def confidence(logits: Tensor) -> Tensor:
     """Max softmax (N,) of logits (N, C), in float32 whatever the logits' dtype."""
     return logits.float().softmax(-1).amax(-1)
@@ -58,10 +61,16 @@ class ActiveBatch:
         heads: One per exit.
         thresholds: M numbers, or a row per sample (N, M); infinity closes an exit. A NaN confidence never exits.
         min_leave: Share of the rows, in 0..1.
+        on_answer: Called with the samples that exit, at once: before the others go on.
     """
 
     def __init__(
-        self, ids: Tensor, heads: Sequence[Callable[[Tensor], Tensor]], thresholds: Thresholds, min_leave: float = 0.0
+        self,
+        ids: Tensor,
+        heads: Sequence[Callable[[Tensor], Tensor]],
+        thresholds: Thresholds,
+        min_leave: float = 0.0,
+        on_answer: OnAnswer | None = None,
     ) -> None:
         self.ids = ids  # of the rows that the backbone works on
         self.heads = heads
@@ -69,6 +78,7 @@ class ActiveBatch:
         self.thresholds: Sequence[float] = ()  # of every exit the lowest
         self._set_thresholds(thresholds)
         self.min_leave = min_leave
+        self.on_answer = on_answer
         self.exited: list[Exited] = []
         self._done: Tensor | None = None  # (rows,) bool: has exited, but is still among the rows
         self._open = ids.numel()  # rows that have not exited
@@ -96,8 +106,8 @@ class ActiveBatch:
         if rows == 1:  # a single image needs no selection of rows
             if not found.item() >= (self.thresholds[index] if self.limits is None else self.limits[0, index].item()):
                 return None
-            self.exited.append(Exited(self.ids, logits, found, index))
             self._open = 0
+            self._answer(Exited(self.ids, logits, found, index))
             return EMPTY
         passes = found >= (self.thresholds[index] if self.limits is None else self.limits[:, index])
         if self._done is not None:
@@ -107,7 +117,7 @@ class ActiveBatch:
             return None
         self._open -= len(exiting)
         whole = len(exiting) == rows
-        self.exited.append(
+        self._answer(
             Exited(self.ids, logits, found, index)
             if whole
             else Exited(self.ids[exiting], logits[exiting], found[exiting], index)
@@ -147,7 +157,7 @@ class ActiveBatch:
         if self._done is not None:
             keep = self._remaining(self._done)
             self.ids, self._done, logits = self.ids[keep], None, logits[keep]
-        self.exited.append(Exited(self.ids, logits, confidence(logits), len(self.thresholds)))
+        self._answer(Exited(self.ids, logits, confidence(logits), len(self.thresholds)))
 
     def output(self) -> CascadeOutput:
         """The results of all samples in the order of `ids`, which must be 0..N-1."""
@@ -163,6 +173,11 @@ class ActiveBatch:
             exits[order],
             torch.cat([e.confidence for e in self.exited])[order],
         )
+
+    def _answer(self, exited: Exited) -> None:
+        self.exited.append(exited)
+        if self.on_answer is not None:
+            self.on_answer(exited)
 
     def _remaining(self, done: Tensor) -> Tensor:
         # their number is known, so sorting finds them without another synchronisation

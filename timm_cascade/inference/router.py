@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..backbone import ExitPoint
 from ..errors import RoutingError
-from .batch import ActiveBatch, CascadeOutput
+from .batch import ActiveBatch, CascadeOutput, OnAnswer
 from .engine import Boundary, Runner, StopForward
 from .hooks import HookRunner
 from .request import Thresholds
@@ -127,6 +127,7 @@ class Router:
         heads: Sequence[Callable[[Tensor], Tensor]],
         thresholds: Thresholds,
         min_leave: float = 0.0,
+        on_answer: OnAnswer | None = None,
     ) -> CascadeOutput:
         """Runs the cascade: a sample exits at the first exit whose confidence is at least its threshold.
 
@@ -135,9 +136,10 @@ class Router:
             images: (N, ...), N >= 1.
             heads: One per exit; not run where the threshold is infinite.
             thresholds: M numbers, or (N, M) of them; infinity closes an exit.
-            min_leave: See ActiveBatch.
+            min_leave, on_answer: See ActiveBatch.
         """
-        batch = ActiveBatch(torch.arange(images.shape[0], device=images.device), heads, thresholds, min_leave)
+        ids = torch.arange(images.shape[0], device=images.device)
+        batch = ActiveBatch(ids, heads, thresholds, min_leave, on_answer)
         reached = 0  # exits
 
         def on_exit(index: int, boundary: Boundary) -> list[Tensor] | None:
@@ -157,7 +159,7 @@ class Router:
         except StopForward:  # every sample has exited
             return batch.output()
         if early_exit and reached < len(self.points) and self.attach(backbone):
-            return self.route(backbone, images, heads, thresholds, min_leave)  # a module was replaced, with its hook
+            return self.route(backbone, images, heads, thresholds, min_leave, on_answer)  # a hooked module was replaced
         batch.finish(logits)
         return batch.output()
 

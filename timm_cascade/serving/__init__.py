@@ -1,0 +1,1 @@
+"""Answering requests over HTTP: decoding, batches of requests, metrics and the application."""
