@@ -46,8 +46,8 @@ def _seen(
             parts.append((*columns, labels))
     finally:
         model.train(training)
-    sure, answers, labels = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-    return sure, answers, labels
+    confidences, answers, labels = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    return confidences, answers, labels
 
 
 def write_report(
@@ -70,16 +70,16 @@ def write_report(
         >>> model.set_max_drop(0.01)
         >>> write_report(model, test, 'report.html')
     """
-    sure, answers, labels = _seen(model, data, batch_size, workers)
+    confidences, answers, labels = _seen(model, data, batch_size, workers)
     if labels.min() < 0 or labels.max() >= model.num_classes:
         raise ValueError(
             f'labels go from {labels.min()} to {labels.max()}; the report needs a label 0..{model.num_classes - 1} for '
             f'every image.'
         )
     correct = answers == labels[:, None]
-    points = curve_of(model, dict(confidence=sure, correct=correct))
+    points = curve_of(model, dict(confidence=confidences, correct=correct))
     thresholds = model.thresholds.numpy()
-    exits = route(sure, thresholds)
+    exits = route(confidences, thresholds)
     chosen = answers[np.arange(len(exits)), exits]
     names = model.label_names or [str(i) for i in range(model.num_classes)]
     stage = np.cumsum(model.stage_macs()) / model.exits[-1].total

@@ -51,14 +51,14 @@ def batches_of(images: Tensor, batch: int) -> list[Tensor]:
 
 
 def choose_afterwards(model: CascadeModel, images: Tensor) -> CascadeOutput:
-    """Every exit on every image, then the first that is sure enough: what most research code does."""
+    """Every exit on every image, then the first that is confident enough: what most research code does."""
     logits = torch.stack(model.forward_exits(images))
-    sure = confidence(logits)
-    passes = sure[:-1] >= model.thresholds.to(sure.device)[:, None]
+    found = confidence(logits)
+    passes = found[:-1] >= model.thresholds.to(found.device)[:, None]
     last = torch.ones_like(passes[:1])
     exits = torch.cat([passes, last]).to(torch.uint8).argmax(0)
     rows = torch.arange(len(images), device=images.device)
-    return CascadeOutput(logits[exits, rows], exits, sure[exits, rows])
+    return CascadeOutput(logits[exits, rows], exits, found[exits, rows])
 
 
 def everything(args: argparse.Namespace) -> list[dict[str, Any]]:

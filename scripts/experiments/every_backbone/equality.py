@@ -55,11 +55,11 @@ def _stub(
 ) -> Callable[[Tensor], Tensor]:
     """A head that lets rows `leaving(rows)` exit and no others."""
 
-    def answer(tap: Tensor) -> Tensor:
+    def answer(features: Tensor) -> Tensor:
         if head is not None and seen is not None:
-            seen.append(head(tap))
-        logits = tap.new_zeros(len(tap), classes)
-        logits[leaving(len(tap)), 0] = 100
+            seen.append(head(features))
+        logits = features.new_zeros(len(features), classes)
+        logits[leaving(len(features)), 0] = 100
         return logits
 
     return answer
@@ -105,7 +105,7 @@ def check(model: timm_cascade.CascadeModel, images: Tensor) -> float:
     keep = alive[-1]
     assert (out.exit == count).nonzero().flatten().tolist() == keep, out.exit
     worst = max(worst, float((out.logits[keep] - want[keep]).abs().max()) / scale)
-    for i, (s, rows) in enumerate(zip(seen, alive, strict=False)):  # and the taps are the whole batch's
+    for i, (s, rows) in enumerate(zip(seen, alive, strict=False)):  # and the features are the whole batch's
         worst = max(worst, float((s[0] - every[i][rows]).abs().max() / every[i].std().clamp_min(1e-6)))
     for i in (0, count - 1):
         stubs = [None] * count
@@ -129,12 +129,12 @@ def judge(model: timm_cascade.CascadeModel, images: Tensor) -> tuple[bool, float
     return exact <= TOLERANCE[torch.float64], error, exact
 
 
-def _as_picture(tap: Tensor, point: ExitPoint) -> Tensor:
+def _as_picture(features: Tensor, point: ExitPoint) -> Tensor:
     if point.layout == 'NHWC':
-        return tap.permute(0, 3, 1, 2)
+        return features.permute(0, 3, 1, 2)
     if point.layout == 'NLC':
-        return tap[:, point.prefix_tokens :].transpose(1, 2).unflatten(2, point.size)
-    return tap
+        return features[:, point.prefix_tokens :].transpose(1, 2).unflatten(2, point.size)
+    return features
 
 
 @torch.no_grad()
@@ -146,11 +146,11 @@ def layout_seen(model: timm_cascade.CascadeModel, images: Tensor) -> str:
         return f'no forward_intermediates ({type(e).__name__})'
     points = candidates(model.backbone)
     router = Router(model.backbone, points)
-    taps, _ = router.collect(model.backbone, images[:1], [torch.clone] * len(points))
+    collected, _ = router.collect(model.backbone, images[:1], [torch.clone] * len(points))
     router.remove_hooks()
     counts = {'agree': 0, 'differ': 0, 'without grid': 0}
-    for tap, point in zip(taps, points, strict=True):
-        values = _as_picture(tap, point)
+    for features, point in zip(collected, points, strict=True):
+        values = _as_picture(features, point)
         for picture in pictures:
             if picture.shape == values.shape and torch.allclose(picture, values, atol=1e-5):
                 counts['agree'] += 1
