@@ -70,11 +70,7 @@ def test_thresholds_know_no_torch(path):
 def test_no_file_name_twice_and_no_file_too_long():
     names = Counter(path.name for path in MODULES if path.name != '__init__.py')
     assert [name for name, count in names.items() if count > 1] == []
-    long = {
-        str(p): n
-        for p in MODULES
-        if (n := len(p.read_text(encoding='utf-8').splitlines())) > (470 if p.name == 'calibration.py' else 400)
-    }
+    long = {str(p): n for p in MODULES if (n := len(p.read_text(encoding='utf-8').splitlines())) > 400}
     assert long == {}
 
 

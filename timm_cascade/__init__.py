@@ -33,6 +33,7 @@ from .hub import load, push_to_hub, save
 from .inference.batch import CascadeOutput
 from .inference.stream import StreamOutput
 from .measure.calibrate import calibrate
+from .measure.drift_watch import DriftWatch
 from .measure.evaluate import Report, evaluate
 from .measure.profile import profile
 from .model import CascadeModel
@@ -49,6 +50,7 @@ __all__ = [
     'CascadeError',
     'CascadeModel',
     'CascadeOutput',
+    'DriftWatch',
     'ExitError',
     'ExportError',
     'HubUnavailableError',

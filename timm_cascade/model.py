@@ -105,7 +105,7 @@ class CascadeModel(nn.Module):
         return self.predict(x).logits
 
     def predict(
-        self, x: Tensor, *, max_drop: Any = None, thresholds: Any = None, on_answer: Any = None
+        self, x: Tensor, *, max_drop: Any = None, thresholds: Any = None, on_answer: Any = None, watch: Any = None
     ) -> CascadeOutput:
         """Logits, exit and confidence for images, in their order.
 
@@ -114,6 +114,7 @@ class CascadeModel(nn.Module):
             max_drop: Setting of this call: a number, or one per image (N,), as in `set_max_drop` with its defaults.
             thresholds: Thresholds of this call: M confidences, or a row per image (N, M).
             on_answer: Called as on_answer(exited) when images exit: `ids`, `logits`, `confidence`, `exit`.
+            watch: A DriftWatch, which compares the images with those of the calibration.
 
         Raises:
             ValueError: Images or arguments of another shape than expected, or numbers out of range.
@@ -131,7 +132,11 @@ class CascadeModel(nn.Module):
             return CascadeOutput(x.new_empty(0, self.num_classes), empty.long(), empty)
         limits = self._request(x.shape[0], max_drop, thresholds)
         self._guard.notice(self)
-        return self._router.route(self.backbone, x, list(self.heads), limits, self.min_leave, on_answer)
+        first = None if watch is None else watch.begin(not max_drop is None is thresholds)
+        output = self._router.route(self.backbone, x, list(self.heads), limits, self.min_leave, on_answer, first)
+        if watch is not None and first is not None:
+            watch.observe(x, first[0])
+        return output
 
     def stream(
         self,
@@ -291,15 +296,9 @@ class CascadeModel(nn.Module):
         self.thresholds = None
         self._guard.watch = None
 
-    @property
-    def exits(self) -> tuple[ExitPoint, ...]:
-        """The exit points, 0..M-1."""
-        return self._points
+    exits = property(lambda self: self._points, doc='The exit points, 0..M-1.')
 
-    @property
-    def any_open(self) -> bool:
-        """Whether a sample can exit early now."""
-        return self._open and not self.training
+    any_open = property(lambda self: self._open and not self.training, doc='Whether a sample can exit early now.')
 
     @property
     def thresholds(self) -> Tensor:

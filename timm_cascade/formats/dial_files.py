@@ -11,6 +11,7 @@ from .fields import (
     MAX_EXITS,
     MAX_POINTS,
     Classes,
+    Count,
     Described,
     Exits,
     Fraction,
@@ -20,6 +21,7 @@ from .fields import (
     Text,
     Thresholds,
     known_version,
+    show,
 )
 
 __all__ = [
@@ -63,6 +65,7 @@ class PointEntry(Open):
     exit_shares: Annotated[list[Fraction], Field(min_length=2, max_length=MAX_EXITS + 1)]
     n: Annotated[int, Field(ge=0)]
     measured_on: Annotated[int, Field(ge=0)]
+    disagreeing: Count | None = None
 
     @model_validator(mode='after')
     def _fits(self) -> PointEntry:
@@ -88,9 +91,12 @@ class TableFile(Open):
     input_size: ImageSize | None
     points: Annotated[list[PointEntry], Field(max_length=MAX_POINTS)]
     provenance: dict[str, Any]
+    confidences: dict[Text, Annotated[list[Count], Field(min_length=128, max_length=128)]] | None = None
 
     @model_validator(mode='after')
     def _fits(self) -> TableFile:
+        if self.confidences is not None and set(self.confidences) != set(self.exits):
+            raise ValueError(f'confidences are of {show(list(self.confidences))}; expected one histogram per exit')
         for i, point in enumerate(self.points):
             if len(point.thresholds) != len(self.exits):
                 raise ValueError(f'points.{i} has {len(point.thresholds)} thresholds for {len(self.exits)} exits')

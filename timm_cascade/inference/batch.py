@@ -80,6 +80,7 @@ class ActiveBatch:
         self.min_leave = min_leave
         self.on_answer = on_answer
         self.exited: list[Exited] = []
+        self.first: list[Tensor] | None = None  # takes the confidences (N,) of the first open exit
         self._done: Tensor | None = None  # (rows,) bool: has exited, but is still among the rows
         self._open = ids.numel()  # rows that have not exited
 
@@ -103,6 +104,8 @@ class ActiveBatch:
             raise RoutingError(f'{rows} samples reached exit {index}, but its features have {len(features)} rows.')
         logits = self.heads[index](features)
         found = confidence(logits)
+        if self.first is not None and not self.first:
+            self.first.append(found)
         if rows == 1:  # a single image needs no selection of rows
             if not found.item() >= (self.thresholds[index] if self.limits is None else self.limits[0, index].item()):
                 return None

@@ -128,6 +128,7 @@ class Router:
         thresholds: Thresholds,
         min_leave: float = 0.0,
         on_answer: OnAnswer | None = None,
+        first: list[Tensor] | None = None,
     ) -> CascadeOutput:
         """Runs the cascade: a sample exits at the first exit whose confidence is at least its threshold.
 
@@ -137,9 +138,11 @@ class Router:
             heads: One per exit; not run where the threshold is infinite.
             thresholds: M numbers, or (N, M) of them; infinity closes an exit.
             min_leave, on_answer: See ActiveBatch.
+            first: An empty list, which takes the confidences (N,) of the first open exit.
         """
         ids = torch.arange(images.shape[0], device=images.device)
         batch = ActiveBatch(ids, heads, thresholds, min_leave, on_answer)
+        batch.first = first
         reached = 0  # exits
 
         def on_exit(index: int, boundary: Boundary) -> list[Tensor] | None:
@@ -159,7 +162,10 @@ class Router:
         except StopForward:  # every sample has exited
             return batch.output()
         if early_exit and reached < len(self.points) and self.attach(backbone):
-            return self.route(backbone, images, heads, thresholds, min_leave, on_answer)  # a hooked module was replaced
+            if first is not None:
+                first.clear()
+            # a hooked module was replaced
+            return self.route(backbone, images, heads, thresholds, min_leave, on_answer, first)
         batch.finish(logits)
         return batch.output()
 

@@ -6,23 +6,25 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ..errors import TableFormatError, ThresholdError
 from ..utils.files import replacing
+from .drift import histogram_of
+from .labelling import check_labelled, labels_needed, nothing_certified
 from .operating_point import OperatingPoint
-from .path import Choice, check_path, first_flip, follow
+from .path import Choice, check_path
 from .pvalues import drop_interval
 from .rule_certified import SETTINGS, Certificate, certify, settings_for
 from .rule_joint import Fit, cross_fit, joint_choice, within_budget
 from .rule_per_exit import per_exit
-from .samples import BoolArray, FloatArray, IntArray, Samples, check_level, check_max_drop, outcome, route
+from .samples import BoolArray, FloatArray, IntArray, Samples, check_level, check_max_drop, check_softmax, outcome
 from .table import ThresholdTable
 
 __all__ = ['Calibration']
@@ -30,8 +32,6 @@ __all__ = ['Calibration']
 FORMAT_VERSION = 1
 REFERENCES = ('labels', 'backbone', 'best')
 _MAX_DROPS = (0.0025, 0.005, 0.01, 0.02, 0.05)
-_FEW_FLIPS = 20
-_USUAL_HARM, _USUAL_GAIN = 0.5, 0.25  # shares of the disagreements that harm and that help, before labels say
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         samples = Samples(self.confidence, self.correct, self.stage_cost, self.head_cost, self.agreement)
-        _check_softmax(samples.confidence)
+        check_softmax(samples.confidence)
         if samples.agreement is None or not samples.agreement[:, -1].all():
             raise ThresholdError('the last column of agreement must be all True: the full network agrees with itself.')
         if len(self.exits) != samples.exits:
@@ -100,25 +100,14 @@ class Calibration:
             exits=tuple(self.exits),
             num_classes=int(self.num_classes),
             provenance=provenance,
-            labelled=self._checked_labels(samples),
+            labelled=None if self.labelled is None else check_labelled(self.labelled, samples),
             path=None if self.path is None else check_path(self.path, samples.exits),
         ).items():
             object.__setattr__(self, name, value)
         if (pool := self._pool()) is not None:
-            _check_softmax(pool.confidence)
+            check_softmax(pool.confidence)
             object.__setattr__(self, 'pool_confidence', pool.confidence.astype(np.float32, copy=False))
             object.__setattr__(self, 'pool_agreement', pool.correct)
-
-    def _checked_labels(self, samples: Samples) -> BoolArray | None:
-        if self.labelled is None:
-            return None
-        labelled = np.asarray(self.labelled)
-        if labelled.shape != (samples.n,) or labelled.dtype != np.bool_:
-            raise ThresholdError(f'labelled is {labelled.dtype} {labelled.shape}; expected bool ({samples.n},).')
-        assert samples.agreement is not None
-        if (samples.correct != samples.agreement)[~labelled].any():
-            raise ThresholdError('correct must equal agreement for the samples without a label.')
-        return labelled
 
     @property
     def n(self) -> int:
@@ -169,7 +158,7 @@ class Calibration:
             certificate = self.certificate(level, reference, seed, scope, max_drop)
             choice = certificate.choice(max_drop)
             if not np.isfinite(choice.thresholds).any():
-                warnings.warn(self._nothing_certified(certificate, max_drop, reference), UserWarning, stacklevel=3)
+                warnings.warn(nothing_certified(self, certificate, max_drop, reference), UserWarning, stacklevel=3)
         elif rule == 'joint':
             choice = joint_choice(samples, max_drop, seed, self._fit(reference, seed))
         elif rule == 'per_exit':
@@ -195,7 +184,7 @@ class Calibration:
     ) -> Certificate:
         """What can be certified, resolved once and kept: further settings of the same dial are a lookup."""
         settings = settings_for(max_drop, scope)
-        if reference == 'best' and not self._has_label().all():
+        if reference == 'best' and not self.has_label().all():
             raise ThresholdError("reference='best' needs labels for all calibration images; some have none.")
         key = (level, reference, seed, tuple(settings.items()))
         if key not in self._kept:
@@ -208,7 +197,7 @@ class Calibration:
                 seed,
                 from_best=reference == 'best',
                 label_free=1.0 if reference == 'backbone' else None,
-                known=None if reference == 'backbone' else self._has_label(),
+                known=None if reference == 'backbone' else self.has_label(),
             )
         return self._kept[key]
 
@@ -235,21 +224,7 @@ class Calibration:
                 'to_label needs the path of thresholds that timm_cascade.train_heads stores with the heads, and these '
                 'have none. Train them again, or label all images.'
             )
-        certificate = self.certificate(level, 'labels', 0, scope, max_drop)
-        known, first = self._has_label(), first_flip(self.path, self.samples('backbone'))
-        flips = follow(self.path, replace(self.samples(), correct=self.correct & known[:, None]))
-        unknown = follow(self.path, replace(self.samples(), correct=self.agreement & ~known[:, None])).harmful
-        # A walk stops where labels end; how far it would go depends on how those that are missing turn out.
-        harm, gain = _flip_rates(self, known)
-        hopeful = replace(
-            flips,
-            harmful=flips.harmful + np.floor(harm * unknown).astype(np.intp),
-            helpful=flips.helpful + np.floor(gain * unknown).astype(np.intp),
-        )
-        stopped = certificate.stopped(max_drop)
-        if (~known & (first <= stopped)).any():
-            stopped = max(stopped, certificate.stopped(max_drop, hopeful))
-        return np.flatnonzero(~known & (first <= stopped))
+        return labels_needed(self, self.certificate(level, 'labels', 0, scope, max_drop), max_drop)
 
     def curve(self, reference: str = 'labels', seed: int = 0) -> list[OperatingPoint]:
         """Accuracy against cost along the path, cross-fitted, from all exits closed to most permissive."""
@@ -307,6 +282,7 @@ class Calibration:
             input_size=None if size is None else tuple(size),
             points=points,
             provenance=self.provenance,
+            confidences={e: histogram_of(self.confidence[:, m]).tolist() for m, e in enumerate(self.exits)},
         )
 
     def save(self, path: str | Path) -> None:
@@ -368,7 +344,12 @@ class Calibration:
         except Exception as error:  # a file from outside: whatever reading it raises, it is damaged
             raise TableFormatError(f'{path} is not a calibration file: {error!r}.') from error
 
-    def _has_label(self) -> BoolArray:
+    def disagreeing(self, thresholds: ArrayLike) -> int:
+        """Number of samples that are answered otherwise than by the full network at these thresholds (M,)."""
+        return outcome(self.samples('backbone'), thresholds).harmful
+
+    def has_label(self) -> BoolArray:
+        """(n,) which samples have a label."""
         if self.labelled is not None:
             return self.labelled
         return np.full(self.n, bool(self.provenance.get('labelled', True)))
@@ -379,32 +360,6 @@ class Calibration:
         if self.pool_confidence is None or self.pool_agreement is None:
             raise ThresholdError('pool_confidence and pool_agreement go together; give both or neither.')
         return Samples(self.pool_confidence, self.pool_agreement, self.stage_cost, self.head_cost)
-
-    def _nothing_certified(self, certificate: Certificate, max_drop: float, reference: str) -> str:
-        """What a user reads where no exit was opened: what would help, in numbers."""
-        base = 'the most accurate point of the path' if reference == 'best' else 'the full network'
-        text = (
-            f'No exit was opened: max_drop={max_drop:g} from {base} cannot be certified from {self.n:,} calibration '
-            f'images at confidence level {certificate.level:g}.'
-        )
-        if len(certificate.path) == 1 and self.n > 4:
-            return f'{text} No exit saves anything at these costs.'
-        if max_drop == 0:
-            return f'{text} With 0 only exits that are better than the network pass: allow a small drop, such as 0.005.'
-        labels, without = (_rounded(x) for x in certificate.needed(max_drop))
-        ways = []
-        if reference != 'backbone' and math.isfinite(labels):
-            ways.append(f'about {max(labels, _rounded(1.5 * self.n)):,.0f} images with labels')
-        if math.isfinite(without):
-            pool = 0 if self.pool_confidence is None else len(self.pool_confidence)
-            ways.append(
-                f'about {max(without, _rounded(1.5 * (self.n + pool))):,.0f} images without labels (unlabelled=)'
-            )
-        if self.path is not None and not self._has_label().all() and (wanted := self.to_label(max_drop).size):
-            ways.append(f'labels for {wanted:,} of these images (calibration.to_label({max_drop:g}))')
-        if not ways:
-            return f'{text} As far as these images show, no number of them would do: allow a larger drop.'
-        return f'{text} As far as these images show, {" or ".join(ways)} would do; or allow a larger drop.'
 
     def _describe(
         self,
@@ -434,32 +389,5 @@ class Calibration:
             n=self.n,
             measured_on=measured.n,
             scope=scope if certified else None,
+            disagreeing=self.disagreeing(choice.thresholds),
         )
-
-
-def _check_softmax(confidence: FloatArray) -> None:
-    if ((confidence < 0) | (confidence > 1)).any():
-        raise ThresholdError(
-            f'confidence goes from {np.nanmin(confidence):g} to {np.nanmax(confidence):g}; expected max softmax, '
-            f'between 0 and 1. Were logits passed?'
-        )
-
-
-def _flip_rates(calibration: Calibration, known: BoolArray) -> tuple[float, float]:
-    """Share of disagreements that harm and that help, among the samples with labels; a guess where these are few."""
-    assert calibration.path is not None
-    row = route(calibration.confidence, calibration.path[-1])
-    everyone = np.arange(calibration.n)
-    differs = known & ~calibration.agreement[everyone, row]
-    if differs.sum() < _FEW_FLIPS:
-        return _USUAL_HARM, _USUAL_GAIN
-    full, early = calibration.correct[:, -1], calibration.correct[everyone, row]
-    return float((full & ~early)[differs].mean()), float((early & ~full)[differs].mean())
-
-
-def _rounded(value: float) -> float:
-    """Two leading digits, upwards."""
-    if not math.isfinite(value):
-        return math.inf
-    unit = 10 ** max(0, len(str(int(value))) - 2)
-    return math.ceil(value / unit) * unit

@@ -45,6 +45,8 @@ class OperatingPoint:
         measured_on: Samples that the figures were measured on.
         scope: 'dial' where the guarantee holds for every max_drop at once, 'setting' where for this one; None unless
             certified.
+        disagreeing: How many of the n samples are answered otherwise than by the full network; None in tables of
+            earlier versions. `DriftWatch` compares new images with it.
         extra: Keys of a stored point that this version does not know.
     """
 
@@ -64,6 +66,7 @@ class OperatingPoint:
     n: int
     measured_on: int
     scope: str | None = None
+    disagreeing: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:

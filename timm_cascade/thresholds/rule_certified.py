@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -325,6 +326,7 @@ def _sequence(predicted: Along, n: int, max_drop: float, alpha: float) -> list[i
     return order
 
 
+@lru_cache(maxsize=1 << 16)  # walks of several settings, and of several draws, ask for the same counts
 def passes(harmful: int, helpful: int, n: int, max_drop: float, alpha: float) -> bool:
     """Whether a loss above max_drop is excluded at error probability alpha."""
     z = float(score(np.array(harmful), np.array(helpful), n, max_drop))

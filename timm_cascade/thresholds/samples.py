@@ -263,3 +263,12 @@ def _number(name: str, value: float) -> float:
 def exact(value: float) -> Fraction:
     """The decimal the user wrote, not the double nearest to it: 0.1 is 1/10."""
     return Fraction(repr(float(value)))
+
+
+def check_softmax(confidence: FloatArray) -> None:
+    """Refuses numbers that are no max softmax."""
+    if ((confidence < 0) | (confidence > 1)).any():
+        raise ThresholdError(
+            f'confidence goes from {np.nanmin(confidence):g} to {np.nanmax(confidence):g}; expected max softmax, '
+            f'between 0 and 1. Were logits passed?'
+        )

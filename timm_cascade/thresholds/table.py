@@ -29,6 +29,8 @@ class ThresholdTable:
         input_size: (channels, height, width); None where unknown.
         points: Operating points in any order.
         provenance: Data set, split, transform, dtype, versions and the like; JSON values.
+        confidences: For each exit the histogram of its confidences on the calibration samples, see `drift.bins_of`;
+            None in tables of earlier versions.
         extra: Keys of a stored table that this version does not know.
     """
 
@@ -38,6 +40,7 @@ class ThresholdTable:
     input_size: tuple[int, ...] | None
     points: tuple[OperatingPoint, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    confidences: Mapping[str, Sequence[int]] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -177,6 +180,8 @@ class ThresholdTable:
             provenance=dict(self.provenance),
             points=[p.to_dict() for p in self.points],
         )
+        if self.confidences is not None:
+            content['confidences'] = {name: list(counts) for name, counts in self.confidences.items()}
         text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
         # Only lists without strings or lists inside: a text can then not be mistaken for one.
         return (
@@ -209,5 +214,6 @@ class ThresholdTable:
             input_size=None if file.input_size is None else tuple(file.input_size),
             points=tuple(OperatingPoint.from_entry(p) for p in file.points),
             provenance=file.provenance,
+            confidences=file.confidences,
             extra=dict(file.model_extra or {}),
         )

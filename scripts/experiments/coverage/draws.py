@@ -6,7 +6,7 @@
 All held-out images of the release (calibration and test together) are the population. Each draw is a calibration
 sample of n images from it, with replacement; the dial is set on the draw, and the loss it delivers is read off the
 whole population, so that there is no test noise: over the limit is over the limit. The path of thresholds comes from
-the training images of the heads, as `train_heads` stores it. Three forms of `certified` are measured:
+the training images of the heads, as `train_heads` has stored it with them. Three forms of `certified` are measured:
 
     certified            the whole dial at once, the path from the training images (what a user gets)
     certified, split     the whole dial at once, the path proposed by a quarter of the sample
@@ -51,7 +51,6 @@ MAX_DROPS = (0.0025, 0.005, 0.01, 0.02)
 SHOWN = RULES[:3]  # in the picture
 GRID = (0.0, *np.geomspace(0.0005, 0.2, 60).tolist())  # settings of which none may be over
 SEED = 20190917
-TRAINING_IMAGES = 20_000  # that propose the path; train_heads takes all, which changes little and takes longer here
 
 
 def population(release: Path, recipe: dict[str, Any], cache: Path) -> Calibration:
@@ -62,16 +61,13 @@ def population(release: Path, recipe: dict[str, Any], cache: Path) -> Calibratio
         kept = Calibration.load(cache)
         if kept.heads_hash == model.heads_hash() and kept.path is not None:
             return kept
-    load = DATA[recipe['data']['name']]
-    names = ('confidence', 'correct', 'agreement')
-    test = record(model, load(recipe['data']['test']))
-    seen = record(model, load(f'train[:{TRAINING_IMAGES}]'))
-    costs = (model.calibration.stage_cost, model.calibration.head_cost)
-    whole = dataclasses.replace(
-        model.calibration,
-        **{k: np.concatenate([getattr(model.calibration, k), test[k]]) for k in names},
-        path=training_path(Samples(seen['confidence'], seen['agreement'], *costs)),
-    )
+    if model.dial.path is None:
+        raise SystemExit(f'{release} has no path.json; train its heads again (scripts/releases/release.py).')
+    test = record(model, DATA[recipe['data']['name']](recipe['data']['test']))
+    parts = {
+        k: np.concatenate([getattr(model.calibration, k), test[k]]) for k in ('confidence', 'correct', 'agreement')
+    }
+    whole = dataclasses.replace(model.calibration, **parts, path=model.dial.path)
     whole.save(cache)
     return whole
 
