@@ -32,6 +32,7 @@ from timm_cascade.utils.files import write_text
 FALSE_ALARM, SHADOW, SHADOW_ALERT = 0.01, 0.01, 0.25
 PROTOTYPE = dict(shift=68, noise=54, rotation=105, darker=362, blur=1825)
 LENGTH = 20_000  # of a changed stream, at most
+Pool = dict[str, np.ndarray]  # confidence, agreement, correct: (n, M+1)
 QUIET = 2_000  # images before the change, in the second series
 
 
@@ -195,21 +196,20 @@ def page(content: dict[str, Any]) -> str:
         '',
         f'    {content["command"]}',
         '',
-        f'False alarms in {content["quiet_runs"]} quiet runs of {content["quiet_length"]:,} images at false_alarm=0.01: '
+        f'False alarms in {content["quiet_runs"]} quiet runs of {content["quiet_length"]:,} images at 1 %: '
         f'{content["quiet_changed"]} "changed", {content["quiet_broken"]} "broken".',
         '',
         f'Images of corrupted Fashion-MNIST until a flag is set, median of the runs, where the change comes with the '
         f'first image, and where it comes after {QUIET:,} quiet ones. Accuracy of the full network on the changed '
         f'images, and what the early exits lose against it there. Aim: at most 1.3 times the prototype.',
         '',
-        '| change | full network | lost | changed, at once | changed, later | prototype | broken, at once | broken, later |',
+        '| change | full network | lost | changed, at once | changed, later | prototype | broken, at once | later |',
         '| --- | --- | --- | --- | --- | --- | --- | --- |',
     ]
     for r in content['rows']:
         counts = [number(r[k]) for k in ('changed_0', f'changed_{QUIET}', 'prototype', 'broken_0', f'broken_{QUIET}')]
-        text.append(
-            f'| {r["change"]} ({MEANING[r["change"]]}) | {r["full"]:.1%} | {100 * r["drop"]:.2f} | {" | ".join(counts)} |'
-        )
+        what = f'{r["change"]} ({MEANING[r["change"]]})'
+        text.append(f'| {what} | {r["full"]:.1%} | {100 * r["drop"]:.2f} | {" | ".join(counts)} |')
     text += [
         '',
         "Time that the watch adds to `predict`, one CPU thread, the release's own thresholds: the median of 20 pairs "
