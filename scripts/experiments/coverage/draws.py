@@ -51,6 +51,7 @@ MAX_DROPS = (0.0025, 0.005, 0.01, 0.02)
 SHOWN = RULES[:3]  # in the picture
 GRID = (0.0, *np.geomspace(0.0005, 0.2, 60).tolist())  # settings of which none may be over
 SEED = 20190917
+TRAINING_IMAGES = 20_000  # that propose the path of a release without one
 
 
 def population(release: Path, recipe: dict[str, Any], cache: Path) -> Calibration:
@@ -61,13 +62,15 @@ def population(release: Path, recipe: dict[str, Any], cache: Path) -> Calibratio
         kept = Calibration.load(cache)
         if kept.heads_hash == model.heads_hash() and kept.path is not None:
             return kept
-    if model.dial.path is None:
-        raise SystemExit(f'{release} has no path.json; train its heads again (scripts/releases/release.py).')
-    test = record(model, DATA[recipe['data']['name']](recipe['data']['test']))
+    load, costs = DATA[recipe['data']['name']], (model.calibration.stage_cost, model.calibration.head_cost)
+    test, path = record(model, load(recipe['data']['test'])), model.dial.path
+    if path is None:  # heads that were trained before paths were stored with them
+        seen = record(model, load(f'train[:{TRAINING_IMAGES}]'))
+        path = training_path(Samples(seen['confidence'], seen['agreement'], *costs))
     parts = {
         k: np.concatenate([getattr(model.calibration, k), test[k]]) for k in ('confidence', 'correct', 'agreement')
     }
-    whole = dataclasses.replace(model.calibration, **parts, path=model.dial.path)
+    whole = dataclasses.replace(model.calibration, **parts, path=path)
     whole.save(cache)
     return whole
 
