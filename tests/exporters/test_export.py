@@ -23,6 +23,7 @@ def test_the_manifest_says_what_is_needed(exported, calibrated):
     assert set(manifest.others) >= {'runner.py'}
 
 
+@pytest.mark.slow
 def test_exporting_changes_nothing(tmp_path):
     model = small_model()
     x = torch.randn(3, 3, 16, 16)
@@ -82,24 +83,42 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
         timm_cascade.export(small_model(), tmp_path / 'out')
 
 
-def test_a_model_that_is_not_calibrated_says_so(tmp_path):
+@pytest.fixture
+def empty_stages(monkeypatch):
+    """Stage files are written empty: for what is said and described, they need not be exported."""
+    monkeypatch.setattr(assemble, 'write_stage', lambda stage, path, opset, size: path.write_bytes(b'') or opset or 18)
+
+
+def test_a_model_that_is_not_calibrated_says_so(tmp_path, empty_stages, exported):
     with pytest.warns(UserWarning, match='not calibrated'):
-        timm_cascade.export(small_model(), tmp_path / 'out')
-    cascade = load_runner(tmp_path / 'out').Cascade(tmp_path / 'out')
+        timm_cascade.export(small_model(), tmp_path / 'out', single_file=None)
+    manifest = json.loads((tmp_path / 'out' / 'cascade.json').read_text())
+    assert manifest['table'] is None and manifest['thresholds'] == [None, None]
+    shutil.copytree(exported, tmp_path / 'copy')
+    for name in ('thresholds', 'table', 'table_precision'):
+        change(tmp_path / 'copy', **{name: manifest[name]})
+    cascade = load_runner(tmp_path / 'copy').Cascade(tmp_path / 'copy')
     assert np.isinf(cascade.thresholds).all()
     with pytest.raises(ValueError, match='no table for float32'):
         cascade.set_max_drop(0.01)
 
 
-def test_thresholds_of_single_precision_do_not_serve_half(tmp_path):
+def change(folder, **entries):
+    manifest = json.loads((folder / 'cascade.json').read_text())
+    (folder / 'cascade.json').write_text(json.dumps(manifest | entries))
+
+
+def test_thresholds_of_single_precision_do_not_serve_half(tmp_path, empty_stages, exported):
     model = calibrate_by_hand(small_model())
     model.set_max_drop(0.05)
     with pytest.warns(UserWarning, match='do not serve float16'):
-        timm_cascade.export(model, tmp_path / 'out', fp16=True)
-    cascade = load_runner(tmp_path / 'out').Cascade(tmp_path / 'out')
-    assert np.isinf(cascade.thresholds).all()
+        timm_cascade.export(model, tmp_path / 'out', fp16=True, single_file=None)
+    manifest = json.loads((tmp_path / 'out' / 'cascade.json').read_text())
+    assert manifest['thresholds'] == [None, None] and manifest['table_precision'] == 'float32'
+    shutil.copytree(exported, tmp_path / 'copy')
+    change(tmp_path / 'copy', precision='float16')
     with pytest.raises(ValueError, match='no table for float16, only float32'):
-        cascade.set_max_drop(0.01)
+        load_runner(tmp_path / 'copy').Cascade(tmp_path / 'copy').set_max_drop(0.01)
 
 
 def test_a_table_of_other_heads_is_refused(tmp_path):

@@ -10,7 +10,8 @@ import torch
 from exporters.cases import between, load_runner, quietly_export, small_model
 from helpers import batch_for, near
 
-from timm_cascade.exporters.stage_module import FoldedHead
+from timm_cascade.exporters.onnx_stages import _keep_constants
+from timm_cascade.exporters.stage_module import FoldedHead, _attention
 from timm_cascade.heads import ExitHead
 
 
@@ -67,6 +68,28 @@ def test_heads_without_a_norm_fold_too():
     head = ExitHead(6, (8, 8), 4, grid=2, norm=False).double().eval()
     features = torch.randn(3, 6, 8, 8, dtype=torch.float64)
     assert near(FoldedHead(head, [1, 6, 8, 8]).double()(features), head(features), 1e-6)
+
+
+@pytest.mark.parametrize('lead', [(), (2,), (2, 3)], ids=str)
+@pytest.mark.parametrize('masked', [False, True])
+def test_attention_with_any_number_of_batch_dimensions(lead, masked):
+    query, key, value = (torch.randn(*lead, 4, n, 8) for n in (5, 6, 6))
+    mask = torch.randn(5, 6) if masked else None
+    want = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+    assert torch.allclose(_attention(query, key, value, mask), want, atol=1e-6)
+
+
+def test_constants_that_the_optimiser_left_out_are_added():
+    import onnx_ir as ir
+
+    x, constant = ir.val('x', dtype=ir.DataType.FLOAT, shape=[1]), ir.val('c', dtype=ir.DataType.FLOAT, shape=[1])
+    constant.const_value = ir.tensor(np.ones(1, np.float32), name='c')
+    node = ir.node('Min', [x, constant])
+    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={'': 18})
+    _keep_constants(graph)
+    assert graph.initializers['c'] is constant
+    _keep_constants(graph)
+    assert list(graph.initializers) == ['c']
 
 
 @torch.no_grad()

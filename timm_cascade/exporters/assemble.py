@@ -67,7 +67,6 @@ def export(
         batch_size: Number of samples that each stage takes, for runtimes that need fixed shapes; by default any.
         fp16: Compute in half precision. Thresholds of one precision do not serve another: the runner refuses them
             until the exported files have been calibrated (`timm-cascade calibrate FOLDER`).
-
         int8: Images to quantise with, like those to come (up to 256 are used; labels are not). The thresholds do not
             serve the quantised files, as with `fp16`.
         single_file: Also write all stages as one file, whose later stages stand in branches that are not run:
@@ -105,7 +104,7 @@ def export(
     if single_file not in (None, 'image', 'batch'):
         raise ExportError(f'single_file is {single_file!r}; expected image, batch or None.')
     if format == 'onnx':
-        require('onnx', 'onnxscript')
+        require('onnx', 'onnxscript', *(['onnxruntime'] if int8 is not None else []))
     dtype = next(model.parameters()).dtype
     if dtype not in (torch.float32, torch.float16):
         raise ExportError(
@@ -115,6 +114,10 @@ def export(
         raise ExportError('int8 goes with format="onnx", a float32 model and without fp16; leave one of them out.')
     computes = torch.float16 if fp16 or dtype == torch.float16 else torch.float32
     precision = 'int8' if int8 is not None else str(computes).removeprefix('torch.')
+    if model.table is not None:  # before minutes of work
+        model.table.check(
+            [p.module for p in model.exits], model.num_classes, model.heads_hash(), input_size_of(model.backbone)
+        )
     with new_folder(folder) as temporary:
         stages = stage_modules(model, computes)
         for stage in stages:
@@ -225,12 +228,7 @@ def describe(
                 head_macs=float(head_macs[stage.index]),
             )
         )
-    table = None
-    if model.table is not None:
-        model.table.check(
-            [p.module for p in model.exits], model.num_classes, model.heads_hash(), input_size_of(model.backbone)
-        )
-        table = json.loads(model.table.to_json())
+    table = None if model.table is None else json.loads(model.table.to_json())
     measured = None if table is None else str(table['provenance'].get('dtype', 'float32'))
     weights = str(next(model.parameters()).dtype).removeprefix('torch.')
     thresholds = [None if math.isinf(t) else max(t, 0.0) for t in model.thresholds.tolist()]

@@ -107,6 +107,7 @@ def write_stage(stage: StageModule, path: Path, opset: int | None, batch_size: i
     found = model.opset_imports.get('', None)
     if found != wanted:
         raise ExportError(f'the exporter wrote opset {found} and cannot convert it to {wanted}; leave opset out.')
+    _keep_constants(model.graph)
     # names of scopes and stack traces with paths of this machine, which take more room than small networks
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
@@ -121,6 +122,18 @@ def write_stage(stage: StageModule, path: Path, opset: int | None, batch_size: i
         )
     program.save(str(path), external_data=False)
     return found
+
+
+def _keep_constants(graph: Any) -> None:
+    """Adds constants that the exporter's optimiser made and left out of the graph."""
+    for node in graph.all_nodes():
+        for value in node.inputs:
+            if value is None or value.const_value is None or value.producer() is not None:
+                continue
+            if graph.initializers.get(value.name) is not value:
+                if value.name in graph.initializers:
+                    value.name = f'{value.name}_of_{node.name}'
+                graph.register_initializer(value)
 
 
 def names_of(stages: Sequence[StageModule]) -> list[str]:

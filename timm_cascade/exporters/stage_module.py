@@ -154,7 +154,9 @@ class StageModule(nn.Module):
             copies[node] = graph.placeholder(node.name)
             self.given.append(tensors.index(node) if node in tensors else _affine(node, staged.batch))
         for node in stage.nodes:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node] = _copy(node, graph, copies)
+            if node.op == 'get_attr':  # a graph within the graph
+                setattr(root, str(node.target), getattr(stage.module, str(node.target)))
         live = set(stage.live)
         made = [node for node in stage.outputs if node in live]
         self.outputs = [name(node) for node in made]
@@ -183,6 +185,29 @@ class StageModule(nn.Module):
         made, features = self.body(*values)
         logits = features if self.head is None else self.head(features)
         return (*made, logits.float(), confidence(logits))
+
+
+def _copy(node: fx.Node, graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """A node of a stage in the stage's own graph, put as exporters can take it."""
+    copy = graph.node_copy(node, copies.__getitem__)
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        copy.target = _attention
+    elif str(node.target) == 'wrap_with_autocast' and not node.args[2]:  # nothing casts here that had to be stopped
+        body, *args = copy.args[4:]
+        assert isinstance(body, fx.Node)
+        copy.op, copy.target, copy.args = 'call_module', str(body.target), tuple(args)
+    return copy
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    """Attention with one batch dimension, as ONNX has it, whatever number of them the network uses."""
+    if query.ndim == 4:
+        return F.scaled_dot_product_attention(query, key, value, mask, *args, **kwargs)
+    if mask is not None:
+        mask = mask.expand(*query.shape[:-1], key.shape[-2]).reshape(-1, *query.shape[-3:-1], key.shape[-2])
+    flat = [x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)]
+    found = F.scaled_dot_product_attention(*flat, mask, *args, **kwargs)
+    return found.reshape(*query.shape[:-1], value.shape[-1])
 
 
 def _affine(node: fx.Node, batch: Any) -> tuple[int, int]:

@@ -6,6 +6,7 @@
     earlyon    earlyon 0.3.0 (pip install --no-deps earlyon==0.3.0)
     static     every exit computed; smaller networks of equal accuracy
     release    the Fashion-MNIST release on test images, with loading
+    export     exported cascades in onnxruntime, beside the plain network's ONNX file and earlyon's export
     overhead   exits off, import, first forward, memory of stream
 
     training                  what training heads costs; printed only
@@ -34,7 +35,9 @@ from scripts.experiments.benchmark import page
 from scripts.experiments.benchmark.timing import machine
 
 # section: its module; only the one that is asked for is imported
-SECTIONS = dict(plain='plain', earlyon='peer', static='static', release='release', overhead='overhead')
+SECTIONS = dict(
+    plain='plain', earlyon='peer', static='static', release='release', overhead='overhead', export='exported'
+)
 OTHERS = {'training': 'training', 'static-networks': 'static_networks'}  # commands that write no section
 
 
