@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,3 @@ def _keep_constants(graph: Any) -> None:
                 if value.name in graph.initializers:
                     value.name = f'{value.name}_of_{node.name}'
                 graph.register_initializer(value)
-
-
-def names_of(stages: Sequence[StageModule]) -> list[str]:
-    """File names of the stages."""
-    return [f'stage_{stage.index}.onnx' for stage in stages]
