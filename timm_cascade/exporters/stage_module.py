@@ -205,8 +205,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = 
         return F.scaled_dot_product_attention(query, key, value, mask, *args, **kwargs)
     if mask is not None:
         mask = mask.expand(*query.shape[:-1], key.shape[-2]).reshape(-1, *query.shape[-3:-1], key.shape[-2])
-    flat = [x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)]
-    found = F.scaled_dot_product_attention(*flat, mask, *args, **kwargs)
+    q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+    found = F.scaled_dot_product_attention(q, k, v, mask, *args, **kwargs)
     return found.reshape(*query.shape[:-1], value.shape[-1])
 
 
