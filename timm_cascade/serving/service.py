@@ -101,8 +101,11 @@ class Service:
             raise RequestError(422, 'bad_request', f'topk is {topk}; expected the number of classes to name, from 1.')
         setting = self.setting(max_drop)
         try:
-            picture = decode_image(image, self.limits) if isinstance(image, bytes) else image
-            return Asked(self.transform(picture), setting, min(topk, self.model.num_classes))
+            if isinstance(image, bytes):
+                image = decode_image(image, self.limits)
+            elif not isinstance(image, Image.Image):
+                raise RequestError(422, 'bad_request', f'the image is {type(image).__name__}; expected its bytes.')
+            return Asked(self.transform(image), setting, min(topk, self.model.num_classes))
         except RequestError:
             raise
         except (CascadeError, ValueError, OSError) as e:
