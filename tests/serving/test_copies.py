@@ -11,7 +11,6 @@ from helpers import ROOT
 from PIL import Image
 
 import timm_cascade
-from timm_cascade.serving.service import Service
 
 
 @pytest.fixture
@@ -27,9 +26,9 @@ def load(name):
     return module
 
 
-def test_the_handler_answers_as_the_server(release, cascade, pictures):
+def test_the_handler_answers_as_the_server(release, pictures):
     handler = load('handler').EndpointHandler(str(release))
-    service = Service(cascade)
+    service = handler.service
     asked = service.prepare(pictures[3], 0.02, 2)
     want = service.describe(asked, *service.answers([asked]))
     parameters = {'max_drop': 0.02, 'topk': 2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -204,7 +205,8 @@ class Service:
             for n in sorted({1, batch_size}):
                 self.model.predict(self.model.as_images(torch.zeros(n, *shape)), thresholds=thresholds)
         if self.model.calibration is not None:
-            self.setting(0.01)
+            with contextlib.suppress(RequestError):  # requests that name a max_drop will be told
+                self.setting(0.01)
 
     def _setting(
         self, max_drop: float | None, thresholds: Sequence[float], expected: Sequence[float] | None
