@@ -12,7 +12,7 @@ FLOORS = [
     {'errors', 'version'},
     {'utils'},
     {'backbone', 'data', 'formats', 'heads'},
-    {'inference', 'thresholds'},
+    {'fronts', 'inference', 'thresholds'},
     {'model'},
     {'exporters', 'hub', 'measure', 'prediction', 'serving', 'training'},
     {'top'},

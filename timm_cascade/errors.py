@@ -8,6 +8,7 @@ __all__ = [
     'CascadeError',
     'ExitError',
     'ExportError',
+    'FrontError',
     'HubUnavailableError',
     'LaunchError',
     'NotCalibratedError',
@@ -45,6 +46,10 @@ class BackboneError(CascadeError, ValueError):
 
 class ExitError(CascadeError, ValueError):
     """The backbone cannot have the requested exits; the message lists those that it can have."""
+
+
+class FrontError(CascadeError, ValueError):
+    """A network cannot stand in front of a backbone; the message names both, and nothing was changed."""
 
 
 class RoutingError(CascadeError, RuntimeError):

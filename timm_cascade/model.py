@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .backbone import ExitPoint, backbone_macs, input_size_of, nested_groups, pre_logits_of, resolve_exits
+from .backbone import ExitPoint, input_size_of, nested_groups, pre_logits_of
 from .data import warn_of_other_classes
+from .fronts import Front, FrontSpec, check_names, create_exits, exits_digest, heads_macs, refuse_classes
 from .heads import HeadSpec, create_heads, head_configs
 from .inference.batch import CascadeOutput
 from .inference.engine import Runner, is_recorded, refuse_recording
@@ -23,7 +24,6 @@ from .inference.stream import StreamedModel, StreamOutput, stream
 from .inference.weights import CalibrationGuard, calibrated_as, dtype_of, setup_of
 from .thresholds.dial import Dial, Setup
 from .thresholds.operating_point import OperatingPoint
-from .utils.digest import state_digest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,6 +54,7 @@ class CascadeModel(nn.Module):
         exits: Their number, cost fractions or module names, resolved exit points, or None (see `resolve_exits`).
         head: Preset or description of the exit heads (see `heads.head_configs`).
         thresholds: One confidence per exit; inf or None closes it.
+        front: Whole networks that become the first exits (see `fronts.create_fronts`).
 
     Attributes:
         backbone, heads: The timm model and its exit heads, 0..M-1.
@@ -63,9 +64,7 @@ class CascadeModel(nn.Module):
     """
 
     backbone: Any  # a timm model: an nn.Module with timm's methods, which have no type of their own
-    calibration = _part_of_dial('calibration')
-    table = _part_of_dial('table')
-    profiles = _part_of_dial('profiles')
+    calibration, table, profiles = map(_part_of_dial, ('calibration', 'table', 'profiles'))
 
     def __init__(
         self,
@@ -73,14 +72,11 @@ class CascadeModel(nn.Module):
         exits: int | Sequence[float] | Sequence[str] | Sequence[ExitPoint] | None = None,
         head: HeadSpec = 'enhanced',
         thresholds: Sequence[float | None] | None = None,
+        front: FrontSpec = None,
     ) -> None:
-        super().__init__()
-        # every check comes before the backbone is touched
-        known = [e for e in exits if isinstance(e, ExitPoint)] if isinstance(exits, Sequence) else []
-        self._points = tuple(known) or tuple(resolve_exits(backbone, exits))  # type: ignore[arg-type]
-        self._head, self._head_configs = head, head_configs(head, self._points, getattr(backbone, 'num_classes', 0))
-        self.backbone = backbone
-        self.heads = create_heads(self._points, self.num_classes, self._head_configs)
+        super().__init__()  # every check comes before the backbone is touched
+        self._head, (self._points, heads, self._head_configs) = head, create_exits(backbone, exits, head, front)
+        self.backbone, self.heads = backbone, heads
         self.heads.to(device=next(backbone.parameters()).device, dtype=dtype_of(backbone)).requires_grad_(False)
         self.pretrained_cfg = self.default_cfg = dict(getattr(backbone, 'pretrained_cfg', None) or {})
         self.pretrained_cfg['architecture'] = f'cascade_{self.pretrained_cfg.get("architecture", "model")}'
@@ -92,11 +88,9 @@ class CascadeModel(nn.Module):
         self._head_macs: list[int] | None = None
         self._router = Router(backbone, self._points)
         self._thresholds, self._open = [math.inf] * len(self._points), False
-        self._guard, self._requests = CalibrationGuard(), Requests()
-        self.min_leave = MIN_LEAVE
+        self._guard, self._requests, self.min_leave = CalibrationGuard(), Requests(), MIN_LEAVE
         self.train(backbone.training)
-        if thresholds is not None:
-            self.thresholds = thresholds
+        self.thresholds = thresholds
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) to logits (N, num_classes), easy images from an early exit; raises as `predict` does."""
@@ -298,6 +292,8 @@ class CascadeModel(nn.Module):
 
     exits = property(lambda self: self._points, doc='The exit points, 0..M-1.')
 
+    fronts: Any = property(lambda self: [h for h in self.heads if isinstance(h, Front)], doc='Networks in front.')
+
     any_open = property(lambda self: self._open and not self.training, doc='Whether a sample can exit early now.')
 
     @property
@@ -316,7 +312,7 @@ class CascadeModel(nn.Module):
     def head_macs(self) -> np.ndarray:
         """(M,) MACs of each head for one image; counted once."""
         if self._head_macs is None:
-            self._head_macs = [backbone_macs(h, p.shape) for h, p in zip(self.heads, self._points, strict=True)]
+            self._head_macs = heads_macs(self.heads, self._points)
         return np.array(self._head_macs, dtype=np.float64)
 
     def stage_macs(self) -> np.ndarray:
@@ -325,8 +321,8 @@ class CascadeModel(nn.Module):
         return np.diff(reached) + np.append(self.head_macs(), 0)
 
     def heads_hash(self) -> str:
-        """Identifies exits and trained heads: a table made for others does not apply."""
-        return state_digest(self.heads.state_dict(), also=[p.module for p in self._points])
+        """Identifies exits, trained heads and fronts: a table made for others does not apply."""
+        return exits_digest(self.heads, [p.module for p in self._points])
 
     def provenance(self) -> dict[str, Any]:
         """What calibrations follow from beside heads and images: digest of the backbone's weights, dtype, transform."""
@@ -363,6 +359,8 @@ class CascadeModel(nn.Module):
 
     @label_names.setter
     def label_names(self, names: Sequence[str] | None) -> None:
+        for front in self.fronts:
+            check_names(front, names, 'the new label_names')
         self.pretrained_cfg['label_names'] = None if names is None else list(names)
 
     @property
@@ -370,23 +368,25 @@ class CascadeModel(nn.Module):
         """Written to config.json by timm, and passed to the entrypoint again."""
         return {
             **self._factory_args,
-            'exits': [p.module for p in self._points],
+            **({'front': [f.name for f in self.fronts]} if self.fronts else {}),
+            'exits': [p.module for p in self._points if p.cut != 'input'],
             'head': self._head_configs,
             'thresholds': [None if t > 1 else max(t, 0.0) for t in self._thresholds],  # of a confidence, the same
         }
 
     @_model_args.setter
     def _model_args(self, args: Mapping[str, Any]) -> None:
-        self._factory_args = {k: v for k, v in args.items() if k not in ('exits', 'head', 'thresholds')}
+        self._factory_args = {k: v for k, v in args.items() if k not in ('exits', 'head', 'thresholds', 'front')}
 
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
-        """New classifier and new heads for `num_classes`; all exits are closed."""
+        """New classifier and new heads for `num_classes`; all exits are closed. Refused where there is a front."""
+        refuse_classes(self.fronts, num_classes)
         self.backbone.reset_classifier(num_classes, *args, **kwargs)
         old = next(self.heads.parameters())
         if isinstance(self._head, str):  # the width follows the classes; a description stays
             self._head_configs = head_configs(self._head, self._points, num_classes)
         heads = create_heads(self._points, num_classes, self._head_configs).train(self.heads.training)
-        self.heads = heads.to(device=old.device, dtype=old.dtype).requires_grad_(old.requires_grad)
+        self.heads = heads.to(old.device, old.dtype).requires_grad_(old.requires_grad)
         self._head_macs = None
         self._router.forget()
         self.label_names = None

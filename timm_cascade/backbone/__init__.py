@@ -2,9 +2,19 @@
 
 from ..errors import BackboneError, ExitError
 from . import cifar_resnet
-from .exits import ExitPoint, candidates, cut, features_of, input_size_of, pre_logits_of, resolve_exits
+from .exits import (
+    ExitPoint,
+    candidates,
+    check_classifier,
+    cut,
+    features_of,
+    input_point,
+    input_size_of,
+    pre_logits_of,
+    resolve_exits,
+)
 from .groups import nested_groups
-from .probe import backbone_macs
+from .probe import backbone_macs, meta_pass
 from .rows import merge_rows, select_rows
 
 __all__ = [
@@ -13,11 +23,14 @@ __all__ = [
     'ExitPoint',
     'backbone_macs',
     'candidates',
+    'check_classifier',
     'cifar_resnet',
     'cut',
     'features_of',
+    'input_point',
     'input_size_of',
     'merge_rows',
+    'meta_pass',
     'nested_groups',
     'pre_logits_of',
     'resolve_exits',

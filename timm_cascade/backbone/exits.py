@@ -18,7 +18,17 @@ from .layouts import find_layout
 from .probe import PROBE_BATCH, meta_pass
 from .rows import select_rows
 
-__all__ = ['ExitPoint', 'candidates', 'cut', 'features_of', 'input_size_of', 'pre_logits_of', 'resolve_exits']
+__all__ = [
+    'ExitPoint',
+    'candidates',
+    'check_classifier',
+    'cut',
+    'features_of',
+    'input_point',
+    'input_size_of',
+    'pre_logits_of',
+    'resolve_exits',
+]
 
 # an exit that hooks can cut is preferred to one that needs the exported graph, unless its share of the cost is
 # farther from the requested one by this much
@@ -41,8 +51,9 @@ class ExitPoint:
         prefix_tokens: Tokens in front of the grid's (class token, registers), NLC only.
         macs: Multiply-accumulates of the backbone for one image up to and including this module, without heads.
         total: The same for the whole backbone.
-        cut: How the batch shrinks here: `hook` (inside the module's output), or `export` (the backbone is exported and
-            split here, because its own code keeps the full batch in other places).
+        cut: How the batch shrinks here: `hook` (inside the module's output), `export` (the backbone is exported and
+            split here, because its own code keeps the full batch in other places), or `input` (the features are the
+            images, before the backbone runs; `module` is then the name of a front).
         item: Index of the features among the tensors that the module returns.
         rows: Rows of each returned tensor that belong to one sample; 0 for a tensor that all samples share.
     """
@@ -91,6 +102,24 @@ def cut(output: Any, keep: Tensor, point: ExitPoint) -> Any:
 def input_size_of(backbone: nn.Module) -> tuple[int, ...]:
     """(C, H, W) of the images that the backbone was built for."""
     return tuple(get_model_input_config(backbone)['input_size'])
+
+
+def input_point(backbone: nn.Module, name: str, total: int | None = None) -> ExitPoint:
+    """The place in front of the backbone, where the features are the images and nothing of it has run.
+
+    Args:
+        backbone: A timm classifier.
+        name: What tables and messages call it.
+        total: MACs of the backbone, where they are known.
+
+    Raises:
+        BackboneError: The model does not classify.
+    """
+    channels, height, width = input_size_of(backbone)
+    if total is None:
+        output, total = meta_pass(backbone, (channels, height, width), {})
+        check_classifier(backbone, output)
+    return ExitPoint(name, 'NCHW', channels, (height, width), 0, macs=0, total=total, cut='input')
 
 
 def pre_logits_of(backbone: Any, images: Tensor) -> Tensor:
@@ -166,7 +195,7 @@ def _places(backbone: nn.Module) -> list[ExitPoint]:
 
     input_size = input_size_of(backbone)
     output, total = meta_pass(backbone, input_size, {name: record(name) for name in _block_names(backbone)})
-    _check_classifier(backbone, output)
+    check_classifier(backbone, output)
     places = []
     for name, calls in seen.items():
         macs, shapes = calls[0]
@@ -188,7 +217,11 @@ def _places(backbone: nn.Module) -> list[ExitPoint]:
     return places
 
 
-def _check_classifier(backbone: nn.Module, output: Any) -> None:
+def check_classifier(backbone: nn.Module, output: Any) -> None:
+    """
+    Raises:
+        BackboneError: The output of a meta pass is not logits.
+    """
     classes = getattr(backbone, 'num_classes', None)
     want = (PROBE_BATCH, classes) if classes else (PROBE_BATCH,)
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

@@ -37,6 +37,13 @@ def backbone_options() -> argparse.ArgumentParser:
         help='Number of exits, their cost fractions, or module names: 3 or 0.25,0.5 or layer1,layer2.',
     )
     group.add_argument(
+        '--front',
+        nargs='+',
+        metavar='NAME[@SIZE]',
+        help='Whole networks in front, cheapest first: timm names, hf-hub:USER/NAME or local-dir:FOLDER. @160 shows '
+        'the network smaller images; the name of --model itself then shares its weights. --exits 0 for no others.',
+    )
+    group.add_argument(
         '--head', type=value, default='enhanced', help='Exit heads: linear, enhanced, paper or a JSON description.'
     )
     group.add_argument('--img-size', type=int, metavar='N', help='Height and width of the images the model reads.')
@@ -103,6 +110,8 @@ def create_cascade(args: argparse.Namespace, num_classes: int, finetuned: bool =
         kwargs['in_chans'] = args.in_chans
     if args.exits is not None:
         kwargs['exits'] = args.exits
+    if args.front:
+        kwargs['front'] = args.front
     try:
         if config := _input_config(args):
             kwargs['pretrained_cfg_overlay'] = {**kwargs.get('pretrained_cfg_overlay', {}), **config}

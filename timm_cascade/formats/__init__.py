@@ -3,7 +3,7 @@
 Only what loads and saves imports this package: it needs pydantic, which nothing else here does.
 """
 
-from .config_file import CONFIG_VERSION, ConfigFile, FullEntry, HeadsEntry, PublishedEntry
+from .config_file import CONFIG_VERSION, ConfigFile, FrontEntry, FullEntry, HeadsEntry, PublishedEntry
 from .dial_files import (
     CALIBRATION_VERSION,
     PROFILES_VERSION,
@@ -24,6 +24,7 @@ __all__ = [
     'TABLE_VERSION',
     'CalibrationEntry',
     'ConfigFile',
+    'FrontEntry',
     'FullEntry',
     'HeadsEntry',
     'PathFile',

@@ -27,9 +27,9 @@ from .fields import (
     show,
 )
 
-__all__ = ['CONFIG_VERSION', 'ConfigFile', 'FullEntry', 'HeadsEntry', 'PublishedEntry']
+__all__ = ['CONFIG_VERSION', 'ConfigFile', 'FrontEntry', 'FullEntry', 'HeadsEntry', 'PublishedEntry']
 
-CONFIG_VERSION = 2
+CONFIG_VERSION = 3  # written for releases with fronts; 2 without
 MAX_MACS = 1 << 60
 MAX_ITEMS = 64  # tensors in the output of a module
 MAX_FILE = 1 << 40  # bytes
@@ -140,6 +140,28 @@ class PublishedEntry(Described):
         return self
 
 
+class FrontEntry(Described):
+    """A network in front of the backbone; see `fronts.Front`."""
+
+    name: Name
+    shared: bool
+    architecture: Annotated[str, Field(max_length=200, pattern=r'^\w+$')]
+    args: dict[Name, Simple]
+    cfg: dict[Literal['input_size', 'mean', 'std', 'interpolation'], Simple]
+    size: Annotated[list[Side], Field(min_length=2, max_length=2)]
+    digest: Name
+    published: PublishedEntry | None
+
+    @model_validator(mode='after')
+    def _fits(self) -> FrontEntry:
+        wrong = [n for n in self.args if not n.isidentifier() or n in NOT_ARGS]
+        if wrong or len(self.args) > SHOWN:
+            raise ValueError(f'{show(wrong or list(self.args))} are not arguments that a release may set')
+        if self.published is not None and (self.shared or self.published.digest != self.digest):
+            raise ValueError(f'digest {show(self.digest)} is not that of the published network')
+        return self
+
+
 class FileEntry(Described):
     """What a file of the release must be."""
 
@@ -151,12 +173,15 @@ class _CascadeEntry(Open):
     format_version: known_version(CONFIG_VERSION)  # type: ignore[valid-type]
     heads_hash: Digest
     files: Annotated[dict[Name, FileEntry], Field(max_length=MAX_ITEMS)] | None = None
-    exits: Annotated[list[ExitEntry], Field(min_length=1, max_length=MAX_EXITS)]
+    exits: Annotated[list[ExitEntry], Field(max_length=MAX_EXITS)]
+    fronts: Annotated[list[FrontEntry], Field(max_length=MAX_ITEMS)] = []
 
     @model_validator(mode='after')
     def _complete(self) -> _CascadeEntry:
         if self.format_version > 1 and 'model.safetensors' not in (self.files or {}):
             raise ValueError('files should have the sha256 and size of every file, and lacks model.safetensors')
+        if not self.exits and not self.fronts:
+            raise ValueError('it should have at least one exit or front')
         macs = [e.macs for e in self.exits]
         if macs != sorted(macs):
             raise ValueError(f'exits should stand in the order of their cost, and have macs {show(macs)}')
@@ -181,9 +206,10 @@ class _ModelArgs(Open):
     """Arguments of the model's constructor; those of the backbone are kept as they are."""
 
     __pydantic_extra__: dict[str, Simple]
-    exits: Exits
-    head: Annotated[list[HeadEntry], Field(min_length=1, max_length=MAX_EXITS)]
+    exits: Annotated[list[Text], Field(max_length=MAX_EXITS)]
+    head: Annotated[list[HeadEntry], Field(max_length=MAX_EXITS)]
     thresholds: Thresholds
+    front: Annotated[list[Name], Field(max_length=MAX_ITEMS)] = []
 
     @model_validator(mode='after')
     def _fit(self) -> _ModelArgs:
@@ -191,9 +217,10 @@ class _ModelArgs(Open):
         wrong = [n for n in names if not n.isidentifier() or n in NOT_ARGS or len(n) > SHOWN]
         if wrong or len(names) > SHOWN:
             raise ValueError(f'{show(wrong or names)} are not arguments that a release may set')
-        for what, given in (('thresholds', self.thresholds), ('descriptions of a head', self.head)):
-            if len(given) != len(self.exits):
-                raise ValueError(f'it has {len(given)} {what} for {len(self.exits)} exits')
+        inner, count = len(self.exits), len(self.front) + len(self.exits)
+        for what, given, of in (('thresholds', self.thresholds, count), ('descriptions of a head', self.head, inner)):
+            if len(given) != of:
+                raise ValueError(f'it has {len(given)} {what} for {of} exits')
         return self
 
 
@@ -244,4 +271,7 @@ class ConfigFile(BaseModel):
             raise ValueError(
                 f'cascade.exits has the modules {show(there)}, model_args.exits {show(self.model_args.exits)}'
             )
+        fronts = [f.name for f in self.cascade.fronts] if self.cascade is not None else []
+        if fronts != self.model_args.front:
+            raise ValueError(f'cascade.fronts has {show(fronts)}, model_args.front {show(self.model_args.front)}')
         return self

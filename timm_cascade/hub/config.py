@@ -15,12 +15,13 @@ from timm.models import PretrainedCfg
 
 from ..backbone import ExitPoint
 from ..errors import ReleaseError
+from .front_networks import FrontConfig
 from .pretrained import Published
 
 __all__ = ['LAYOUTS', 'OWN_ARGS', 'SOURCE_KEYS', 'ReleaseConfig', 'cascade_entry', 'parse_config']
 
 LAYOUTS = ('full', 'heads')
-OWN_ARGS = ('exits', 'head', 'thresholds')  # model_args that are the cascade's and not the backbone's
+OWN_ARGS = ('exits', 'head', 'thresholds', 'front')  # model_args that are the cascade's and not the backbone's
 SOURCE_KEYS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
 
 
@@ -36,7 +37,8 @@ class ReleaseConfig:
         layout: `full` or `heads`.
         version: Format version; None in a repository that this library did not write.
         files: sha256 and size of every file that is loaded; None in older formats.
-        points: Exit points; None in a repository that this library did not write.
+        points: Exit points in the backbone; None in a repository that this library did not write.
+        fronts: Networks in front of it.
         heads_hash: Identifies the heads in the weights file; None likewise.
         digest: Identifies the backbone's weights in a full release; None likewise.
         published: The backbone of a release of heads only.
@@ -51,6 +53,7 @@ class ReleaseConfig:
     version: int | None
     files: Mapping[str, tuple[str, int]] | None
     points: tuple[ExitPoint, ...] | None
+    fronts: tuple[FrontConfig, ...]
     heads_hash: str | None
     digest: str | None
     published: Published | None
@@ -60,6 +63,16 @@ class ReleaseConfig:
     def input_size(self) -> tuple[int, ...]:
         """(channels, height, width) of the images it was made for."""
         return tuple(self.pretrained_cfg['input_size'])
+
+    @property
+    def exit_names(self) -> list[str]:
+        """The module of each exit, fronts first."""
+        return [*(f'front:{f.name}' for f in self.fronts), *self.model_args['exits']]
+
+    @property
+    def stored_fronts(self) -> dict[int, FrontConfig]:
+        """By number, the fronts whose weights are in the release."""
+        return {k: f for k, f in enumerate(self.fronts) if f.is_stored(self.layout)}
 
     @property
     def backbone_args(self) -> dict[str, Any]:
@@ -75,14 +88,16 @@ def cascade_entry(
     digest: str | None,
     published: Published | None,
     base_model: str | None,
+    fronts: Sequence[FrontConfig] = (),
 ) -> dict[str, Any]:
     """What a release's config.json holds under `cascade`."""
     from ..formats import CONFIG_VERSION
 
     return dict(
-        format_version=CONFIG_VERSION,
+        format_version=CONFIG_VERSION if fronts else CONFIG_VERSION - 1,
         layout=layout,
-        exits=[asdict(p) for p in points],
+        exits=[asdict(p) for p in points if p.cut != 'input'],
+        **({'fronts': [f.to_dict() for f in fronts]} if fronts else {}),
         files={name: dict(sha256=sha256, size=size) for name, (sha256, size) in sorted(files.items())},
         heads_hash=heads_hash,
         backbone=dict(digest=digest, base_model=base_model) if published is None else published.to_dict(),
@@ -123,6 +138,7 @@ def parse_config(text: str, source: str = 'config.json') -> ReleaseConfig:
     elif cascade is not None:
         digest, base_model = cascade.backbone.digest, cascade.backbone.base_model
     return ReleaseConfig(
+        fronts=tuple(FrontConfig.from_entry(f, source) for f in cascade.fronts) if cascade else (),
         base=base,
         num_classes=file.num_classes,
         model_args=file.model_args.model_dump(exclude_unset=True),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backbone import input_size_of
 from ..errors import ReleaseError, TableMismatchError
+from ..fronts import FrontSpec
 from ..heads import HeadSpec
 from ..model import CascadeModel
 from ..thresholds import ThresholdTable
@@ -21,6 +22,7 @@ from ..utils.digest import state_digest
 from .config import OWN_ARGS, SOURCE_KEYS
 from .described import bounded, described_by, plan
 from .download import Folder, Repository
+from .front_networks import named_fronts, released_fronts
 from .pretrained import fetch_published, identify
 from .release import CONFIG, MAX_CONFIG, Release, binding
 
@@ -36,6 +38,7 @@ def create_cascade(
     exits: int | Sequence[float] | Sequence[str] | None = None,
     head: HeadSpec = 'enhanced',
     thresholds: Any = None,
+    front: FrontSpec = None,
     pretrained_model_args: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> CascadeModel:
@@ -45,7 +48,8 @@ def create_cascade(
         base: timm name of the backbone.
         pretrained: Load a release's weights, or the backbone's published ones where there is no release.
         pretrained_cfg: Tag, or the config of a release as timm's loader read it.
-        exits, head, thresholds: See CascadeModel.
+        exits, head, thresholds, front: See CascadeModel; a front may also be a name with or without a size
+            (`NAME`, `NAME@160`), which is loaded as the backbone is (see `fronts.network_named`).
         pretrained_model_args: timm's record of what a release's config.json asked for.
         **kwargs: Arguments of the backbone.
 
@@ -63,7 +67,7 @@ def create_cascade(
         source = Folder(cfg['file']) if cfg['source'] == 'local-dir' else Repository(cfg['hf_hub_id'], cache_dir)
         if isinstance(source, Repository):
             source.commit(CONFIG)  # of the file that timm's loader has just read: the others must be of the same
-        request = dict(kwargs, exits=exits, head=head, thresholds=thresholds)
+        request = dict(kwargs, exits=exits, head=head, thresholds=thresholds, front=front)
         return _load_release(Release(source), base, pretrained, pretrained_cfg_overlay, cache_dir, request)
 
     backbone = timm.create_model(
@@ -74,15 +78,16 @@ def create_cascade(
         cache_dir=cache_dir,
         **kwargs,
     )
-    model = CascadeModel(backbone, exits, head, thresholds)
+    model = CascadeModel(backbone, exits, head, thresholds, named_fronts(front, backbone, pretrained, cache_dir))
     if pretrained:
         model.published = identify(backbone, cache_dir)
         model.base_model = str(backbone.pretrained_cfg.get('hf_hub_id') or '').partition('@')[0] or None
-        warnings.warn(
-            f'cascade_{base}: the backbone has its published weights, but no heads are published '
-            f'for it. No exit fires until they are trained and calibrated.',
-            stacklevel=4,
-        )
+        if len(model.fronts) < len(model.exits):
+            warnings.warn(
+                f'cascade_{base}: the backbone has its published weights, but no heads are published '
+                f'for it. No exit fires until they are trained and calibrated.',
+                stacklevel=4,
+            )
     return model
 
 
@@ -127,7 +132,8 @@ def _load_release(
     if not pretrained:
         with described_by(str(release)), bounded():
             backbone = timm.create_model(base, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, **request)
-            return CascadeModel(backbone, own['exits'], own['head'])
+            fronts = released_fronts(config.fronts, config.layout, backbone, False, cache_dir)
+            return CascadeModel(backbone, own['exits'], own['head'], front=fronts)
 
     size = fetch_published(config.published, cache_dir) if config.published else None
     described = plan(config, str(release), size)
@@ -153,9 +159,16 @@ def _load_release(
 
     same_input = input_size_of(backbone) == config.input_size
     same_classes = backbone.num_classes == config.num_classes
-    same_exits = own['exits'] == config.model_args['exits']
-    with described_by(str(release)):
-        model = CascadeModel(backbone, described.points if same_input and same_exits else own['exits'], own['head'])
+    same_fronts = (own['front'] or []) == [f.name for f in config.fronts]
+    same_exits = own['exits'] == config.model_args['exits'] and same_fronts
+    with described_by(str(release)), bounded():
+        fronts = (
+            released_fronts(config.fronts, config.layout, backbone, True, cache_dir)
+            if same_fronts
+            else named_fronts(own['front'], backbone, True, cache_dir)
+        )
+        points = described.points if same_input and same_exits else own['exits']
+        model = CascadeModel(backbone, points, own['head'], front=fronts)
     if config.published is not None and same_input and same_classes and 'dtype' not in request:
         if config.files is None:  # an older format took digests in another way
             model.published = replace(config.published, digest=state_digest(backbone.state_dict()))
@@ -164,15 +177,17 @@ def _load_release(
             model.published = config.published
     model.base_model = config.base_model
     heads = {k.removeprefix('heads.'): v for k, v in state.items() if k.startswith('heads.')}
+    named = tuple(f'{k}.network.' for k, f in enumerate(config.fronts) if not f.is_stored(config.layout))
     fit = (
         same_classes
         and same_exits
-        and ({k: v.shape for k, v in heads.items()} == {k: v.shape for k, v in model.heads.state_dict().items()})
+        and {k: v.shape for k, v in heads.items()}
+        == {k: v.shape for k, v in model.heads.state_dict().items() if not k.startswith(named)}
     )
     if 'dtype' not in request and config.points is not None:
         _as_saved(model, state)
     if fit:
-        model.heads.load_state_dict(heads)
+        model.heads.load_state_dict(heads, strict=not named)  # the shapes are compared above
     if fit and same_input:
         model.table, model.calibration = release.dial()
         model.profiles = release.profiles()

@@ -26,7 +26,7 @@ class Plan(NamedTuple):
     """What a config describes.
 
     Attributes:
-        points: The exit points.
+        points: The exit points in the backbone.
         tensors: Names and meta tensors of the weights file, `backbone.*` and `heads.*`.
         shared: Groups of names that are one and the same tensor in the model.
     """
@@ -56,12 +56,20 @@ def plan(config: ReleaseConfig, source: str, size: int | None = None) -> Plan:
         backbone: Any = None
         if not (published and published.is_plain(config.backbone_args, config.num_classes, config.input_size)):
             backbone = timm.create_model(config.base, pretrained_cfg=cfg, **config.backbone_args)
-        points = config.points or resolve_exits(backbone, args['exits'])
-        heads = create_heads(points, config.num_classes, head_configs(args['head'], points, config.num_classes))
-    modules = {'heads': heads} if config.layout == 'heads' else {'backbone': backbone, 'heads': heads}
+        points = config.points if config.points is not None else resolve_exits(backbone, args['exits'])
+        configs = head_configs(args['head'], points, config.num_classes) if points else []
+        heads = create_heads(points, config.num_classes, configs)
+    modules = {f'heads.{len(config.fronts) + i}': head for i, head in enumerate(heads)}
+    if config.layout == 'full':
+        modules['backbone'] = backbone
+    with described_by(source), bounded(), torch.device('meta'):
+        modules |= {f'heads.{k}.network': front.build() for k, front in config.stored_fronts.items()}
     tensors = {
         f'{g}.{name}': t for g, module in modules.items() for name, t in module.state_dict(keep_vars=True).items()
     }
+    for k in range(len(config.fronts)):
+        for name in ('scale', 'shift'):
+            tensors[f'heads.{k}.{name}'] = torch.empty(config.input_size[0], 1, 1, device='meta')
     return Plan(points, tensors, _same(tensors, id))
 
 

@@ -158,7 +158,16 @@ class Release:
 
     def _check_hashes(self, path: Path, state: Mapping[str, Tensor]) -> None:
         config = self.config
-        self._heads_hash = state_digest(_part(state, 'heads'), also=config.model_args['exits'])
+        heads = _part(state, 'heads')
+        for k, front in config.stored_fronts.items():
+            network = {name.split('.', 2)[2]: heads.pop(name) for name in [*heads] if name.startswith(f'{k}.network.')}
+            digest = state_digest(network)
+            if digest != front.digest:
+                raise ReleaseError(
+                    f'{path}: its front {front.name} is {digest}, but {CONFIG} and the table were made for '
+                    f'{front.digest}. The file is damaged, or from another release.'
+                )
+        self._heads_hash = state_digest(heads, also=[*config.exit_names, *(f.digest for f in config.fronts)])
         self._backbone_digest = config.published.digest if config.published else None
         if config.layout == 'full':
             self._backbone_digest = state_digest(_part(state, 'backbone'))
@@ -227,7 +236,7 @@ class Release:
             heads_hash = str(config.heads_hash)
         table = part if isinstance(part, ThresholdTable) else part.table(max_drops=())
         table.check(
-            exits=config.model_args['exits'],
+            exits=config.exit_names,
             num_classes=config.num_classes,
             heads_hash=heads_hash,
             input_size=config.input_size,
@@ -246,7 +255,7 @@ class Release:
 
         def read(path: Path) -> list[Profile]:
             found = profiles_from_json(_text(path), str(path))
-            if any(list(p.exits) != self.config.model_args['exits'] for p in found):
+            if any(list(p.exits) != self.config.exit_names for p in found):
                 raise ReleaseError(f'{path}: profiles of other exits; fetch the file again, or measure again.')
             return found
 
@@ -258,7 +267,7 @@ class Release:
         Raises:
             ReleaseError: A damaged file, or one of other heads.
         """
-        exits = list(self.config.model_args['exits'])
+        exits = self.config.exit_names
         return self._read(PATH, MAX_TABLE, lambda path: path_from_json(_text(path), exits, self._heads_hash, str(path)))
 
     def check(self) -> None:

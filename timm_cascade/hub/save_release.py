@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .card import GENERATED, PICTURE, render
 from .config import LAYOUTS, cascade_entry, parse_config
 from .described import Plan, difference, plan
 from .download import sha256_of
+from .front_networks import FrontConfig, describe_fronts
 from .pretrained import Published
 from .release import CALIBRATION, CARD, CONFIG, PATH, PROFILES, TABLE, WEIGHTS, binding
 
@@ -67,13 +68,14 @@ def save(model: nn.Module, folder: str | Path, layout: str | None = None, card: 
             f'a release of heads only names its backbone, but this one is {was}; save it with layout="full".'
         )
     published = published if layout == 'heads' else None
-    state = _tensors(model, layout)
+    fronts = describe_fronts(model.fronts, layout)
+    state = _tensors(model, layout, [f'heads.{k}.network.' for k, f in enumerate(fronts) if not f.is_stored(layout)])
     now = binding(model)
     for part in (model.table, model.calibration):
         if part is not None:
             (part if isinstance(part, ThresholdTable) else part.table(max_drops=())).check(**now)
 
-    config = _config(model, layout, published, now)
+    config = _config(model, layout, published, now, fronts)
     described = plan(parse_config(json.dumps(config)), str(folder))
     wrong = difference(state, described)
     if wrong is not None:
@@ -132,15 +134,15 @@ def save_profiles(model: CascadeModel, folder: str | Path) -> None:
         staged.write_text(_dumps(config), encoding='utf-8')
 
 
-def _tensors(model: CascadeModel, layout: str) -> dict[str, Tensor]:
-    """The tensors of a release of this model.
+def _tensors(model: CascadeModel, layout: str, named: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of a release of this model, without those that begin with one of `named`.
 
     Raises:
         ReleaseError: What is not a plain tensor, or not finite.
     """
     state: dict[str, Tensor] = {}
     for name, t in model.state_dict().items():
-        if layout == 'heads' and not name.startswith('heads.'):
+        if (layout == 'heads' and not name.startswith('heads.')) or name.startswith(tuple(named)):
             continue
         plain = type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided and not t.is_quantized and not t.is_meta
         if not plain:
@@ -177,12 +179,16 @@ def _dumps(config: Mapping[str, Any]) -> str:
 
 
 def _config(
-    model: CascadeModel, layout: str, published: Published | None, binding: Mapping[str, Any]
+    model: CascadeModel,
+    layout: str,
+    published: Published | None,
+    binding: Mapping[str, Any],
+    fronts: Sequence[FrontConfig],
 ) -> dict[str, Any]:
     """config.json with everything but the hashes of the files, which are not written yet."""
     digest = binding['backbone_digest'] if layout == 'full' else None
     none = {WEIGHTS: ('0' * 64, 0)}
-    entry = cascade_entry(layout, model.exits, none, binding['heads_hash'], digest, published, model.base_model)
+    entry = cascade_entry(layout, model.exits, none, binding['heads_hash'], digest, published, model.base_model, fronts)
     extra: dict[str, Any] = {'cascade': entry}
     if model.label_names:
         extra['label_names'] = model.label_names

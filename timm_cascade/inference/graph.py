@@ -134,7 +134,7 @@ class StagedBackbone:
             stage.live = [n for n in (self.images, *home) if home.get(n, -1) <= i < last[n] and not _is_number(n)]
             wanted = {n: None for n in (*stage.live, stage.features) if n in own}
             stage.outputs = list(wanted)
-            if i < count and stage.features not in own:  # two exits at one place, or an exit at the images
+            if i < count and stage.features not in own and stage.features is not self.images:  # two at one place
                 raise ValueError(f'nothing is computed between exit {i} and the one before it')
         return stages
 
@@ -177,7 +177,8 @@ class StagedBackbone:
             values, alive = self._crossed(start - 1, tensors)
         for index in range(start, len(self.stages)):
             stage = self.stages[index]
-            values.update(zip(stage.outputs, self.compute(stage, values, backbone, alive), strict=True))
+            if stage.outputs:  # in front of the backbone nothing is computed but the exit's head
+                values.update(zip(stage.outputs, self.compute(stage, values, backbone, alive), strict=True))
             assert stage.features is not None
             if index == len(self.stages) - 1:
                 break

@@ -1,7 +1,7 @@
 """The first way to run a backbone: forward hooks at its exits, which may shrink the batch.
 
 The hooks do nothing unless `HookRunner.run` is active in the same thread, so the backbone on its own is the plain timm
-model, and several threads may use one model.
+model, and several threads may use one model. Exits at the images (fronts) need no hook: they come before the backbone.
 """
 
 from __future__ import annotations
@@ -65,16 +65,17 @@ class HookRunner:
 
     def __init__(self, backbone: nn.Module, points: Sequence[ExitPoint]) -> None:
         self.points = tuple(points)
+        self.fronts = sum(p.cut == 'input' for p in points)
         self._hooked: list[tuple[nn.Module, RemovableHandle]] = []
         self.attach(backbone)
 
     def attach(self, backbone: nn.Module) -> bool:
         """Puts hooks on the exits' modules, and says whether they were not there, as some modules were replaced."""
-        modules = [backbone.get_submodule(p.module) for p in self.points]
+        modules = [backbone.get_submodule(p.module) for p in self.points[self.fronts :]]
         if [id(m) for m in modules] == [id(m) for m, _ in self._hooked]:
             return False
         self.remove()
-        self._hooked = [(m, m.register_forward_hook(_ExitHook(self, i))) for i, m in enumerate(modules)]
+        self._hooked = [(m, m.register_forward_hook(_ExitHook(self, i))) for i, m in enumerate(modules, self.fronts)]
         return True
 
     def remove(self) -> None:
@@ -93,8 +94,15 @@ class HookRunner:
     ) -> Tensor:
         """Runs `backbone` (the network, or a function that calls it); see `engine.Runner`."""
         outer = getattr(_thread, 'run', None)
-        _thread.run = _ActiveRun(self, on_exit, start, tensors)
+        _thread.run = None  # a front may be this very network on smaller images, in which no sample exits
         try:
+            if 0 < start <= self.fronts and tensors is not None:
+                (images,) = tensors
+            for index in range(start, self.fronts):
+                changed = on_exit(index, Boundary(images, [images], (1,)))
+                if changed is not None:
+                    (images,) = changed
+            _thread.run = _ActiveRun(self, on_exit, start, tensors)
             return backbone(images)
         finally:
             _thread.run = outer

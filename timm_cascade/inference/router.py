@@ -70,7 +70,8 @@ class Router:
         from .compiled import CompileOptions  # torch.export and the compiler are costly imports
 
         if channels_last is None:
-            channels_last = any(p.layout == 'NCHW' for p in self.points)
+            inner = [p for p in self.points if p.cut != 'input'] or self.points
+            channels_last = any(p.layout == 'NCHW' for p in inner)
         self.forget()
         self.options = CompileOptions(backend, mode, channels_last, fold) if enabled else None
 

@@ -98,7 +98,8 @@ class WeightWatch:
         turns = max(1, -(-len(tensors) // STEP), -(-len(places) // STEP))
         self._all = _Part(tensors, places)
         self._parts = [_Part([*classifiers, *tensors[i::turns]], places[i::turns]) for i in range(turns)]
-        self._probe, self._dtype = classifiers[:1], dtype_of(heads[0])
+        self._probe = classifiers[:1]
+        self._dtype = classifiers[0].dtype if classifiers else None
         self._turn = 0
         self._first = True
 

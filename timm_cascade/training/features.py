@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data import View, collate, fingerprint_of
 from ..errors import BadImageError
+from ..fronts import Front
 from ..model import CascadeModel
 from ..utils.digest import state_digest
 from ..utils.distributed import on_main
@@ -124,7 +125,8 @@ class FrozenFeatures:
             format=FORMAT,
             weights=state_digest(state, also=[type(model.backbone).__name__]),
             exits=[(p.module, p.item, p.layout, p.prefix_tokens) for p in model.exits],
-            pooled=[(h.grid, h.mean, h.tokens) for h in model.heads],
+            pooled=[(h.grid, h.mean, h.tokens) for h in model.heads if not isinstance(h, Front)],
+            **({'fronts': [f.digest() for f in model.fronts]} if model.fronts else {}),
             pre_logits=self.pre_logits,
             images=str(fingerprint),
             transform=repr(self.view.data.transform) if hasattr(self.view.data, 'transform') else '',

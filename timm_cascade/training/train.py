@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..backbone import input_size_of
 from ..data import UNLABELLED, ImageData, Seen, check_training_classes, prepare_data, weak_backbone
+from ..fronts import Front, check_names
 from ..inference.request import unwrap
 from ..inference.weights import dtype_of
 from ..model import CascadeModel
@@ -33,6 +34,13 @@ if TYPE_CHECKING:
 __all__ = ['train_heads']
 
 _logger = logging.getLogger(__name__)
+
+
+class _Logits(nn.Module):
+    """In place of a front, which is not trained: what is stored of an image are its logits."""
+
+    def classify(self, logits: Tensor) -> Tensor:
+        return logits
 
 
 def train_heads(
@@ -55,7 +63,7 @@ def train_heads(
     """Trains the heads in place; the backbone stays in evaluation mode and is not changed.
 
     Cross-entropy summed over the exits, AdamW, cosine decay. A calibration made for the old heads is dropped. Heads
-    train in float32, whatever the model's precision, and return to it.
+    train in float32, whatever the model's precision, and return to it. Fronts are run, and never trained.
 
     Args:
         model: The cascade.
@@ -86,7 +94,7 @@ def train_heads(
 
     Raises:
         ValueError: Labels that are not the model's classes, classes without images, a single class, an image that
-            cannot be read, a loss that is not finite; the heads are then as they were.
+            cannot be read, a loss that is not finite, nothing to train; the heads are then as they were.
         OSError: The features do not fit on the disk.
         LaunchError: A launch of several processes in which each runs as if it were alone.
 
@@ -102,6 +110,15 @@ def train_heads(
     train = prepare_data(model, train, [] if classifier else None)  # a new classifier has the classes of its data
     names = getattr(train, 'class_names', None)
     names = names if names and len(names) == model.num_classes else model.label_names
+    for front in model.fronts:
+        check_names(front, names, 'the training data')
+    fresh = nn.ModuleList([head for head in model.heads if not isinstance(head, Front)])
+    if not len(fresh) and not classifier:
+        raise ValueError(
+            f'there is nothing to train: all exits of this cascade are fronts '
+            f'({", ".join(f.name for f in model.fronts)}). Calibrate it (timm_cascade.calibrate), or create it with '
+            f'exits=1 or more.'
+        )
     val = None if val is None else prepare_data(model, val, names)
     seen = Seen(train)
     if val is not None:
@@ -116,11 +133,11 @@ def train_heads(
             accelerator.device,
         )
     training = model.training
-    before = {name: tensor.clone() for name, tensor in model.heads.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
     folder = None if work_dir is None else Path(work_dir)
     model.to(accelerator.device).eval()
-    dtype, trainable = dtype_of(model.heads), next(model.heads.parameters()).requires_grad
-    model.heads.float().requires_grad_(True)  # small steps are lost in half precision
+    dtype, trainable = dtype_of(fresh), any(p.requires_grad for p in fresh.parameters())
+    fresh.float().requires_grad_(True)  # small steps are lost in half precision
     try:
         final = _check_classifier(model) if classifier else None
         wanted = [(train, view) for view in range(views)] + ([(val, 0)] if val is not None else [])
@@ -134,21 +151,22 @@ def train_heads(
         mean, variance = moments(sources[:views], accelerator, model.num_classes, least=0 if classifier else UNLABELLED)
         for head, m, v in zip(model.heads, mean, variance, strict=False):
             # standardised by the training set's own statistics, so that no step depends on how a batch is split
-            if isinstance(norm := head.norm, (nn.BatchNorm1d, nn.SyncBatchNorm)):
+            if isinstance(norm := getattr(head, 'norm', None), (nn.BatchNorm1d, nn.SyncBatchNorm)):
                 norm.running_mean.copy_(m)  # type: ignore[union-attr]
                 norm.running_var.copy_(v)  # type: ignore[union-attr]
         probe = None if final is None else Classifier(final, mean[-1], variance[-1])
-        heads = nn.ModuleList([*model.heads, *([] if probe is None else [probe])])
+        answering = [_Logits() if isinstance(head, Front) else head for head in model.heads]
+        heads = nn.ModuleList([*answering, *([] if probe is None else [probe])])
         recipe: dict[str, Any] = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed)
         trainer = Trainer(heads, sources[:views], (sources[views:] or [None])[0], accelerator, **recipe)
         settings = [recipe, keys, str(heads), trainer.step_size]
         history = trainer.run(WorkDir(folder, 'heads', accelerator, settings))
         path = path_from_features(model, heads, _in_order(sources[0], accelerator), accelerator)
     except BaseException:
-        model.heads.load_state_dict(before)
+        fresh.load_state_dict(before)
         raise
     finally:
-        model.heads.to(dtype).requires_grad_(trainable)
+        fresh.to(dtype).requires_grad_(trainable)
         model.train(training)
     if probe is not None and final is not None:
         probe.write_to(final)

@@ -251,7 +251,7 @@ class Trainer:
         arrays, labels = [a.to(accelerator.device) for a in arrays], labels.to(accelerator.device)
         with accelerator.autocast():
             logits = self._logits(arrays)
-        loss = torch.stack([_loss(x.float(), labels, arrays[-1]) for x in logits]).sum()
+        loss = torch.stack([_loss(x.float(), labels, arrays[-1]) for x in logits if x.requires_grad]).sum()
         # gradients add up to those of the mean over the step's images; Accelerate divides by the number of parts
         accelerator.backward(loss * (accelerator.gradient_accumulation_steps / images))
         return torch.cat([loss.detach()[None], _correct(logits, labels, arrays[-1])])
