@@ -2,19 +2,9 @@
 
 from ..errors import BackboneError, ExitError
 from . import cifar_resnet
-from .exits import (
-    ExitPoint,
-    candidates,
-    check_classifier,
-    cut,
-    features_of,
-    input_point,
-    input_size_of,
-    pre_logits_of,
-    resolve_exits,
-)
+from .exits import ExitPoint, candidates, cut, features_of, input_point, input_size_of, pre_logits_of, resolve_exits
 from .groups import nested_groups
-from .probe import backbone_macs, meta_pass
+from .probe import backbone_macs, check_classifier, meta_pass
 from .rows import merge_rows, select_rows
 
 __all__ = [

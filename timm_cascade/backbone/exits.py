@@ -13,15 +13,14 @@ from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..errors import BackboneError, ExitError
+from ..errors import ExitError
 from .layouts import find_layout
-from .probe import PROBE_BATCH, meta_pass
+from .probe import PROBE_BATCH, check_classifier, meta_pass
 from .rows import select_rows
 
 __all__ = [
     'ExitPoint',
     'candidates',
-    'check_classifier',
     'cut',
     'features_of',
     'input_point',
@@ -215,25 +214,6 @@ def _places(backbone: nn.Module) -> list[ExitPoint]:
         )  # of several scales the one with the most channels
         places.append(ExitPoint(name, **layouts[item], macs=macs, total=total, item=item, rows=rows))
     return places
-
-
-def check_classifier(backbone: nn.Module, output: Any) -> None:
-    """
-    Raises:
-        BackboneError: The output of a meta pass is not logits.
-    """
-    classes = getattr(backbone, 'num_classes', None)
-    want = (PROBE_BATCH, classes) if classes else (PROBE_BATCH,)
-    found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    # with num_classes=0 a classifier returns features; a model that can never have classes is not a classifier
-    logits = isinstance(output, Tensor) and (output.ndim == 2 if classes else hasattr(backbone, 'reset_classifier'))
-    if classes is None or not logits or found[: len(want)] != want:
-        name = (getattr(backbone, 'pretrained_cfg', None) or {}).get('architecture') or type(backbone).__name__
-        shape = ('N', *found[1:]) if isinstance(found, tuple) else found
-        raise BackboneError(
-            f'{name} is an encoder without a classifier: it returns {shape} where a cascade needs logits (N, '
-            f'num_classes). Choose a model that classifies; timm often has the same encoder with a head.'
-        )
 
 
 def _can_shrink(backbone: nn.Module, points: Sequence[ExitPoint], exiting: int) -> bool:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['PROBE_BATCH', 'backbone_macs', 'meta_pass']
+from ..errors import BackboneError
+
+__all__ = ['PROBE_BATCH', 'backbone_macs', 'check_classifier', 'meta_pass']
 
 # images in a meta pass: a number that divides no other size of a network by accident
 PROBE_BATCH = 11
@@ -81,3 +83,22 @@ def meta_pass(
 def backbone_macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
     """MACs of one forward pass for one image (or the features) of `input_size`."""
     return meta_pass(model, input_size, {})[1]
+
+
+def check_classifier(backbone: nn.Module, output: Any) -> None:
+    """
+    Raises:
+        BackboneError: The output of a meta pass is not logits.
+    """
+    classes = getattr(backbone, 'num_classes', None)
+    want = (PROBE_BATCH, classes) if classes else (PROBE_BATCH,)
+    found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    # with num_classes=0 a classifier returns features; a model that can never have classes is not a classifier
+    logits = isinstance(output, Tensor) and (output.ndim == 2 if classes else hasattr(backbone, 'reset_classifier'))
+    if classes is None or not logits or found[: len(want)] != want:
+        name = (getattr(backbone, 'pretrained_cfg', None) or {}).get('architecture') or type(backbone).__name__
+        shape = ('N', *found[1:]) if isinstance(found, tuple) else found
+        raise BackboneError(
+            f'{name} is an encoder without a classifier: it returns {shape} where a cascade needs logits (N, '
+            f'num_classes). Choose a model that classifies; timm often has the same encoder with a head.'
+        )
