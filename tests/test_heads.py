@@ -1,9 +1,13 @@
+import copy
+import pickle
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from helpers import near
+from torch import nn
+from torch.nn.utils import prune
 
 import timm_cascade  # noqa: F401  registers the models
 from timm_cascade.heads import MAX_SHARE, ExitHead, head_configs
@@ -122,3 +126,143 @@ def test_a_new_number_of_classes_brings_heads_of_its_width():
 def test_an_explicit_description_is_used_unchanged():
     model = timm.create_model('cascade_tinynet_e', head=dict(grid=4, hidden=64))
     assert {c['hidden'] for c in model._model_args['head']} == {64}
+
+
+def used(**kwargs):
+    """A head whose norm has statistics far from 0 and 1, and features for it."""
+    head = ExitHead(8, (6, 6), 5, **kwargs).eval().requires_grad_(False)
+    if isinstance(head.norm, nn.BatchNorm1d):
+        for tensor in (head.norm.running_mean, head.norm.bias):
+            tensor.normal_(std=3)
+        for tensor in (head.norm.running_var, head.norm.weight):
+            tensor.uniform_(0.3, 3)
+    return head, 2 + torch.randn(9, 8, 6, 6)
+
+
+def as_trained(head, features):
+    """Every layer run by itself."""
+    return head.fc(head.hidden(head.norm(head.pool(features))))
+
+
+@pytest.mark.parametrize(
+    'description', [dict(), dict(hidden=0), dict(norm=False), dict(grid=1, hidden=0), dict(hidden=0, norm=False)]
+)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_the_inference_form_is_the_trained_head_within_rounding(description, dtype):
+    head, features = used(**description)
+    head, features = head.to(dtype), features.to(dtype)
+    exact = as_trained(copy.deepcopy(head).double(), features.double())
+    error = (as_trained(head, features) - exact).abs().max()  # of the layers one by one, in this precision
+    assert head.inference_layers() is not None
+    rounded = torch.finfo(dtype).eps * exact.abs().max()
+    assert (head(features) - exact).abs().max() <= 10 * max(error, rounded)
+    assert torch.equal(head(features), head(features))
+
+
+def change_in_place(head):
+    head.fc.weight.mul_(3)
+
+
+def change_statistics(head):
+    head.norm.running_mean.add_(5)
+
+
+def load_in_place(head):
+    head.load_state_dict(used()[0].state_dict())
+
+
+def load_by_assigning(head):
+    head.load_state_dict(used()[0].state_dict(), assign=True)
+
+
+def replace_a_layer(head):
+    head.fc = nn.Linear(64, 5)
+
+
+def replace_by_another_kind(head):
+    head.fc = nn.Sequential(nn.Linear(64, 3), nn.Tanh(), nn.Linear(3, 5))
+
+
+def prune_weights(head):
+    prune.random_unstructured(head.fc, 'weight', 0.9)
+
+
+def add_a_hook(head):
+    head.fc.register_forward_hook(lambda module, args, out: 2 * out)
+    head.fc.bias.add_(1)  # a hook alone leaves no trace
+
+
+def train_a_step(head):
+    head.train().requires_grad_(True)
+    optimizer = torch.optim.SGD(head.parameters(), 0.5)
+    with torch.enable_grad():
+        head(torch.randn(9, 8, 6, 6)).square().sum().backward()
+    optimizer.step()
+    head.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    'change',
+    [
+        change_in_place,
+        change_statistics,
+        load_in_place,
+        load_by_assigning,
+        replace_a_layer,
+        replace_by_another_kind,
+        prune_weights,
+        add_a_hook,
+        train_a_step,
+        lambda head: head.double().float(),
+    ],
+)
+@pytest.mark.parametrize('inference_mode', [False, True])
+def test_the_inference_form_follows_the_weights(change, inference_mode):
+    head, features = used()
+    with torch.inference_mode(inference_mode):
+        head(features)
+    change(head)
+    with torch.inference_mode(inference_mode):
+        assert near(head(features), as_trained(head, features))
+
+
+@torch.inference_mode()
+def test_weights_made_in_inference_mode_have_no_version_and_are_read_every_time():
+    head, features = used()
+    before = head(features)
+    head.fc.weight.mul_(3)
+    assert near(head(features), as_trained(head, features)) and not near(head(features), before)
+
+
+def test_gradients_come_from_the_layers_that_are_trained():
+    head, features = used()
+    head(features)
+    head.requires_grad_(True)
+    head(features).sum().backward()
+    assert head.norm.weight.grad.abs().max() > 0 and head.hidden[0].weight.grad.abs().max() > 0
+    head.requires_grad_(False)
+    features.requires_grad_(True)
+    (got,) = torch.autograd.grad(head(features).square().sum(), features)
+    (want,) = torch.autograd.grad(as_trained(head, features).square().sum(), features)
+    assert near(got, want)
+
+
+def test_the_inference_form_is_not_copied_or_stored():
+    head, features = used()
+    head(features)
+    state = head.state_dict()
+    for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        assert '_folded' not in vars(other) and torch.equal(other(features), head(features))
+        other.fc.weight.data.zero_()
+        other.fc.bias.zero_()
+        assert not other(features).any() and head(features).any()
+    assert head.state_dict().keys() == state.keys() == ExitHead(8, (6, 6), 5).state_dict().keys()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_norm(dtype):
+    head, features = used()
+    head, features = head.to(dtype), features.to(dtype)
+    assert head.inference_layers() is None and torch.equal(head(features), as_trained(head, features))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .utils.snapshot import Snapshot, places_of
 
 __all__ = ['MAX_SHARE', 'PRESETS', 'ExitHead', 'create_heads', 'head_configs']
 
@@ -29,13 +31,16 @@ MAX_POOLED = 4096
 GRIDS = 4, 2, 1
 LEAST = dict(grid=1, hidden=0)
 
+NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
 HeadSpec = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+Layers = tuple[tuple[Tensor, Tensor | None], ...]  # weight and bias of linear layers
 
 
 class ExitHead(nn.Module):
     """Pools features to a few columns per channel, standardises these, and classifies with one or two linear layers.
 
-    `pool` has no parameters: with a frozen backbone its output can be computed once and stored.
+    `pool` has no parameters: with a frozen backbone its output can be computed once and stored. In evaluation mode the
+    norm is part of the first linear layer's weights, computed again when one of the tensors has changed.
 
     Args:
         channels: Channels of the features.
@@ -53,6 +58,8 @@ class ExitHead(nn.Module):
         columns: What is read of each channel: the cells of the pooled grid row by row, the mean, the prefix tokens.
         in_features: Size of what `pool` returns, channels * columns: all columns of the first channel come first.
     """
+
+    _folded: _Folded | None = None
 
     def __init__(
         self,
@@ -100,7 +107,30 @@ class ExitHead(nn.Module):
 
     def classify(self, pooled: Tensor) -> Tensor:
         """(N, in_features) to logits (N, num_classes)."""
-        return self.fc(self.hidden(self.norm(pooled)))
+        layers = None if pooled.is_meta else self.inference_layers()  # meta tensors are lent, to count MACs
+        if layers is None:
+            return self.fc(self.hidden(self.norm(pooled)))
+        answer = F.linear(pooled, *layers[0])
+        return answer if len(layers) == 1 else F.linear(answer.relu_(), *layers[1])
+
+    def inference_layers(self) -> Layers | None:
+        """Weight and bias of each linear layer, with the norm in the first; None where the layers themselves must run.
+
+        They must in training, in half precision (whose rounding the norm keeps small), and where a layer was replaced.
+        """
+        if self.training or torch.compiler.is_compiling():
+            return None
+        folded = self._folded
+        if folded is None or folded.snapshot.changed():
+            folded = self._folded = _fold(self)
+        return None if torch.is_grad_enabled() and folded.trainable else folded.layers
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExitHead:
+        self._folded = None  # a new device or dtype leaves no trace in the parameters
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != '_folded'}
 
     def forward(self, features: Tensor) -> Tensor:
         return self.classify(self.pool(features))
@@ -116,6 +146,46 @@ def _columns(
 
 def head_configs(head: HeadSpec, points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:
     """A dict of ExitHead's grid, hidden, norm, mean and tokens for each exit.
+class _Folded(NamedTuple):
+    """A head's layers for inference, and when they were computed."""
+
+    layers: Layers | None
+    snapshot: Snapshot
+
+    @property
+    def trainable(self) -> bool:
+        return any(t.requires_grad for t in self.snapshot.tensors)
+
+
+def _fold(head: ExitHead) -> _Folded:
+    tensors = [*head.parameters(), *head.buffers()]
+    if any(t.is_inference() for t in tensors):  # these have no version: a change would not be noticed
+        return _Folded(None, Snapshot([], places_of(head)))
+    return _Folded(_fold_layers(head), Snapshot(tensors, places_of(head)))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _fold_layers(head: ExitHead) -> Layers | None:
+    norm, hidden, fc = head.norm, head.hidden, head.fc
+    linear = [*hidden, fc] if isinstance(hidden, nn.Sequential) else [fc]
+    kinds = [type(m) for m in linear]
+    known = kinds in ([nn.Linear], [nn.Linear, nn.ReLU, nn.Linear]) and type(norm) in (nn.Identity, *NORMS)
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (norm, hidden, *linear))
+    single = all(p.dtype in (torch.float32, torch.float64) for p in head.parameters())
+    if not known or hooked or not single or (type(norm) in NORMS and norm.running_var is None):
+        return None
+    layers: list[tuple[Tensor, Tensor | None]] = [(m.weight.detach(), m.bias) for m in linear[::2]]
+    if type(norm) in NORMS:
+        weight, bias = layers[0]
+        scale = (norm.running_var + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight)
+        shift = (0.0 if norm.bias is None else norm.bias) - norm.running_mean * scale
+        layers[0] = weight * scale, weight @ shift + (0.0 if bias is None else bias)
+    return tuple(layers)
+
+
+def head_configs(head: HeadSpec, count: int) -> list[dict[str, Any]]:
+    """A dict of ExitHead's grid, hidden and norm for each of `count` exits.
 
     Args:
         head: Name of a preset, one dict for all exits, or a sequence of dicts, of which the last serves the remaining

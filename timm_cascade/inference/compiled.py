@@ -18,6 +18,7 @@ import torch._inductor
 from torch import Tensor, fx, nn
 
 from ..backbone import select_rows
+from ..utils.snapshot import Snapshot
 from .graph import Stage, StagedBackbone
 
 __all__ = ['CompileOptions', 'CompiledBackbone']
@@ -56,8 +57,8 @@ class CompiledBackbone(StagedBackbone):
         self, backbone: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, count: int, options: CompileOptions
     ) -> None:
         super().__init__(backbone, run, images, count)
-        self.tensors = [t for t in (*backbone.parameters(), *backbone.buffers()) if not t.is_inference()]
-        self.state = self._state(backbone)
+        tensors = [t for t in (*backbone.parameters(), *backbone.buffers()) if not t.is_inference()]
+        self.weights_then, self.memory = Snapshot(tensors), next(backbone.parameters()).data_ptr()
         mode = options.mode or ('max-autotune' if images.is_cuda else None)
         self.buckets = options.buckets if options.buckets is not None else images.is_cuda and mode in GRAPHS
         kwargs: dict[str, Any] = dict(backend=options.backend, dynamic=False if self.buckets else None, mode=mode)
@@ -77,12 +78,9 @@ class CompiledBackbone(StagedBackbone):
         for stage in self.stages:
             stage.module.settled = True
 
-    def _state(self, backbone: nn.Module) -> tuple[int, int]:
-        """Changes when weights are written to, moved or replaced."""
-        return sum(t._version for t in self.tensors), next(backbone.parameters()).data_ptr()
-
     def stale(self, backbone: nn.Module) -> bool:
-        return self._state(backbone) != self.state
+        """Whether weights were written to, moved or replaced."""
+        return self.weights_then.changed() or next(backbone.parameters()).data_ptr() != self.memory
 
     def _rows(self, node: fx.Node) -> int:
         value = node.meta['val']

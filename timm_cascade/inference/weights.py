@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 from ..errors import TableMismatchError
 from ..utils.clock import device_name
 from ..utils.digest import state_digest
+from ..utils.snapshot import Snapshot, places_of
 
 __all__ = ['CalibrationGuard', 'WeightWatch', 'calibrated_as', 'differences', 'dtype_of', 'setup_of']
 
 STEP = 8  # tensors and modules that one call looks at, beside each head's classifier
-_version = operator.attrgetter('_version')
 _TRANSFORM = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
 _NAMES = dict(input_size='the input size', mean='the mean', std='the standard deviation', crop_pct='the crop')
 
@@ -88,16 +87,13 @@ class WeightWatch:
 
     def __init__(self, model: nn.Module) -> None:
         heads: Any = model.heads
-        places: list[tuple[dict[str, Any], str, Any]] = []
-        for module in model.modules():
-            for owned in (module._parameters, module._buffers, module._modules):
-                places += [(owned, name, value) for name, value in owned.items()]
+        places = places_of(model)
         seen = {id(v): v for _, _, v in places if isinstance(v, Tensor) and not v.is_inference()}
         tensors = list(seen.values())
         classifiers = [p for h in heads for p in list(h.parameters())[-2:-1] if not p.is_inference()]
         turns = max(1, -(-len(tensors) // STEP), -(-len(places) // STEP))
-        self._all = _Part(tensors, places)
-        self._parts = [_Part([*classifiers, *tensors[i::turns]], places[i::turns]) for i in range(turns)]
+        self._all = Snapshot(tensors, places)
+        self._parts = [Snapshot([*classifiers, *tensors[i::turns]], places[i::turns]) for i in range(turns)]
         self._probe = classifiers[:1]
         self._dtype = classifiers[0].dtype if classifiers else None
         self._turn = 0
@@ -116,22 +112,6 @@ class WeightWatch:
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # a copy of the model watches its own weights
-
-
-class _Part:
-    def __init__(self, tensors: Iterable[Tensor], places: Iterable[tuple[dict[str, Any], str, Any]]) -> None:
-        self.tensors = list(tensors)
-        places = list(places)
-        self.owners = [owner for owner, _, _ in places]
-        self.names = [name for _, name, _ in places]
-        self.values = [value for _, _, value in places]
-        self.total = sum(map(_version, self.tensors))
-
-    def changed(self) -> bool:
-        # versions only grow, so their sum tells; both loops run in C
-        return sum(map(_version, self.tensors)) != self.total or not all(
-            map(operator.is_, map(dict.get, self.owners, self.names), self.values)
-        )
 
 
 class CalibrationGuard:
