@@ -144,8 +144,6 @@ def _columns(
     return pooled, mean and pooled != (1, 1), prefix_tokens * tokens
 
 
-def head_configs(head: HeadSpec, points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:
-    """A dict of ExitHead's grid, hidden, norm, mean and tokens for each exit.
 class _Folded(NamedTuple):
     """A head's layers for inference, and when they were computed."""
 
@@ -184,8 +182,8 @@ def _fold_layers(head: ExitHead) -> Layers | None:
     return tuple(layers)
 
 
-def head_configs(head: HeadSpec, count: int) -> list[dict[str, Any]]:
-    """A dict of ExitHead's grid, hidden and norm for each of `count` exits.
+def head_configs(head: HeadSpec, points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:
+    """A dict of ExitHead's grid, hidden, norm, mean and tokens for each exit.
 
     Args:
         head: Name of a preset, one dict for all exits, or a sequence of dicts, of which the last serves the remaining
