@@ -125,6 +125,10 @@ class ExitHead(nn.Module):
             folded = self._folded = _fold(self)
         return None if torch.is_grad_enabled() and folded.trainable else folded.layers
 
+    def train(self, mode: bool = True) -> ExitHead:
+        self._folded = None  # an optimizer may have written in ways that leave no trace
+        return super().train(mode)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExitHead:
         self._folded = None  # a new device or dtype leaves no trace in the parameters
         return super()._apply(fn, recurse)
