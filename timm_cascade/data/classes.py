@@ -154,19 +154,26 @@ def check_training_classes(data: Dataset) -> None:
 
 
 def weak_backbone(accuracy: Sequence[float], n: int) -> str | None:
-    """One sentence where the backbone knows the labels far less than a head on its own features does.
+    """One or two sentences where the backbone knows the labels less than a head on its own features does.
 
     Args:
         accuracy: (M+1,) of each exit on labelled images, the backbone's own last.
         n: How many images.
     """
     best = int(np.argmax(accuracy[:-1])) if len(accuracy) > 1 else 0
-    margin = max(0.1, 3 * 0.5 / max(n, 1) ** 0.5)  # three standard errors of a share
-    if len(accuracy) < 2 or accuracy[best] - accuracy[-1] < margin:
+    error = 0.5 / max(n, 1) ** 0.5  # standard error of a share, at most
+    gain = accuracy[best] - accuracy[-1] if len(accuracy) > 1 else 0.0
+    if gain < max(0.01, 3 * error):
         return None
+    if gain < 0.1:
+        return (
+            f"Exit {best} is right on {accuracy[best]:.1%} of these images, the backbone's own classifier on "
+            f'{accuracy[-1]:.1%}: a classifier trained like the heads may do better (timm-cascade train --classifier '
+            f'train, or train_heads(..., classifier=True)).'
+        )
     return (
         f'The backbone is right on {accuracy[-1]:.0%} of these images where its exit {best} is right on '
         f'{accuracy[best]:.0%}: its classifier was trained on other classes or on the same in another order. Compare '
         f'class_names with those it was trained on (load_data(..., class_order="text") is torchvision\'s order), or '
-        f'train the classifier too.'
+        f'train the classifier too (timm-cascade train --classifier train, or train_heads(..., classifier=True)).'
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from ..utils.progress import progress
 from .calibrate import record
 
 __all__ = ['EveryExit', 'Report', 'evaluate']
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,13 @@ def evaluate(
     closed = np.isinf(model.thresholds.numpy())
     macs = exit_costs(model.stage_macs(), model.head_macs(), closed)[exit_of].mean()
     count = len(model.exits) + 1
+    if paired.mean() > half:
+        _logger.warning(
+            'The cascade is right on %.1f %% of these images, the backbone alone on %.1f %%: its own classifier is the '
+            'weaker part. timm-cascade train --classifier train (train_heads(..., classifier=True)) trains it too.',
+            100 * correct.mean(),
+            100 * full_correct.mean(),
+        )
     return Report(
         n=len(correct),
         thresholds=tuple(model.thresholds.tolist()),
