@@ -180,18 +180,19 @@ def build(folders: dict[str, Path], out: Path, seed: int, fraction: float) -> di
 
 
 def load(split: str, folder: Path = BUILT) -> ImageData:
-    """`train`, or the held-out emoji: `held_out`, and its halves `calibration` and `test`.
+    """`train`, or the held-out emoji: `held_out`, and its halves `calibration` and `test`; slices as in `train[:90%]`.
 
     Raises:
         FileNotFoundError: The set is not built yet.
     """
     files = dict(train='train', held_out='test', calibration='test_calibration', test='test_report')
-    if split not in files:
+    name, bracket, part = split.partition('[')
+    if name not in files:
         raise ValueError(f'split {split!r} is not one of {sorted(files)}.')
-    path = folder / f'{files[split]}.parquet'
+    path = folder / f'{files[name]}.parquet'
     if not path.is_file():
         raise FileNotFoundError(f'{path} is not there; run python scripts/datasets/emoji.py --out {folder} first.')
-    data = load_data(path)
+    data = load_data(path, f'train[{part}' if bracket else None)
     data.source, data.split = 'emoji-datasource', split
     # decoded once: the epochs that follow read arrays
     data.images = [np.asarray(data.images[i].convert('RGB')) for i in range(len(data))]

@@ -3,7 +3,10 @@
     python scripts/releases/release.py hub/recipes/cascade_cifar_resnet20.fashion_mnist.yaml
 
 Each step leaves its result in runs/NAME/ and is not repeated while the part of the recipe it came from is the same;
-the backbone continues at the epoch where it was stopped. The log is runs/NAME/release.log.
+the backbone continues at the epoch where it was stopped. The log is runs/NAME/release.log. `backbone` in a recipe says
+how to train one from nothing, with `finetune` how to fine-tune ImageNet weights (`efficientnet_lite`: which size), or
+`published: true`, which takes timm's weights as they are. Where a recipe holds the figures of the paper (`paper`), they
+are printed beside ours and written to runs/NAME/paper.md.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import json
 import logging
 import shutil
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +32,24 @@ from accelerate.utils import set_seed
 
 import timm_cascade
 from scripts import ROOT
-from scripts.datasets import emoji, fashion_mnist
+from scripts.datasets import elpv, emoji, fashion_mnist, han
+from scripts.releases import efficientnet_lite
 from scripts.releases.backbones import train_backbone
 from scripts.releases.cards import write_card
 from scripts.releases.pictures import plot_tradeoff
 from timm_cascade import hub
-from timm_cascade.utils.files import write_text
+from timm_cascade.utils.files import replacing, write_text
 
 _logger = logging.getLogger('release')
-DATA = {'fashion_mnist': fashion_mnist.load, 'emoji': emoji.load}
+DATA = {'fashion_mnist': fashion_mnist.load, 'emoji': emoji.load, 'elpv': elpv.load, 'han': han.load}
+
+
+def loader(recipe: dict[str, Any]) -> Callable[[str], timm_cascade.ImageData]:
+    """What loads a split of the recipe's data: a script of this repository, or the Hub where `name` is `hub`."""
+    data = recipe['data']
+    if data['name'] != 'hub':
+        return DATA[data['name']]
+    return partial(timm_cascade.load_data, data['dataset'], label_column=data.get('label_column'))
 
 
 class Steps:
@@ -63,26 +77,48 @@ def create_backbone(recipe: dict[str, Any]) -> torch.nn.Module:
     return timm.create_model(recipe['model']['base'], **recipe['model']['create'])
 
 
+def finetune_backbone(recipe: dict[str, Any], train: Any, work: Path) -> None:
+    """Fine-tunes published weights on `train`; the validation images of the recipe choose the epoch."""
+    create, settings = dict(recipe['model']['create']), dict(recipe['backbone'])
+    size = settings.pop('efficientnet_lite', None)
+    if size is not None:
+        weights = efficientnet_lite.write(size, work.parent / f'tf_efficientnet_lite{size}.safetensors')
+        create['pretrained_cfg_overlay'] = {**create.get('pretrained_cfg_overlay', {}), 'file': str(weights)}
+    set_seed(settings['seed'])
+    backbone = timm.create_model(recipe['model']['base'], pretrained=size is not None, **create)
+    model = timm_cascade.CascadeModel(backbone)
+    validation = loader(recipe)(recipe['data']['validation'])
+    timm_cascade.finetune(model, train, validation, **settings.pop('finetune'), seed=settings['seed'], work_dir=work)
+    with replacing(work / 'finetuned.pt') as temporary:
+        torch.save(dict(model=backbone.state_dict()), temporary)
+
+
 def build(recipe: dict[str, Any], work: Path) -> dict[str, Any]:
     """Runs what is due; returns the report that the card shows."""
-    load = DATA[recipe['data']['name']]
+    load = loader(recipe)
     train, calibration = load(recipe['data']['train']), load(recipe['data']['calibration'])
     steps, staged = Steps(work / 'steps.json'), work / 'release'
     model_parts = (recipe['model'], recipe['data'])
 
     if steps.due('backbone', recipe['model']['base'], recipe['model']['create'], recipe['data'], recipe['backbone']):
-        train_backbone(create_backbone(recipe), train, calibration, work / 'backbone.pt', recipe['backbone'])
+        if 'finetune' in recipe['backbone']:
+            finetune_backbone(recipe, train, work)
+        elif not recipe['backbone'].get('published'):
+            train_backbone(create_backbone(recipe), train, calibration, work / 'backbone.pt', recipe['backbone'])
         steps.finish('backbone')
 
     if steps.due('heads', *model_parts, recipe['heads']):
         set_seed(recipe['heads']['seed'])
         model = timm.create_model(
             f'cascade_{recipe["model"]["base"]}',
-            exits=recipe['model']['exits'],
-            head=recipe['model']['head'],
+            exits=recipe['model'].get('exits'),
+            head=recipe['model'].get('head', 'enhanced'),
+            pretrained=recipe['backbone'].get('published', False),
             **recipe['model']['create'],
         )
-        model.load_state_dict(torch.load(work / 'backbone.pt', map_location='cpu', weights_only=True)['model'])
+        if not recipe['backbone'].get('published'):
+            weights = work / ('finetuned.pt' if 'finetune' in recipe['backbone'] else 'backbone.pt')
+            model.load_state_dict(torch.load(weights, map_location='cpu', weights_only=True)['model'])
         model.pretrained_cfg.update(license=recipe['model']['licence'])
         model.label_names = train.class_names
         timm_cascade.train_heads(model, train, calibration, **recipe['heads'], work_dir=work)
@@ -124,6 +160,29 @@ def test(model: timm_cascade.CascadeModel, data: timm_cascade.data.ImageData, di
     return dict(rows=rows, n=len(data), split=data.split, every_exit=dataclasses.asdict(exits))
 
 
+def beside_paper(recipe: dict[str, Any], report: dict[str, Any]) -> str:
+    """A table of the paper's figures for this network and data, and of ours, in per cent."""
+    paper = recipe['paper']
+
+    def accuracies(values: list[float]) -> str:
+        return ' / '.join(f'{v:.1f}' for v in values)
+
+    lines = [
+        f'Correct at each exit: the paper {accuracies(paper["exits"])}; ours '
+        f'{accuracies([100 * a for a in report["every_exit"]["accuracy"]])} ({report["n"]:,} images of '
+        f'`{report["split"]}`). An exit of ours need not stand where one of the paper stands.',
+        '',
+        '| who | allowed, points | change of accuracy, points | MACs saved, % |',
+        '| --- | --- | --- | --- |',
+        *(f'| the paper | | {change:+.2f} | {saved:.1f} |' for saved, change in paper['saved']),
+    ]
+    for row in report['rows']:
+        change = 100 * (row['accuracy'] - row['full_accuracy'])
+        saved = 100 * (1 - row['macs_share'])
+        lines.append(f'| ours, {row["rule"]} | {100 * row["max_drop"]:g} | {change:+.2f} | {saved:.1f} |')
+    return '\n'.join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('recipe', type=Path)
@@ -141,6 +200,9 @@ def main() -> None:
 
     report = build(recipe, work)
     staged, target = work / 'release', args.out / recipe['name']
+    if 'paper' in recipe:
+        write_text(work / 'paper.md', beside_paper(recipe, report) + '\n')
+        print(beside_paper(recipe, report))
     plot_tradeoff(report, staged / 'tradeoff.png', recipe['name'])
     write_card(hub.load(staged), recipe, report, staged / hub.CARD)
     shutil.copytree(staged, target, dirs_exist_ok=True)
