@@ -169,8 +169,9 @@ def _fold(head: ExitHead) -> _Folded:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _fold_layers(head: ExitHead) -> Layers | None:
-    norm, hidden, fc = head.norm, head.hidden, head.fc
-    linear = [*hidden, fc] if isinstance(hidden, nn.Sequential) else [fc]
+    norm: Any = head.norm
+    hidden, fc = head.hidden, head.fc
+    linear: list[Any] = [*hidden, fc] if isinstance(hidden, nn.Sequential) else [fc]
     kinds = [type(m) for m in linear]
     known = kinds in ([nn.Linear], [nn.Linear, nn.ReLU, nn.Linear]) and type(norm) in (nn.Identity, *NORMS)
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (norm, hidden, *linear))
