@@ -27,9 +27,9 @@ def _seed() -> None:
 
 @pytest.fixture(scope='session', params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> timm_cascade.CascadeModel:
-    """A small cascade of each family, 7 classes, nothing set; whoever sets thresholds puts them back."""
+    """A small cascade of each family, 7 classes, three exits, nothing set; whoever sets thresholds puts them back."""
     torch.manual_seed(0)
-    return timm.create_model(f'cascade_{request.param}', num_classes=7).eval()
+    return timm.create_model(f'cascade_{request.param}', num_classes=7, exits=3).eval()
 
 
 @pytest.fixture
