@@ -3,6 +3,8 @@
 Importing this package registers `cascade_<name>` with timm for every model timm knows.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from timm import create_model
 
 from . import moved, registry  # noqa: F401  registry registers the models, moved says where old modules are
@@ -28,7 +30,6 @@ from .errors import (
     TableMismatchError,
     ThresholdError,
 )
-from .exporters import export
 from .hub import load, push_to_hub, save
 from .inference.batch import CascadeOutput
 from .inference.stream import StreamOutput
@@ -42,6 +43,9 @@ from .thresholds import Calibration, OperatingPoint, Profile, ThresholdTable
 from .training.finetune import finetune
 from .training.train import train_heads
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .exporters import export
 
 __all__ = [
     'BackboneError',
@@ -87,3 +91,11 @@ __all__ = [
     'save',
     'train_heads',
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == 'export':  # few programs export, and its imports would take longer than all others
+        from .exporters import export
+
+        return export
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

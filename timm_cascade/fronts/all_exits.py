@@ -20,7 +20,7 @@ class Exits(NamedTuple):
     """What samples may exit at.
 
     Attributes:
-        points: Of the M exits, fronts first.
+        points: The M exits, fronts first.
         heads: M modules, features to logits.
         configs: Descriptions of the heads behind the fronts.
     """

@@ -34,7 +34,7 @@ class FrontConfig:
         args: Arguments of its constructor.
         cfg: input_size, mean, std and interpolation of its images.
         size: Height and width of the images that it gets.
-        digest: Of its weights.
+        digest: Digest of the weights (`state_digest`).
         published: The checkpoint that has them; None where there is none.
     """
 

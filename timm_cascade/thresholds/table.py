@@ -29,7 +29,7 @@ class ThresholdTable:
         input_size: (channels, height, width); None where unknown.
         points: Operating points in any order.
         provenance: Data set, split, transform, dtype, versions and the like; JSON values.
-        confidences: For each exit the histogram of its confidences on the calibration samples, see `drift.bins_of`;
+        confidences: Histogram of the confidences of each exit on the calibration samples, see `drift.bins_of`;
             None in tables of earlier versions.
         extra: Keys of a stored table that this version does not know.
     """

@@ -39,8 +39,8 @@ class Features:
     """One pair's frozen side.
 
     Attributes:
-        pooled: For each split, exit and grid: (n, C, g * g) float16, mapped from disk; `tokens` in place of a grid for
-            the prefix tokens (n, C, tokens), where there are any.
+        pooled: One array per split, exit and grid: (n, C, g * g) float16, mapped from disk;
+            `tokens` instead of a grid for the prefix tokens (n, C, tokens), where there are any.
         logits: For each split, the backbone's (n, num_classes) float32.
         labels: For each split (n,).
         shapes: For each exit the arguments of ExitHead that describe its features.
