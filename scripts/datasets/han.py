@@ -1,20 +1,24 @@
 """Builds the Han data set: 1,000 characters at 64 pixels, rendered from fonts that are installed, split by font.
 
-    apt-get install fonts-noto-cjk-extra fonts-wqy-zenhei fonts-wqy-microhei fonts-arphic-ukai fonts-lxgw-wenkai ...
+    apt-get install fonts-noto-cjk-extra fonts-lxgw-wenkai fonts-klee fonts-reggae fonts-yusei-magic fonts-smiley-sans \
+        fonts-rampart                                                   # all under the OFL
     python scripts/datasets/han.py --out runs/han
 
 Characters are those that Chinese and Japanese schools share (level 1 of GB 2312 and of JIS X 0208, and Big5): every
-font has to have all of them, whatever its language. Of the font files found, a quarter each is kept for
-calibration.parquet and test.parquet, the others are train.parquet, which also has every character in other sizes, at
-other places and a little turned. All faces of a family stay in one file. Give the folders of fonts with open licences
-(OFL) where a network that was trained on them is to be published: --fonts.
+font has to have all of them, whatever its language. About 60 % of the font files are train.parquet, which also has
+every character in other sizes, at other places and a little turned. The pictures of all other fonts are divided at
+random between calibration.parquet and test.parquet, so that a certificate from one holds for the other. All faces of a
+family are on one side. Give the folders of fonts with open licences (OFL) where a network that was trained on them is
+to be published: --fonts.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, so that scripts.* is found
@@ -40,11 +44,12 @@ def characters(count: int = CHARACTERS) -> list[str]:
             continue
         if gb[0] - 0xA0 <= 55 and len(jis) == 2 and jis[0] - 0xA0 <= 47:  # rows of level 1
             shared.append(chr(code))
+    shared.remove('牙')  # several Japanese fonts draw only its other form
     return [shared[i] for i in np.linspace(0, len(shared) - 1, count).astype(int)]
 
 
 def usable_fonts(folders: Sequence[Path], wanted: Sequence[str], least: int = LEAST_FONTS) -> list[Path]:
-    """Font files below `folders` that have all the characters.
+    """Font files below `folders` that have all the characters; monospaced twins draw the same ones and are left out.
 
     Raises:
         RuntimeError: Fewer than `least`; the message says what was found and which packages bring fonts.
@@ -52,6 +57,7 @@ def usable_fonts(folders: Sequence[Path], wanted: Sequence[str], least: int = LE
     from fontTools.ttLib import TTFont, TTLibError
 
     found = sorted(p for folder in folders for p in folder.rglob('*') if p.suffix.lower() in SUFFIXES)
+    found = [p for p in found if 'Mono' not in p.stem]
     codes, fonts = {ord(c) for c in wanted}, []
     for path in found:
         try:
@@ -64,24 +70,22 @@ def usable_fonts(folders: Sequence[Path], wanted: Sequence[str], least: int = LE
         raise RuntimeError(
             f'{len(fonts)} of {len(found)} font files below {", ".join(map(str, folders))} have all {len(codes)} '
             f"characters; expected at least {least}. Install more, for example Debian's fonts-noto-cjk-extra, "
-            f'fonts-wqy-zenhei, fonts-wqy-microhei, fonts-arphic-ukai, fonts-lxgw-wenkai.'
+            f'fonts-lxgw-wenkai, fonts-klee, fonts-reggae, fonts-yusei-magic, fonts-smiley-sans, fonts-rampart.'
         )
     return fonts
 
 
 def split_fonts(fonts: Sequence[Path], seed: int = 0) -> dict[str, list[Path]]:
-    """Font files of each split; files of one family (the name up to the first - or _) stay together."""
+    """Font files to train with and to hold out; files of one family (the name up to the first - or _) stay together."""
     families: dict[str, list[Path]] = {}
     for path in sorted(fonts):
         families.setdefault(path.stem.replace('_', '-').partition('-')[0].lower(), []).append(path)
-    if len(families) < 3:
-        raise RuntimeError(
-            f'the fonts are of {len(families)} families ({", ".join(families)}); expected at least three.'
-        )
+    if len(families) < 2:
+        raise RuntimeError(f'the fonts are of {len(families)} families ({", ".join(families)}); expected at least two.')
     order = [sorted(families)[i] for i in np.random.default_rng(seed).permutation(len(families))]
-    parts: dict[str, list[Path]] = dict(train=[], calibration=[], test=[])
-    for name in order:  # each to the split that has least of its share
-        share = dict(train=0.5, calibration=0.25, test=0.25)
+    parts: dict[str, list[Path]] = dict(train=[], held_out=[])
+    for name in order:  # each to the side that has least of its share
+        share = dict(train=0.6, held_out=0.4)
         parts[min(parts, key=lambda part: len(parts[part]) / share[part])] += families[name]
     return parts
 
@@ -120,18 +124,19 @@ def _font(path: Path, points: int) -> ImageFont.FreeTypeFont:
 
 
 def build(out: Path, folders: Sequence[Path], wanted: Sequence[str], least: int = LEAST_FONTS) -> dict[str, list[str]]:
-    """Writes the three parquet files; returns the names of the font files in each."""
+    """Writes the three parquet files; returns the names of the font files on each side."""
     parts = split_fonts(usable_fonts(folders, wanted, least))
-    for split, fonts in parts.items():
-        rows = [
-            (png(picture), label)
-            for number, path in enumerate(fonts)
-            for label, each in enumerate(render(path, wanted, VARIATIONS if split == 'train' else 0, number))
-            for picture in each
-        ]
+    for side, fonts in parts.items():
+        variations = itertools.repeat(VARIATIONS if side == 'train' else 0)
+        with ProcessPoolExecutor() as pool:
+            drawn = list(pool.map(render, fonts, itertools.repeat(wanted), variations, range(len(fonts))))
+        rows = [(png(picture), label) for font in drawn for label, each in enumerate(font) for picture in each]
         rows = [rows[i] for i in np.random.default_rng(1).permutation(len(rows))]
-        write_split(out / f'{split}.parquet', [r[0] for r in rows], [r[1] for r in rows], list(wanted))
-    return {split: [path.name for path in fonts] for split, fonts in parts.items()}
+        half = len(rows) // 2
+        splits = dict(train=rows) if side == 'train' else dict(calibration=rows[:half], test=rows[half:])
+        for split, part in splits.items():
+            write_split(out / f'{split}.parquet', [r[0] for r in part], [r[1] for r in part], list(wanted))
+    return {side: [path.name for path in fonts] for side, fonts in parts.items()}
 
 
 def load(split: str, folder: Path = BUILT) -> ImageData:
@@ -148,8 +153,8 @@ def main() -> None:
         parts = build(args.out, args.fonts, characters())
     except (RuntimeError, ModuleNotFoundError) as e:
         sys.exit(f'han: {e}')
-    for split, names in parts.items():
-        print(f'{split}.parquet: {CHARACTERS} characters from {", ".join(names)}')
+    for side, names in parts.items():
+        print(f'{side.replace("_", " ")}: {CHARACTERS} characters from {", ".join(names)}')
 
 
 if __name__ == '__main__':

@@ -77,7 +77,7 @@ def create_backbone(recipe: dict[str, Any]) -> torch.nn.Module:
     return timm.create_model(recipe['model']['base'], **recipe['model']['create'])
 
 
-def finetune_backbone(recipe: dict[str, Any], train: Any, work: Path) -> None:
+def finetune_backbone(recipe: dict[str, Any], train: Any, work: Path, workers: int) -> None:
     """Fine-tunes published weights on `train`; the validation images of the recipe choose the epoch."""
     create, settings = dict(recipe['model']['create']), dict(recipe['backbone'])
     size = settings.pop('efficientnet_lite', None)
@@ -86,14 +86,17 @@ def finetune_backbone(recipe: dict[str, Any], train: Any, work: Path) -> None:
         create['pretrained_cfg_overlay'] = {**create.get('pretrained_cfg_overlay', {}), 'file': str(weights)}
     set_seed(settings['seed'])
     backbone = timm.create_model(recipe['model']['base'], pretrained=size is not None, **create)
+    backbone.reset_classifier(backbone.num_classes)  # that of ImageNet means nothing here, even to a thousand classes
     model = timm_cascade.CascadeModel(backbone)
     validation = loader(recipe)(recipe['data']['validation'])
-    timm_cascade.finetune(model, train, validation, **settings.pop('finetune'), seed=settings['seed'], work_dir=work)
+    timm_cascade.finetune(
+        model, train, validation, **settings.pop('finetune'), seed=settings['seed'], workers=workers, work_dir=work
+    )
     with replacing(work / 'finetuned.pt') as temporary:
         torch.save(dict(model=backbone.state_dict()), temporary)
 
 
-def build(recipe: dict[str, Any], work: Path) -> dict[str, Any]:
+def build(recipe: dict[str, Any], work: Path, workers: int = 0) -> dict[str, Any]:
     """Runs what is due; returns the report that the card shows."""
     load = loader(recipe)
     train, calibration = load(recipe['data']['train']), load(recipe['data']['calibration'])
@@ -102,7 +105,7 @@ def build(recipe: dict[str, Any], work: Path) -> dict[str, Any]:
 
     if steps.due('backbone', recipe['model']['base'], recipe['model']['create'], recipe['data'], recipe['backbone']):
         if 'finetune' in recipe['backbone']:
-            finetune_backbone(recipe, train, work)
+            finetune_backbone(recipe, train, work, workers)
         elif not recipe['backbone'].get('published'):
             train_backbone(create_backbone(recipe), train, calibration, work / 'backbone.pt', recipe['backbone'])
         steps.finish('backbone')
@@ -121,7 +124,7 @@ def build(recipe: dict[str, Any], work: Path) -> dict[str, Any]:
             model.load_state_dict(torch.load(weights, map_location='cpu', weights_only=True)['model'])
         model.pretrained_cfg.update(license=recipe['model']['licence'])
         model.label_names = train.class_names
-        timm_cascade.train_heads(model, train, calibration, **recipe['heads'], work_dir=work)
+        timm_cascade.train_heads(model, train, calibration, **recipe['heads'], workers=workers, work_dir=work)
         hub.save(model, staged)
         steps.finish('heads')
 
@@ -188,6 +191,7 @@ def main() -> None:
     parser.add_argument('recipe', type=Path)
     parser.add_argument('--out', type=Path, default=ROOT / 'hub' / 'releases', help='where releases are staged')
     parser.add_argument('--work', type=Path, default=ROOT / 'runs', help='where unfinished work is kept')
+    parser.add_argument('--workers', type=int, default=0, help='processes that decode images')
     args = parser.parse_args()
     recipe = yaml.safe_load(args.recipe.read_text(encoding='utf-8'))
     work = args.work / recipe['name']
@@ -198,7 +202,7 @@ def main() -> None:
         handlers=[logging.StreamHandler(), logging.FileHandler(work / 'release.log')],
     )
 
-    report = build(recipe, work)
+    report = build(recipe, work, args.workers)
     staged, target = work / 'release', args.out / recipe['name']
     if 'paper' in recipe:
         write_text(work / 'paper.md', beside_paper(recipe, report) + '\n')

@@ -103,14 +103,23 @@ def test_characters_are_split_by_font_and_families_stay_together(tmp_path):
         'ddd_1.ttf',
     ]
     assert any({'aaa-Regular.ttf', 'aaa-Bold.ttf'} <= set(names) for names in parts.values())
-    for split, names in parts.items():
+    counts = {}
+    for split in ('train', 'calibration', 'test'):
         data = han.load(split, tmp_path / 'out')
-        times = len(names) * (1 + han.VARIATIONS * (split == 'train'))
-        assert names and np.bincount(data.labels).tolist() == [times] * 3
+        counts[split] = np.bincount(data.labels, minlength=3)
         assert data.class_names == list('一二三') and data.images[0].shape == (64, 64, 3)
         dark = [int((image < 128).sum()) for image in data.images]
         if split != 'train':  # the higher the bar, the darker
-            assert dark[int(np.argmax(data.labels == 2))] > dark[int(np.argmax(data.labels == 0))] > 0
+            assert dark[int(np.argmax(data.labels))] > dark[int(np.argmin(data.labels))] > 0
+    assert counts['train'].tolist() == [len(parts['train']) * (1 + han.VARIATIONS)] * 3
+    assert (counts['calibration'] + counts['test']).tolist() == [len(parts['held_out'])] * 3
+    assert abs(counts['calibration'].sum() - counts['test'].sum()) <= 1
+
+
+def test_monospaced_twins_are_left_out(tmp_path):
+    for name in ('aaa-Regular', 'aaaMono-Regular', 'bbb'):
+        font(tmp_path / f'{name}.ttf', '一二三')
+    assert [p.stem for p in han.usable_fonts([tmp_path], '一二三', least=2)] == ['aaa-Regular', 'bbb']
 
 
 def test_fonts_without_the_characters_or_that_draw_nothing(tmp_path):

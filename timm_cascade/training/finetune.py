@@ -165,7 +165,8 @@ class _Finetuner:
         )
         optimizer = accelerator.prepare(optimizer)
         fingerprints = [str(getattr(data, 'fingerprint', len(data))) for data in (self.train, val)]  # type: ignore[arg-type]
-        work_dir = WorkDir(folder, 'backbone', accelerator, [settings, fingerprints, self._shapes(), self.step_size])
+        decisive = {name: value for name, value in settings.items() if name != 'workers'}
+        work_dir = WorkDir(folder, 'backbone', accelerator, [decisive, fingerprints, self._shapes(), self.step_size])
         self._continue(work_dir.load(), optimizer)
         bar = progress(
             None,
