@@ -1,8 +1,8 @@
 """The backbone's stages, each compiled together with its weights.
 
 A stage is compiled once for any number of samples. On a GPU, where a CUDA graph replays one shape, samples are padded
-to a few batch sizes, each compiled when it is first needed. Where compiling fails, the stage runs as exported, and a
-warning says why.
+to a few batch sizes: the graph of each is recorded when it is first needed. Where compiling fails, the stage runs as
+exported, and a warning says why.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from ..backbone import select_rows
 from ..utils.snapshot import Snapshot
+from .cuda_graphs import replaying
 from .graph import Stage, StagedBackbone
 
 __all__ = ['CompileOptions', 'CompiledBackbone']
@@ -36,6 +37,7 @@ class CompileOptions:
         channels_last: Images and weights of convolutions in channels-last memory.
         fold: Let the compiler fold weights: batch norms into convolutions, and packed weights on a CPU.
         buckets: Pad to a few batch sizes; None where CUDA graphs need it.
+        static: Compile each of these batch sizes by itself, instead of one form for all, of which each has its graph.
     """
 
     backend: str = 'inductor'
@@ -43,6 +45,7 @@ class CompileOptions:
     channels_last: bool = False
     fold: bool = False
     buckets: bool | None = None
+    static: bool = False
 
 
 class CompiledBackbone(StagedBackbone):
@@ -61,7 +64,8 @@ class CompiledBackbone(StagedBackbone):
         self.weights_then, self.memory = Snapshot(tensors), next(backbone.parameters()).data_ptr()
         mode = options.mode or ('max-autotune' if images.is_cuda else None)
         self.buckets = options.buckets if options.buckets is not None else images.is_cuda and mode in GRAPHS
-        kwargs: dict[str, Any] = dict(backend=options.backend, dynamic=False if self.buckets else None, mode=mode)
+        self.static = self.buckets and options.static
+        kwargs: dict[str, Any] = dict(backend=options.backend, dynamic=False if self.static else None, mode=mode)
         if options.backend == 'inductor' and options.fold:
             # torch.compile takes a mode or options, so the mode's options are spelled out
             kwargs['options'] = {**(torch._inductor.list_mode_options(mode) if mode else {}), 'freezing': True}
@@ -73,7 +77,7 @@ class CompiledBackbone(StagedBackbone):
                 plain, kwargs, [self._rows(n) for n in stage.inputs], [self._rows(n) for n in stage.outputs]
             )
         # compiled at once, so that errors show here; for any number of samples, which a batch of one does not represent
-        example = images if self.buckets or len(images) > 1 else images.expand(2, *images.shape[1:])
+        example = images if self.static or len(images) > 1 else images.expand(2, *images.shape[1:])
         self.run(backbone, example, lambda index, boundary: None)
         for stage in self.stages:
             stage.module.settled = True
@@ -114,16 +118,17 @@ class CompiledBackbone(StagedBackbone):
             device = next(t.device for t in inputs if isinstance(t, Tensor))
             padding = torch.arange(size, device=device).clamp_(max=alive - 1)
             inputs = [select_rows(t, padding, r) if r else t for t, r in zip(inputs, form.input_rows, strict=True)]
-        elif not self.buckets and not form.settled:
+        if not self.static and not form.settled:
             for tensor, rows in zip(inputs, form.input_rows, strict=True):
                 if rows:
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
         with torch.no_grad():
-            outputs = form(inputs, size if self.buckets else 0)
-        if not self.buckets:
-            return outputs
-        # CUDA graphs write to the same memory every time, so outputs are copied
-        return [(t[: alive * r] if r else t).clone() for t, r in zip(outputs, form.output_rows, strict=True)]
+            if not self.buckets:
+                return form(inputs, 0)
+            with replaying(next(t.device for t in inputs if isinstance(t, Tensor))):
+                outputs = form(inputs, size if self.static else 0)
+                # CUDA graphs write to the same memory every time, so outputs are copied
+                return [(t[: alive * r] if r else t).clone() for t, r in zip(outputs, form.output_rows, strict=True)]
 
 
 class CompiledStage:

@@ -169,7 +169,7 @@ def network_rows(name: str, folder: Path, batch: int, seconds: float, least: int
         contestants[f'{share}'] = partial(routed, cascade, thresholds, batches)
     for last, size in occurring([sizes for share in SHARES for sizes in came[share]]):
         contestants[f'stages {size}'] = partial(mean_stages, cascade, images[:size], last, len(batches))
-    runs = in_turns(contestants, seconds, least, warm=batch < 64)
+    runs = in_turns(contestants, seconds, least, warm=int(batch < 64))
     stages = {int(k[7:]): np.stack(v) for k, v in runs.returned.items() if k.startswith('stages ')}
     rows = [
         dict(

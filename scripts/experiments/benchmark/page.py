@@ -7,11 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
-
 from scripts import evidence
 from timm_cascade.utils.files import replacing, write_text
 
@@ -61,6 +56,11 @@ def write(docs: Path, sections: dict[str, Any], render: Callable[[str, dict[str,
 
 def plot(sections: dict[str, Any], path: Path) -> None:
     """Left: time of the cascade over plain, against the ideal's. Right: how much faster than each peer."""
+    import matplotlib  # here, as a borrowed machine may not have it
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
     bars = [
         (f'earlyon, {"random" if "resnet18" in r["what"] else "real"} images, batch {r["batch"]}', r['throughput'])
         for r in sections.get('earlyon', {}).get('rows', [])

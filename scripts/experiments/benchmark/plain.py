@@ -159,7 +159,7 @@ def measure(network: Network, images: Tensor, batch: int, seconds: float, least:
         for last, n in occurring([sizes for share in SHARES for sizes in came[mode, share]]):
             contestants[f'stages {mode} {n}'] = partial(mean_stages, model, whole[:n], last, len(batches))
     # a batch of 64 runs for seconds: what its first run sets up is little of that, and a median leaves it out
-    runs = in_turns(contestants, seconds, least, warm=batch < 64)
+    runs = in_turns(contestants, seconds, least, warm=int(batch < 64))
     best = min(modes, key=lambda m: np.median(runs.seconds[f'plain {m}']))
     rows = []
     for (mode, share), sizes in came.items():

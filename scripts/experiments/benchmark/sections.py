@@ -9,6 +9,7 @@
     export     exported cascades in onnxruntime, beside the plain network's ONNX file and earlyon's export
     overhead   exits off, import, first forward, memory of stream
 
+    gpu                       everything an accelerator is needed for, with a page of its own
     training                  what training heads costs; printed only
     static-networks RECIPE    trains the smaller networks that `static` needs
 
@@ -38,7 +39,11 @@ from scripts.experiments.benchmark.timing import machine
 SECTIONS = dict(
     plain='plain', earlyon='peer', static='static', release='release', overhead='overhead', export='exported'
 )
-OTHERS = {'training': 'training', 'static-networks': 'static_networks'}  # commands that write no section
+OTHERS = {
+    'gpu': 'gpu',
+    'training': 'training',
+    'static-networks': 'static_networks',
+}  # commands that write no section of this page
 
 
 def module_of(name: str) -> Any:

@@ -40,10 +40,13 @@ def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def in_turns(contestants: dict[str, Callable[[], Any]], seconds: float, least: int = 3, warm: bool = True) -> Runs:
-    """Runs all contestants again and again, at least `least` times each, for about `seconds`; one warm-up each."""
+def in_turns(contestants: dict[str, Callable[[], Any]], seconds: float, least: int = 3, warm: int = 1) -> Runs:
+    """Runs all contestants again and again, at least `least` times each, for about `seconds`.
+
+    Before that each runs `warm` times: a CUDA graph is compiled by the first call, recorded by the second.
+    """
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')  # whose work the clock waits for
-    for call in contestants.values() if warm else ():
+    for call in [c for c in contestants.values() for _ in range(warm)]:
         call()
     times: dict[str, list[float]] = {name: [] for name in contestants}
     returned: dict[str, list[Any]] = {name: [] for name in contestants}
@@ -114,9 +117,9 @@ def ideal_seconds(batches: Sequence[Sequence[int]], stages: dict[int, np.ndarray
     return total
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str | None = None) -> dict[str, Any]:
     """What the figures were measured on."""
     import timm
 
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    return dict(device=device_name(device), torch=torch.__version__.split('+')[0], timm=timm.__version__)
+    used = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    return dict(device=device_name(used), torch=torch.__version__.split('+')[0], timm=timm.__version__)
