@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ import timm
 import torch
 
 import timm_cascade  # noqa: F401  registers the cascades
+from scripts.experiments.benchmark import gpu, gpu_cells, static_networks, timing
 from scripts.experiments.benchmark import page as bench_page
 from scripts.experiments.benchmark import plain as bench_plain
 from scripts.experiments.benchmark import sections as benchmark
 from scripts.experiments.benchmark import static as bench_static
-from scripts.experiments.benchmark import static_networks, timing
 
 SMALL = dict(num_classes=10, pretrained_cfg_overlay=dict(input_size=(3, 32, 32)))
 
@@ -153,3 +154,52 @@ def test_a_tiny_run_writes_its_section_and_leaves_others(tmp_path, capsys):
     assert 'quick run' in text and '**missed** (<= 150 ms)' in text
     assert (tmp_path / 'results' / 'benchmark.png').stat().st_size > 1000
     assert '| resnet18 | 2 | eager | 40% |' in capsys.readouterr().out
+
+
+def test_the_gpu_s_command_says_what_it_needs(capsys, tmp_path):
+    for argv, message in (([], 'no CUDA device'), (['--device', 'cpu'], '--out FOLDER')):
+        if argv or not torch.cuda.is_available():
+            with pytest.raises(SystemExit):
+                benchmark.main(['gpu', *argv])
+            assert message in capsys.readouterr().err
+
+
+def test_the_gpu_s_important_cells_come_first():
+    cells = gpu.plan(gpu.parser_of().parse_args([]))
+    assert [c[1:4] for c in cells[:4]] == [(n, d, 64) for n in ('resnet50', 'release') for d in ('float32', 'bfloat16')]
+    assert {c.batch for c in cells[:12]} == {1, 64, 256} and {c.network for c in cells[:12]} == set(gpu.FIRST)
+    assert len(cells) == len({c.name for c in cells})
+    jobs = gpu.jobs_of(cells)
+    assert len(jobs) == len(set(jobs))
+    assert ('resnet50', 'float32', 'cascade', 'graphs', 256) not in jobs  # the form of 64 serves it
+
+
+def gpu_trial(tmp_path, *argv):
+    common = ['--device', 'cpu', '--backend', 'eager', '--networks', 'test_resnet', '--batch', '2']
+    shown = ['--dtypes', 'float32', '--seconds', '0', '--repetitions', '2', '--workers', '0', '--out', str(tmp_path)]
+    benchmark.main(['gpu', *common, *shown, *argv])
+    content = json.loads((tmp_path / 'results' / 'gpu.json').read_text())
+    return content, (tmp_path / 'pages' / 'evidence' / 'gpu.md').read_text()
+
+
+def test_a_tiny_run_of_the_gpu_s_cells(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_cells, 'SHARES', (0.0, 0.4))
+    content, page = gpu_trial(tmp_path)
+    done = {(c['kind'], *c['modes']): c for c in content['cells']}
+    assert not [c for c in content['cells'] if 'error' in c] and content['missing'] == []
+    compared, streamed = done['compare', 'compiled', 'graphs', 'static'], done['regroup', 'graphs']
+    assert compared['still_compiled'] == dict(graphs=True, static=True)
+    assert {r['mode'] for r in compared['rows']} >= {'graphs', 'static'} and len(streamed['rows']) == 2
+    assert 'a trial on a CPU' in page and '| test_resnet | float32 | 2 | graphs | 40% |' in page
+    assert str(tmp_path) not in page
+
+
+def test_what_the_time_does_not_suffice_for_and_what_fails_is_named(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError('no such kernel')
+
+    monkeypatch.setattr(gpu, 'compare', fail)
+    monkeypatch.setattr(gpu, 'regroup', lambda *args: time.sleep(60))
+    content, page = gpu_trial(tmp_path, '--minutes', '0.2')
+    assert 'OSError: no such kernel' in page and 'The time did not suffice for' in page
+    assert content['missing'][0].startswith('regroup')

@@ -204,7 +204,8 @@ def run(args: argparse.Namespace, command: str) -> Results:
     return results
 
 
-def main(argv: list[str]) -> None:
+def parser_of() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog='benchmark gpu', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -219,6 +220,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--workers', type=int, help='processes that compile at first; default: up to 14 on a GPU')
     parser.add_argument('--out', type=Path, help='docs folder (default: docs)')
     parser.add_argument('--prepare', nargs=5, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    parser = parser_of()
     args = parser.parse_args(argv)
     if args.device.startswith('cuda') and not torch.cuda.is_available():
         parser.error('there is no CUDA device here; for a trial of the command, give --device cpu and --out FOLDER.')

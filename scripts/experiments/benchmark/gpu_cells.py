@@ -73,7 +73,7 @@ class Subject:
     def cascade(self, mode: str, batch: int) -> CascadeModel:
         """The cascade in this mode, with open exits; compiled for `batch` if it was not compiled before."""
         if mode not in self._cascades:
-            model = copy.deepcopy(self.model).to(memory_format=layout(mode))
+            model = self._copy(mode)
             if mode in MODES:
                 model.thresholds = forced(observe(model, [self.images(16, mode)]), COMMON)
                 compile_cascade(model, mode, batch, self.backend)
@@ -83,11 +83,15 @@ class Subject:
     def plain(self, mode: str) -> Callable[[Tensor], Any]:
         """The backbone in this mode; compiled at its first call, and again for every batch size."""
         if mode not in self._plain:
-            network: Any = bare(copy.deepcopy(self.model).to(memory_format=layout(mode)))
+            network: Any = bare(self._copy(mode))
             if mode in MODES:
                 network = torch.compile(network, mode=MODES[mode], dynamic=False, backend=self.backend)
             self._plain[mode] = network
         return self._plain[mode]
+
+    @torch.inference_mode(False)  # weights of inference mode would have no versions
+    def _copy(self, mode: str) -> CascadeModel:
+        return copy.deepcopy(self.model).to(memory_format=layout(mode))
 
     def faster_layout(self, batch: int) -> str:
         """`eager` or `channels-last`, in which the plain network is faster."""
