@@ -17,7 +17,6 @@ import torch
 
 __all__ = ['replaying']
 
-_KEPT = ('tree_manager_containers', 'tree_manager_locks')  # what the compiler keeps for each thread
 _lock = threading.Lock()
 _shared: dict[str, Any] = {}
 _last: dict[torch.device, torch.cuda.Stream] = {}  # by device, the stream that ran a graph last
@@ -43,12 +42,8 @@ def _share() -> None:
     from torch._inductor import cudagraph_trees
 
     local: Any = cudagraph_trees.local
-    if not _shared:
-        _shared.update((name, getattr(local, name, new())) for name, new in zip(_KEPT, (dict, _locks), strict=True))
-    for name in _KEPT:
+    kept: dict[str, Any] = dict(tree_manager_containers={}, tree_manager_locks=defaultdict(threading.Lock))
+    for name, new in kept.items():  # what the compiler keeps for each thread
+        shared = _shared.setdefault(name, getattr(local, name, new))
         if not hasattr(local, name):
-            setattr(local, name, _shared[name])
-
-
-def _locks() -> defaultdict[Any, threading.Lock]:
-    return defaultdict(threading.Lock)
+            setattr(local, name, shared)
