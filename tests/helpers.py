@@ -65,7 +65,7 @@ def rounding(model, x):
 
 def between(values):
     """A number in a wide gap of `values` that has many on either side: rounding moves nothing past it."""
-    ordered = values.detach().double().sort().values
+    ordered = values.detach().cpu().double().sort().values
     gaps = ordered.diff()
     if not len(gaps) or gaps.max() == 0:
         return 1.01 * float(ordered[-1])

@@ -19,13 +19,14 @@ from timm_cascade.thresholds import route
 
 
 def error(model, x):
-    """What the device rounds: logits of the same images in batches of other sizes, beside those of the whole batch."""
+    """What the device rounds, with room: logits beside those in double precision, and in batches of other sizes."""
     with torch.no_grad():
-        want = model.forward_exits(x)
+        want = [w.double() for w in model.forward_exits(x)]
+        exact = copy.deepcopy(model).double().forward_exits(x.double())
         parts = zip(*(model.forward_exits(p) for n in (1, 3) for p in x.split(n)), strict=True)
-    twice = [torch.cat([w, w]).float() for w in want]
-    seen = max(float((torch.cat(p).float() - w).abs().max()) for p, w in zip(parts, twice, strict=True))
-    return 8 * max(seen, torch.finfo(want[0].dtype).eps * max(float(w.float().abs().max()) for w in want))
+    found = max(float((a - b).abs().max()) for a, b in zip(want, exact, strict=True))
+    twice = [torch.cat([w, w]) for w in want]
+    return 8 * max(found, *(float((torch.cat(p) - w).abs().max()) for p, w in zip(parts, twice, strict=True)))
 
 
 @torch.no_grad()
@@ -90,7 +91,6 @@ def test_all_exit_at_the_first_and_none_exits(model, x):
     model.thresholds = [1.5, 1.5, 1.5]
     assert model.predict(x).exit.tolist() == [3] * len(x)
     model.thresholds = None
-    assert torch.equal(model.predict(x).logits, model.backbone(x)) or error(model, x) > 0
     agree(model, model.predict(x), x)
 
 
@@ -121,7 +121,7 @@ def test_autocast(model, x):
         same_exit = out.exit == exits
         near_a_threshold = torch.stack([(c - t).abs() for c, t in close(model, x)]).amin(0) < 0.02
         assert bool((same_exit | near_a_threshold).all())
-        assert float((out.logits - logits).float().abs()[same_exit].max()) <= max(error(model, x), 0.05)
+        assert float((out.logits - logits).float().abs()[same_exit].max()) <= error(model, x)
 
 
 @torch.no_grad()
@@ -154,6 +154,7 @@ def test_the_model_moves_between_devices(model, x):
 
 
 def test_heads_train_and_are_calibrated_on_the_device(device, images):
+    pytest.importorskip('accelerate')
     model = timm.create_model('cascade_cifar_resnet20', in_chans=1, num_classes=4, exits=2).eval().to(device)
     pixels = torch.from_numpy(np.stack([images[i][0] for i in range(len(images))])).float()
     data = TensorDataset(pixels.reshape(-1, 1, 16, 16) / 255, torch.as_tensor(images.labels))

@@ -212,7 +212,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument('--device', default='cuda', help='cpu is a trial: its page is written to --out only')
     parser.add_argument('--minutes', type=float, default=4, help='in all, preparation included (default: 4)')
     parser.add_argument('--seconds', type=float, default=2, help='about how long a comparison is repeated (default: 2)')
-    parser.add_argument('--repetitions', type=int, default=5, help='each is measured at least this often (default: 5)')
+    parser.add_argument('--repetitions', type=int, default=3, help='each is measured at least this often (default: 3)')
     parser.add_argument('--networks', nargs='+', default=[*FIRST, *OTHERS], help='timm networks, or `release`')
     parser.add_argument('--dtypes', nargs='+', default=list(DTYPES), choices=['float32', 'bfloat16', 'float16'])
     parser.add_argument('--batch', type=int, nargs='+', default=[1, 64, 8, 256])

@@ -68,7 +68,7 @@ class Subject:
 
     def images(self, n: int, mode: str = 'eager') -> Tensor:
         """(n, C, H, W) pictures, always the same."""
-        return pictures(n, self.size).to(self.device, self.dtype).contiguous(memory_format=layout(mode))
+        return pictures(n, self.size, device=self.device).to(self.dtype).contiguous(memory_format=layout(mode))
 
     def cascade(self, mode: str, batch: int) -> CascadeModel:
         """The cascade in this mode, with open exits; compiled for `batch` if it was not compiled before."""

@@ -36,11 +36,11 @@ IMAGES = {1: 10}  # of other batch sizes, one batch
 MEMORY = {'eager': torch.contiguous_format, 'channels-last': torch.channels_last, 'compiled': torch.channels_last}
 
 
-def pictures(n: int, size: tuple[int, int, int], seed: int = 0) -> Tensor:
+def pictures(n: int, size: tuple[int, int, int], seed: int = 0, device: str | torch.device = 'cpu') -> Tensor:
     """(n, C, H, W) coarse random pictures: unlike noise, no two of them look the same to a network."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(n, size[0], 8, 8, generator=generator) * torch.rand(n, 1, 1, 1, generator=generator) * 2
-    return F.interpolate(coarse, size[1:], mode='bilinear')
+    return F.interpolate(coarse.to(device), size[1:], mode='bilinear')
 
 
 @torch.no_grad()
