@@ -90,7 +90,7 @@ def _compared(cells: list[dict[str, Any]]) -> list[str]:
     ]
     for c in cells:
         plain = ', '.join(f'{mode} {ms:.3g}' for mode, ms in c['plain_ms'].items())
-        closed = '; '.join(f'{mode} {verdict(s, 1.01)}' for mode, s in c['closed'].items())
+        closed = '; '.join(f'{mode} {verdict(s, 1.01, digits=3)}' for mode, s in c['closed'].items())
         text.append(f'| {c["network"]} | {c["dtype"]} | {c["batch"]} | {plain} | {c["best"]} | {closed} |')
     return text
 
