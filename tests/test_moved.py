@@ -41,3 +41,12 @@ def test_other_missing_modules_stay_python_s_own_errors():
         importlib.import_module('timm_cascade.nothing')
     with pytest.raises(ImportError, match='cannot import name'):
         exec('from timm_cascade import nothing')
+
+
+def test_what_the_package_exports_is_imported_when_it_is_asked_for():
+    for name in timm_cascade.__all__:
+        assert getattr(timm_cascade, name) is not None and name in dir(timm_cascade)
+    assert set(timm_cascade._MODULES) <= set(timm_cascade.__all__)
+    assert timm_cascade.thresholds.Calibration is timm_cascade.Calibration  # rooms, too, need no import of their own
+    with pytest.raises(AttributeError, match="'timm_cascade' has no attribute 'nothing'"):
+        timm_cascade.nothing  # noqa: B018
