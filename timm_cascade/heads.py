@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .utils.snapshot import Snapshot, places_of
 
-__all__ = ['MAX_SHARE', 'PRESETS', 'ExitHead', 'create_heads', 'head_configs']
+__all__ = ['MAX_SHARE', 'PRESETS', 'ExitHead', 'classify_with', 'create_heads', 'head_configs']
 
 # what a description leaves out
 DEFAULTS: dict[str, Any] = dict(grid=4, hidden=64, norm=True, mean=False, tokens=False)
@@ -33,7 +33,7 @@ LEAST = dict(grid=1, hidden=0)
 
 NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
 HeadSpec = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
-Layers = tuple[tuple[Tensor, Tensor | None], ...]  # weight and bias of linear layers
+Layers = Sequence[tuple[Tensor, Tensor | None]]  # weight and bias of linear layers
 
 
 class ExitHead(nn.Module):
@@ -108,10 +108,7 @@ class ExitHead(nn.Module):
     def classify(self, pooled: Tensor) -> Tensor:
         """(N, in_features) to logits (N, num_classes)."""
         layers = None if pooled.is_meta else self.inference_layers()  # meta tensors are lent, to count MACs
-        if layers is None:
-            return self.fc(self.hidden(self.norm(pooled)))
-        answer = F.linear(pooled, *layers[0])
-        return answer if len(layers) == 1 else F.linear(answer.relu_(), *layers[1])
+        return self.fc(self.hidden(self.norm(pooled))) if layers is None else classify_with(layers, pooled)
 
     def inference_layers(self) -> Layers | None:
         """Weight and bias of each linear layer, with the norm in the first; None where the layers themselves must run.
@@ -138,6 +135,12 @@ class ExitHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.classify(self.pool(features))
+
+
+def classify_with(layers: Layers, pooled: Tensor) -> Tensor:
+    """Logits (N, num_classes) of pooled features, by the layers that `inference_layers` returned."""
+    answer = F.linear(pooled, *layers[0])
+    return answer if len(layers) == 1 else F.linear(answer.relu_(), *layers[1])
 
 
 def _columns(

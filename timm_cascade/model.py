@@ -16,7 +16,7 @@ from .backbone import ExitPoint, input_size_of, nested_groups, pre_logits_of
 from .data import warn_of_other_classes
 from .fronts import Front, FrontSpec, check_names, create_exits, exits_digest, heads_macs, refuse_classes
 from .heads import HeadSpec, create_heads, head_configs
-from .inference.batch import CascadeOutput
+from .inference.batch import CascadeOutput, open_exits
 from .inference.engine import Runner, is_recorded, refuse_recording
 from .inference.request import Requests, check_images, check_thresholds
 from .inference.router import Router
@@ -175,7 +175,8 @@ class CascadeModel(nn.Module):
     def runner(self, images: Tensor, early_exit: bool | None = None) -> Runner:
         """What runs the backbone on images like these (N, C, H, W); by default with early exits if an exit is open."""
         self._router.attach(self.backbone)
-        return self._router.runner(self.backbone, images, self.any_open if early_exit is None else early_exit)
+        early_exit = self.any_open if early_exit is None else early_exit
+        return self._router.runner(self.backbone, images, list(self.heads), self._thresholds, early_exit)
 
     def as_images(self, x: Tensor) -> Tensor:
         """The batch, checked, on the model's device and in the dtype of its weights."""
@@ -193,7 +194,7 @@ class CascadeModel(nn.Module):
         fold: bool = False,
         backend: str = 'inductor',
     ) -> CascadeModel:
-        """Compiles each stage between the exits.
+        """Compiles each stage between the exits, with the heads of open exits.
 
         For inference; with gradients and in training mode everything runs as before. New weights are compiled when
         images come. Where compiling fails the cascade runs eagerly, and a warning says why.
@@ -210,7 +211,7 @@ class CascadeModel(nn.Module):
         for n in (batch_sizes or (2,)) if enabled else ():
             images = self.as_images(torch.zeros(n, *input_size_of(self.backbone)))
             with torch.no_grad():
-                self.runner(images)(images, lambda index, boundary: None)
+                self.runner(images)(images, lambda index, boundary: None, wanted=open_exits(self._thresholds))
         return self
 
     compiled = property(lambda self: self._router.options is not None, doc='Whether the stages are compiled.')

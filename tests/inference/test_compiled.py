@@ -138,7 +138,7 @@ def test_padding_to_a_few_batch_sizes_changes_nothing(cascade, static):
         agree(got, type(want)(*(t[:n] for t in want)))
         assert got.logits.shape == (n, 7)
     same(list(model.stream(x.split(5))), want)
-    assert set(stages_of(model)[0].forms) <= ({1, 2, 6, 12} if static else {0})
+    assert {size for size, _ in stages_of(model)[0].forms} <= ({1, 2, 6, 12} if static else {1, 2})
     assert [bucket(n) for n in (1, 2, 3, 5, 7, 12, 13, 64, 65, 97)] == [1, 2, 3, 6, 8, 12, 16, 64, 96, 128]
 
 
@@ -161,6 +161,127 @@ def test_new_weights_are_compiled_again(cascade):
     changed(lambda: model.backbone.load_state_dict(other.state_dict(), assign=True))
     model.reset_classifier(4)
     assert model(x).shape == (12, 4) and near(model(x), model.backbone(x))
+
+
+@torch.no_grad()
+def test_heads_stand_in_their_stages_and_closed_ones_are_not_computed(cascade):
+    model, x = cascade
+    want = model.predict(x)
+    model.compile(backend='eager')
+    eager = []
+    for head in model.heads:  # not compiled: a compiled head has no Python left to call
+        head.forward = lambda features, inner=head.forward: eager.append(1) or inner(features)
+    agree(model.predict(x), want)
+    first, second, last = stages_of(model)
+    assert set(first.forms) == set(second.forms) == {(2, True)} and set(last.forms) == {(2, False)}
+    first_alone = model.predict(x, thresholds=[model.thresholds[0].item(), None])
+    assert set(second.forms) == {(2, True), (2, False)} and set(first.forms) == {(2, True)}
+    assert first_alone.exit.unique().tolist() == [0, 2]
+    assert eager == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('change', ['write', 'assign', 'replace', 'inner', 'move'])
+def test_heads_that_change_are_compiled_again(cascade, change):
+    model, x = cascade
+    model.compile(backend='eager')
+    before = model.predict(x)
+    head, other = model.heads[0], copy.deepcopy(model.heads[0])
+    other.fc.weight.mul_(-3), other.norm.running_mean.add_(1)
+    if change == 'write':
+        head.fc.weight.copy_(other.fc.weight), head.norm.running_mean.copy_(other.norm.running_mean)
+    elif change == 'assign':
+        head.load_state_dict(other.state_dict(), assign=True)
+    elif change == 'replace':
+        model.heads[0] = other
+    elif change == 'inner':
+        head.fc, head.norm = other.fc, other.norm
+    else:
+        model.heads = nn.ModuleList([other, model.heads[1]])
+    got = model.predict(x)
+    model.compile(False)
+    agree(got, model.predict(x))
+    assert not torch.equal(got.exit, before.exit) or not near(got.logits, before.logits)
+
+
+@torch.no_grad()
+def test_a_replaced_module_of_the_backbone_is_compiled_again(cascade):
+    model, x = cascade
+    model.compile(backend='eager')
+    before = model.predict(x)
+    model.backbone.blocks[2][0] = copy.deepcopy(Plain().blocks[2][0])  # behind the exits, where no hook is
+    got = model.predict(x)
+    model.compile(False)
+    agree(got, model.predict(x))
+    assert not near(got.logits, before.logits)
+
+
+@torch.no_grad()
+def test_a_tie_leaves_and_nan_does_not(cascade):
+    model, x = cascade
+    model.compile(backend='eager')
+    for n in (12, 1):
+        model.thresholds = [2.0, None]
+        model.heads[0].fc.weight.zero_(), model.heads[0].fc.bias.zero_()  # all confidences are one number
+        found = confidence(torch.zeros(1, 7)).item()
+        assert model.predict(x[:n], thresholds=[found, None]).exit.tolist() == [0] * n
+        above = torch.nextafter(torch.tensor(found), torch.tensor(2.0)).item()
+        assert model.predict(x[:n], thresholds=[above, None]).exit.tolist() == [2] * n
+        model.heads[0].fc.bias.fill_(float('nan'))
+        out = model.predict(x[:n], thresholds=[0.0, None])
+        assert out.exit.tolist() == [2] * n and not out.logits.isnan().any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('mode', ['default', 'buckets'])
+def test_borders(cascade, mode):
+    """All exit at once, none exits, one image, thresholds of each image, batches kept whole: as without compiling."""
+    model, x = cascade
+    own = torch.tensor([[0.0, 2.0], [2.0, 0.0], [2.0, 2.0]]).repeat(4, 1)
+    cases = [
+        dict(thresholds=[0.0, None]),
+        dict(thresholds=[None, 0.0]),
+        dict(thresholds=[2.0, 2.0]),
+        dict(thresholds=own),
+    ]
+
+    def answers():
+        found = [model.predict(x, **case) for case in cases]
+        found += [model.predict(x[i : i + 1]) for i in range(12)]
+        for share in (0.3, 1.0):
+            model.min_leave = share
+            found.append(model.predict(x))
+        model.min_leave = 0.0
+        batches = [(x[i : i + 4], dict(thresholds=own[i : i + 4])) for i in range(0, 12, 4)]
+        return found, [list(model.stream(batches)), list(model.stream(x.split(5), batch_size=3))]
+
+    want, streamed = answers()
+    assert want[3].exit.tolist() == [0, 1, 2] * 4
+    model.compile(backend='eager')
+    if mode == 'buckets':
+        model._router.forget()
+        model._router.options = CompileOptions('eager', buckets=True)
+    got, parts = answers()
+    for a, b in zip(got, want, strict=True):
+        agree(a, b)
+    same(parts[0], want[3])
+    assert len(streamed[0]) == len(parts[0])
+    same(parts[1], model.predict(x))
+    assert not any(stage.failed for stage in stages_of(model))
+
+
+@torch.no_grad()
+def test_a_head_that_the_compiler_cannot_read_still_answers(cascade):
+    model, x = cascade
+
+    class Odd(nn.Module):
+        def forward(self, features):
+            return torch.from_numpy(features.mean((2, 3)).numpy().copy())[:, :7]
+
+    model.heads[0] = Odd()
+    want = model.predict(x, thresholds=[0.2, None])
+    model.compile(backend='eager')
+    agree(model.predict(x, thresholds=[0.2, None]), want)
 
 
 def test_gradients_and_training_run_as_before(cascade):
@@ -240,7 +361,7 @@ def test_a_compiler_that_fails_later_is_done_without(cascade):
     def fail(*inputs):
         raise RuntimeError('out of registers')
 
-    stage.forms[0] = fail
+    stage.forms[2, True] = fail
     with pytest.warns(UserWarning, match='runs eagerly: RuntimeError: out of registers'):
         agree(model.predict(x), want)
     with warnings.catch_warnings():

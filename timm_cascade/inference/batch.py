@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import RoutingError
+from .engine import Answer
 from .request import Thresholds
 
-__all__ = ['ActiveBatch', 'CascadeOutput', 'Exited', 'OnAnswer', 'confidence']
+__all__ = ['ActiveBatch', 'CascadeOutput', 'Exited', 'OnAnswer', 'confidence', 'open_exits']
 
 
 EMPTY = torch.empty(0, dtype=torch.int64)
@@ -47,6 +48,11 @@ OnAnswer = Callable[[Exited], None]
 def confidence(logits: Tensor) -> Tensor:
     """Max softmax (N,) of logits (N, C), in float32 whatever the logits' dtype."""
     return logits.softmax(-1, torch.float32).amax(-1)  # logsumexp would take several times as long
+
+
+def open_exits(thresholds: Sequence[float]) -> Callable[[int], bool]:
+    """Says of an exit whether its threshold is finite."""
+    return lambda index: thresholds[index] != math.inf
 
 
 class ActiveBatch:
@@ -84,12 +90,17 @@ class ActiveBatch:
         self._done: Tensor | None = None  # (rows,) bool: has exited, but is still among the rows
         self._open = ids.numel()  # rows that have not exited
 
-    def exit_confident(self, index: int, features: Tensor) -> Tensor | None:
+    def is_open(self, index: int) -> bool:
+        """Whether a remaining sample may leave at exit `index`."""
+        return self.thresholds[index] != math.inf
+
+    def exit_confident(self, index: int, features: Tensor, answer: Answer | None = None) -> Tensor | None:
         """Takes out the samples whose confidence at exit `index` reaches its threshold.
 
         Args:
             index: The exit.
             features: What its head reads, one row per remaining sample.
+            answer: What its head says of them, where that is known.
 
         Returns:
             Indices of the rows that remain, if the batch is to shrink (empty if none remains); None if all go on.
@@ -97,13 +108,16 @@ class ActiveBatch:
         Raises:
             RoutingError: The features do not have one row per remaining sample.
         """
-        if math.isinf(self.thresholds[index]):
+        if not self.is_open(index):
             return None
         rows = self.ids.numel()  # not len(), which goes through Python: that would cost single images time
         if features.shape[0] != rows:
             raise RoutingError(f'{rows} samples reached exit {index}, but its features have {len(features)} rows.')
-        logits = self.heads[index](features)
-        found = confidence(logits)
+        if answer is None:
+            logits = self.heads[index](features)
+            found = confidence(logits)
+        else:
+            logits, found = answer
         if self.first is not None and not self.first:
             self.first.append(found)
         if rows == 1:  # a single image needs no selection of rows

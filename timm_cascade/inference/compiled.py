@@ -1,12 +1,13 @@
-"""The backbone's stages, each compiled together with its weights.
+"""The backbone's stages, each compiled together with its weights, and with its exit's head where that is open.
 
-A stage is compiled once for any number of samples. On a GPU, where a CUDA graph replays one shape, samples are padded
-to a few batch sizes: the graph of each is recorded when it is first needed. Where compiling fails, the stage runs as
-exported, and a warning says why.
+A stage is compiled for a single sample or for any larger number, when the first such batch comes. On a GPU, where a
+CUDA graph replays one shape, samples are padded to a few batch sizes: the graph of each is recorded when it is first
+needed. Where compiling fails, the stage runs as exported, and a warning says why.
 """
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,11 @@ import torch._inductor
 from torch import Tensor, fx, nn
 
 from ..backbone import select_rows
-from ..utils.snapshot import Snapshot
+from ..heads import ExitHead, classify_with
+from ..utils.snapshot import Snapshot, places_of
+from .batch import confidence
 from .cuda_graphs import replaying
+from .engine import Answer
 from .graph import Stage, StagedBackbone
 
 __all__ = ['CompileOptions', 'CompiledBackbone']
@@ -51,17 +55,29 @@ class CompileOptions:
 class CompiledBackbone(StagedBackbone):
     """A StagedBackbone whose stages are compiled together with the current weights.
 
+    A stage whose exit is closed runs without its head. Heads at the images (fronts) are not part of a stage.
+
     Args:
-        backbone, run, images, count: See StagedBackbone.
+        backbone, run, images: See StagedBackbone.
+        heads: One per exit.
         options: How to compile.
+        wanted: Whether an exit is open, so that its head is compiled at once.
     """
 
     def __init__(
-        self, backbone: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, count: int, options: CompileOptions
+        self,
+        backbone: nn.Module,
+        run: Callable[[Tensor], Tensor],
+        images: Tensor,
+        heads: Sequence[nn.Module],
+        options: CompileOptions,
+        wanted: Callable[[int], bool],
     ) -> None:
-        super().__init__(backbone, run, images, count)
-        tensors = [t for t in (*backbone.parameters(), *backbone.buffers()) if not t.is_inference()]
-        self.weights_then, self.memory = Snapshot(tensors), next(backbone.parameters()).data_ptr()
+        super().__init__(backbone, run, images, len(heads))
+        parts = list(dict.fromkeys([backbone, *heads]))
+        tensors = dict.fromkeys(t for m in parts for t in (*m.parameters(), *m.buffers()) if not t.is_inference())
+        self.heads, self.snapshot = list(heads), Snapshot(tensors, [place for m in parts for place in places_of(m)])
+        self.memory = next(backbone.parameters()).data_ptr()
         mode = options.mode or ('max-autotune' if images.is_cuda else None)
         self.buckets = options.buckets if options.buckets is not None else images.is_cuda and mode in GRAPHS
         self.static = self.buckets and options.static
@@ -70,21 +86,25 @@ class CompiledBackbone(StagedBackbone):
             # torch.compile takes a mode or options, so the mode's options are spelled out
             kwargs['options'] = {**(torch._inductor.list_mode_options(mode) if mode else {}), 'freezing': True}
             kwargs['mode'] = None
-        for stage in self.stages:
-            plain = self._with_weights(stage, backbone, options.channels_last)
+        for index, stage in enumerate(self.stages):
+            plain, answering = self._with_weights(stage, backbone, options.channels_last), None
             stage.inputs = [node for node in stage.inputs if node not in self.weights and node not in self.constants]
+            if index < len(heads) and stage.features in stage.outputs:
+                answering = _with_head(plain, stage.outputs.index(stage.features), heads[index])
             stage.module = CompiledStage(
-                plain, kwargs, [self._rows(n) for n in stage.inputs], [self._rows(n) for n in stage.outputs]
+                plain, answering, kwargs, [self._rows(n) for n in stage.inputs], [self._rows(n) for n in stage.outputs]
             )
-        # compiled at once, so that errors show here; for any number of samples, which a batch of one does not represent
-        example = images if self.static or len(images) > 1 else images.expand(2, *images.shape[1:])
-        self.run(backbone, example, lambda index, boundary: None)
+        self.run(backbone, images, lambda index, boundary: None, wanted=wanted)  # at once, so that errors show here
         for stage in self.stages:
             stage.module.settled = True
 
-    def stale(self, backbone: nn.Module) -> bool:
-        """Whether weights were written to, moved or replaced."""
-        return self.weights_then.changed() or next(backbone.parameters()).data_ptr() != self.memory
+    def stale(self, backbone: nn.Module, heads: Sequence[nn.Module]) -> bool:
+        """Whether weights or modules were written to, moved or replaced."""
+        return (
+            self.snapshot.changed()
+            or not all(map(operator.is_, heads, self.heads))
+            or next(backbone.parameters()).data_ptr() != self.memory
+        )
 
     def _rows(self, node: fx.Node) -> int:
         value = node.meta['val']
@@ -109,26 +129,56 @@ class CompiledBackbone(StagedBackbone):
         return fx.GraphModule(root, graph)
 
     def compute(
-        self, stage: Stage, values: Mapping[fx.Node, Tensor], backbone: nn.Module, alive: int
-    ) -> Sequence[Tensor]:
+        self, stage: Stage, values: Mapping[fx.Node, Tensor], backbone: nn.Module, alive: int, asked: bool
+    ) -> tuple[Sequence[Tensor], Answer | None]:
         size = bucket(alive) if self.buckets else alive
         form: CompiledStage = stage.module
+        asked = asked and form.answering is not None
         inputs = [self._value(node, values, backbone, size) for node in stage.inputs]
         if size > alive:
             device = next(t.device for t in inputs if isinstance(t, Tensor))
             padding = torch.arange(size, device=device).clamp_(max=alive - 1)
             inputs = [select_rows(t, padding, r) if r else t for t, r in zip(inputs, form.input_rows, strict=True)]
-        if not self.static and not form.settled:
-            for tensor, rows in zip(inputs, form.input_rows, strict=True):
-                if rows:
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        key = size if self.static else min(size, 2)
         with torch.no_grad():
             if not self.buckets:
-                return form(inputs, 0)
-            with replaying(next(t.device for t in inputs if isinstance(t, Tensor))):
-                outputs = form(inputs, size if self.static else 0)
-                # CUDA graphs write to the same memory every time, so outputs are copied
-                return [(t[: alive * r] if r else t).clone() for t, r in zip(outputs, form.output_rows, strict=True)]
+                outputs = form(inputs, key, asked)
+            else:
+                rows = [*form.output_rows, *([1, 1] if asked else [])]
+                with replaying(next(t.device for t in inputs if isinstance(t, Tensor))):
+                    outputs = form(inputs, key, asked)
+                    # CUDA graphs write to the same memory every time, so outputs are copied
+                    outputs = [(t[: alive * r] if r else t).clone() for t, r in zip(outputs, rows, strict=True)]
+        return (outputs[:-2], (outputs[-2], outputs[-1])) if asked else (outputs, None)
+
+
+class _Head(nn.Module):
+    """Features (N, ...) to a head's logits (N, C) and their confidence (N,), in the head's form for inference."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head: Any = head
+        hooked = head._forward_hooks or head._forward_pre_hooks
+        with torch.no_grad():
+            layers = head.inference_layers() if type(head) is ExitHead and not hooked else None
+        self.count = 0 if layers is None else len(layers)
+        for i, (weight, bias) in enumerate(layers or ()):
+            self.register_buffer(f'weight{i}', weight.detach())
+            self.register_buffer(f'bias{i}', None if bias is None else bias.detach())
+
+    def forward(self, features: Tensor) -> Answer:
+        layers = [(getattr(self, f'weight{i}'), getattr(self, f'bias{i}')) for i in range(self.count)]
+        logits = classify_with(layers, self.head.pool(features)) if layers else self.head(features)
+        return logits, confidence(logits)
+
+
+def _with_head(plain: fx.GraphModule, features: int, head: nn.Module) -> fx.GraphModule:
+    """The stage followed by its exit's head, whose logits and confidence are two more outputs."""
+    graph = fx.Graph()
+    outputs: Any = graph.graph_copy(plain.graph, {})
+    answer = graph.call_module('exit_head', (outputs[features],))
+    graph.output((*outputs, *(graph.call_function(operator.getitem, (answer, i)) for i in range(2))))
+    return fx.GraphModule({**dict(plain.named_buffers()), 'exit_head': _Head(head)}, graph)
 
 
 class CompiledStage:
@@ -136,33 +186,46 @@ class CompiledStage:
 
     Args:
         plain: The stage.
+        answering: The stage with its exit's head; None if that is not part of it.
         kwargs: Arguments of torch.compile.
         input_rows, output_rows: Rows of each input and output that belong to one sample.
     """
 
     def __init__(
-        self, plain: fx.GraphModule, kwargs: Mapping[str, Any], input_rows: Sequence[int], output_rows: Sequence[int]
+        self,
+        plain: fx.GraphModule,
+        answering: fx.GraphModule | None,
+        kwargs: Mapping[str, Any],
+        input_rows: Sequence[int],
+        output_rows: Sequence[int],
     ) -> None:
         self.plain = plain
+        self.answering = answering
         self.kwargs = kwargs
         self.input_rows = input_rows
         self.output_rows = output_rows
-        self.forms: dict[int, Callable[..., Sequence[Tensor]]] = {}
+        self.forms: dict[tuple[int, bool], Callable[..., Sequence[Tensor]]] = {}
         self.settled = self.failed = False
 
-    def __call__(self, inputs: Sequence[Any], size: int) -> Sequence[Tensor]:
-        """Outputs of the form that was compiled for `size` samples; 0 is the form for any number."""
+    def __call__(self, inputs: Sequence[Any], size: int, asked: bool) -> Sequence[Tensor]:
+        """Outputs of the form that was compiled for `size` samples, with `asked` also those of the exit's head."""
+        plain = self.answering if asked else self.plain
+        assert plain is not None
         if self.failed:
-            return self.plain(*inputs)
-        if size not in self.forms:
+            return plain(*inputs)
+        form = self.forms.get((size, asked))
+        if form is None:
             # a copy has its own code, and so its own entries in the compiler's cache
-            self.forms[size] = torch.compile(fx.GraphModule(self.plain, self.plain.graph), **self.kwargs)
+            form = self.forms[size, asked] = torch.compile(fx.GraphModule(plain, plain.graph), **self.kwargs)
+            for tensor, rows in zip(inputs, self.input_rows, strict=True):
+                if rows and size == 2 and self.kwargs['dynamic'] is None:  # any number of samples but one
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
         try:
-            return self.forms[size](*inputs)
+            return form(*inputs)
         except Exception as e:  # a compiler may raise anything
             if not self.settled:
                 raise
-            outputs = self.plain(*inputs)  # raises too if the inputs are at fault
+            outputs = plain(*inputs)  # raises too if the inputs are at fault
             self.failed = True
             warnings.warn(
                 f'a stage of the cascade is no longer compiled and runs eagerly: {type(e).__name__}: '

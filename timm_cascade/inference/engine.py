@@ -15,7 +15,9 @@ from torch import Tensor
 from ..backbone import select_rows
 from ..errors import RoutingError
 
-__all__ = ['Boundary', 'OnExit', 'Runner', 'StopForward', 'is_recorded', 'refuse_recording']
+__all__ = ['Answer', 'Boundary', 'OnExit', 'Runner', 'StopForward', 'is_recorded', 'refuse_recording']
+
+Answer = tuple[Tensor, Tensor]  # a head's logits (N, C) and their confidence (N,)
 
 
 class StopForward(Exception):
@@ -29,11 +31,13 @@ class Boundary(NamedTuple):
         features: The tensor that the exit's head reads.
         tensors: Every tensor that passes, often only the features.
         rows: Rows of each tensor that belong to one sample; 0 where all samples share it.
+        answer: What the exit's head says, where the runner has computed it already.
     """
 
     features: Tensor
     tensors: list[Tensor]
     rows: Sequence[int]
+    answer: Answer | None = None
 
     def select(self, keep: Tensor) -> list[Tensor]:
         """The tensors of the samples `keep` (indices) alone."""
@@ -49,11 +53,17 @@ class Runner(Protocol):
     """Runs the backbone: images (N, C, H, W) to the logits of the samples that reach the end.
 
     With `start` = k > 0 the forward begins after exit k-1 with `tensors`, as they passed that boundary before;
-    `images` is then any single image of the same kind.
+    `images` is then any single image of the same kind. `wanted` says of an exit, when its stage is about to run,
+    whether its head will be asked: a runner whose stages include the heads then gives the boundary an answer.
     """
 
     def __call__(
-        self, images: Tensor, on_exit: OnExit, start: int = 0, tensors: list[Tensor] | None = None
+        self,
+        images: Tensor,
+        on_exit: OnExit,
+        start: int = 0,
+        tensors: list[Tensor] | None = None,
+        wanted: Callable[[int], bool] | None = None,
     ) -> Tensor: ...
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from .engine import Boundary, OnExit
+from .engine import Answer, Boundary, OnExit
 
 __all__ = ['Stage', 'StagedBackbone', 'mark']
 
@@ -158,12 +158,18 @@ class StagedBackbone:
             raise ValueError(f'a tensor of shape {tuple(sizes)} crosses an exit: samples are not its rows')
         return int(each)
 
-    def stale(self, backbone: nn.Module) -> bool:
+    def stale(self, backbone: nn.Module, heads: Sequence[nn.Module]) -> bool:
         """Whether the stages no longer compute what the backbone does."""
         return False
 
     def run(
-        self, backbone: nn.Module, images: Tensor, on_exit: OnExit, start: int = 0, tensors: list[Tensor] | None = None
+        self,
+        backbone: nn.Module,
+        images: Tensor,
+        on_exit: OnExit,
+        start: int = 0,
+        tensors: list[Tensor] | None = None,
+        wanted: Callable[[int], bool] | None = None,
     ) -> Tensor:
         """Runs the stages from `start` on; see `engine.Runner`.
 
@@ -176,21 +182,27 @@ class StagedBackbone:
         else:
             values, alive = self._crossed(start - 1, tensors)
         for index in range(start, len(self.stages)):
-            stage = self.stages[index]
+            stage, last = self.stages[index], index == len(self.stages) - 1
+            answer = None
             if stage.outputs:  # in front of the backbone nothing is computed but the exit's head
-                values.update(zip(stage.outputs, self.compute(stage, values, backbone, alive), strict=True))
+                asked = not last and wanted is not None and wanted(index)
+                outputs, answer = self.compute(stage, values, backbone, alive, asked)
+                values.update(zip(stage.outputs, outputs, strict=True))
             assert stage.features is not None
-            if index == len(self.stages) - 1:
+            if last:
                 break
-            boundary = Boundary(values[stage.features], [values[node] for node in stage.live], stage.rows)
+            boundary = Boundary(values[stage.features], [values[node] for node in stage.live], stage.rows, answer)
             values, alive = self._crossed(index, on_exit(index, boundary) or boundary.tensors)
         return values[stage.features]
 
     def compute(
-        self, stage: Stage, values: Mapping[fx.Node, Tensor], backbone: nn.Module, alive: int
-    ) -> Sequence[Tensor]:
-        """A stage's outputs for `alive` samples, from the tensors that came to it."""
-        return stage.module(*(self._value(node, values, backbone, alive) for node in stage.inputs))
+        self, stage: Stage, values: Mapping[fx.Node, Tensor], backbone: nn.Module, alive: int, asked: bool
+    ) -> tuple[Sequence[Tensor], Answer | None]:
+        """A stage's outputs for `alive` samples, from the tensors that came to it.
+
+        With `asked` also what the head of its exit says, if stages hold their heads.
+        """
+        return stage.module(*(self._value(node, values, backbone, alive) for node in stage.inputs)), None
 
     def _crossed(self, index: int, tensors: list[Tensor] | None) -> tuple[dict[fx.Node, Tensor], int]:
         stage = self.stages[index]

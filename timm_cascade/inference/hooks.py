@@ -91,6 +91,7 @@ class HookRunner:
         on_exit: OnExit,
         start: int = 0,
         tensors: list[Tensor] | None = None,
+        wanted: Callable[[int], bool] | None = None,
     ) -> Tensor:
         """Runs `backbone` (the network, or a function that calls it); see `engine.Runner`."""
         outer = getattr(_thread, 'run', None)

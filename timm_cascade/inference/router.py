@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ..backbone import ExitPoint
 from ..errors import RoutingError
-from .batch import ActiveBatch, CascadeOutput, OnAnswer
+from .batch import ActiveBatch, CascadeOutput, OnAnswer, open_exits
 from .engine import Boundary, Runner, StopForward
 from .hooks import HookRunner
 from .request import Thresholds
@@ -79,23 +80,27 @@ class Router:
         """Drops the exported stages, because the backbone or the compile options have changed."""
         self._exported.clear()
 
-    def runner(self, backbone: nn.Module, images: Tensor, early_exit: bool = True) -> Runner:
+    def runner(
+        self, backbone: nn.Module, images: Tensor, heads: Sequence[Any], thresholds: Sequence[float], early_exit: bool
+    ) -> Runner:
         """How to run images of this kind.
 
         Args:
             backbone: The network that carries the hooks.
             images: (N, C, H, W), an example.
+            heads: One per exit, compiled with the stages.
+            thresholds: M numbers; heads of exits that they close are compiled when they are asked.
             early_exit: Whether samples may exit early; if not, hooks work with every backbone.
         """
-        compiled = self.options is not None and not backbone.training and not _needs_grad(backbone, images)
+        compiled = self.options is not None and not backbone.training and not _needs_grad([backbone, *heads], images)
         if compiled or (early_exit and not self.cuts):
             try:
-                return partial(self._staged(backbone, images, compiled).run, backbone)
+                return partial(self._staged(backbone, images, compiled, heads, thresholds).run, backbone)
             except RoutingError as e:
                 if not compiled:
                     raise
                 self.fall_back_to_eager(str(e))
-                return self.runner(backbone, images, early_exit)
+                return self.runner(backbone, images, heads, thresholds, early_exit)
         return partial(self._hooks.run, backbone)
 
     def fall_back_to_eager(self, reason: str) -> None:
@@ -149,7 +154,7 @@ class Router:
         def on_exit(index: int, boundary: Boundary) -> list[Tensor] | None:
             nonlocal reached
             reached += 1
-            remaining = batch.exit_confident(index, boundary.features)
+            remaining = batch.exit_confident(index, boundary.features, boundary.answer)
             if remaining is None:
                 return None
             if not remaining.numel():
@@ -157,9 +162,9 @@ class Router:
             return boundary.select(remaining)
 
         early_exit = not all(map(math.isinf, batch.thresholds))
-        runner = self.runner(backbone, images, early_exit)
+        runner = self.runner(backbone, images, heads, batch.thresholds, early_exit)
         try:
-            logits = runner(images, on_exit)
+            logits = runner(images, on_exit, wanted=batch.is_open)
         except StopForward:  # every sample has exited
             return batch.output()
         if early_exit and reached < len(self.points) and self.attach(backbone):
@@ -170,7 +175,14 @@ class Router:
         batch.finish(logits)
         return batch.output()
 
-    def _staged(self, backbone: nn.Module, images: Tensor, compiled: bool) -> StagedBackbone:
+    def _staged(
+        self,
+        backbone: nn.Module,
+        images: Tensor,
+        compiled: bool,
+        heads: Sequence[nn.Module],
+        thresholds: Sequence[float],
+    ) -> StagedBackbone:
         kind = images.device.type
         weight = next(backbone.parameters())
         forced = compiled and self.options is not None and self.options.channels_last
@@ -186,41 +198,55 @@ class Router:
         )
         with _export_lock:
             staged = self._exported.pop(key, None)
-            if staged is None or staged.stale(backbone):
-                staged = self.export(backbone, images.contiguous(memory_format=layout), compiled)
+            if staged is None or staged.stale(backbone, heads):
+                example = images.contiguous(memory_format=layout)
+                staged = (
+                    self._compile(backbone, example, heads, thresholds) if compiled else self.export(backbone, example)
+                )
             self._exported[key] = staged
             while len(self._exported) > MAX_EXPORTS:
                 self._exported.pop(next(iter(self._exported)))
         return staged
 
-    def export(self, backbone: nn.Module, images: Tensor, compiled: bool = False) -> StagedBackbone:
+    def export(self, backbone: nn.Module, images: Tensor) -> StagedBackbone:
         """The backbone as one graph, split at its exits into stages; a new one at every call.
 
         Args:
             backbone: The network that carries the hooks, in eval mode.
             images: (N, C, H, W), an example of what the stages take.
-            compiled: Whether the stages are compiled with the router's options.
 
         Raises:
-            RoutingError: torch.export or the compiler cannot take the network.
+            RoutingError: torch.export cannot take the network.
         """
-        from .graph import StagedBackbone, mark  # torch.export is a costly import, and few backbones need it
+        from .graph import StagedBackbone  # torch.export is a costly import, and few backbones need it
+
+        with self._explained(backbone, 'exported to cut its batch at'):
+            return StagedBackbone(backbone, self._marking(backbone), images, len(self.points))
+
+    def _compile(
+        self, backbone: nn.Module, images: Tensor, heads: Sequence[nn.Module], thresholds: Sequence[float]
+    ) -> StagedBackbone:
+        from .compiled import CompiledBackbone
+
+        assert self.options is not None
+        run, wanted = self._marking(backbone), open_exits(thresholds)
+        with self._explained(backbone, 'exported and compiled between'):
+            return CompiledBackbone(backbone, run, images, heads, self.options, wanted)
+
+    def _marking(self, backbone: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The backbone with a mark at each exit's features, which torch.export keeps."""
+        from .graph import mark
 
         def on_exit(index: int, boundary: Boundary) -> list[Tensor]:
             return [mark(t, index) if t is boundary.features else t for t in boundary.tensors]
 
-        def run(x: Tensor) -> Tensor:
-            return self._hooks.run(backbone, x, on_exit)
+        return lambda images: self._hooks.run(backbone, images, on_exit)
 
-        what = 'exported to cut its batch at' if not compiled else 'exported and compiled between'
+    @contextmanager
+    def _explained(self, backbone: nn.Module, what: str) -> Iterator[None]:
         try:
             with torch.inference_mode(False):
-                if not compiled:
-                    return StagedBackbone(backbone, run, images, len(self.points))
-                from .compiled import CompiledBackbone
-
-                assert self.options is not None
-                return CompiledBackbone(backbone, run, images, len(self.points), self.options)
+                yield
         except Exception as e:  # torch.export raises whatever the network's code makes it raise
             raise RoutingError(
                 f'{type(backbone).__name__} has to be {what} {[p.module for p in self.points]}, and that failed: '
@@ -233,5 +259,7 @@ def _memory_format(images: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _needs_grad(backbone: nn.Module, images: Tensor) -> bool:
-    return torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in backbone.parameters()))
+def _needs_grad(modules: Iterable[nn.Module], images: Tensor) -> bool:
+    return torch.is_grad_enabled() and (
+        images.requires_grad or any(p.requires_grad for m in modules for p in m.parameters())
+    )

@@ -6,7 +6,6 @@ with all. At the end of the input the waiting samples are carried on by the forw
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -130,9 +129,9 @@ class _Stages:
         batch = ActiveBatch(ids, self.heads, self.thresholds if limits is None else limits)
 
         def on_exit(index: int, boundary: Boundary) -> list[Tensor] | None:
-            if math.isinf(batch.thresholds[index]):
+            if not batch.is_open(index):
                 return None
-            remaining = batch.exit_confident(index, boundary.features)
+            remaining = batch.exit_confident(index, boundary.features, boundary.answer)
             waiting = self.waiting[index + 1]
             if remaining is None or len(remaining):
                 tensors = boundary.tensors if remaining is None else boundary.select(remaining)
@@ -144,9 +143,8 @@ class _Stages:
             return tensors
 
         try:
-            batch.finish(
-                self.runner(tensors[0], on_exit) if stage == 0 else self.runner(self.carrier, on_exit, stage, tensors)
-            )
+            images, begin = (tensors[0], None) if stage == 0 else (self.carrier, tensors)
+            batch.finish(self.runner(images, on_exit, stage, begin, batch.is_open))
         except StopForward:
             pass
         return batch.exited

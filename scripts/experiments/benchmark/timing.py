@@ -72,7 +72,8 @@ def stage_seconds(model: CascadeModel, images: Tensor, last: int | None = None) 
     device, stamps = images.device, list[float]()
 
     def on_exit(index: int, boundary: Boundary) -> None:
-        model.heads[index](boundary.features)
+        if boundary.answer is None:  # compiled stages include the heads
+            model.heads[index](boundary.features)
         stamps.append(clock(device))
         if index == last:
             raise StopForward
@@ -80,7 +81,7 @@ def stage_seconds(model: CascadeModel, images: Tensor, last: int | None = None) 
     runner = model.runner(images, early_exit=True)
     try:
         stamps.append(clock(device))
-        runner(images, on_exit)
+        runner(images, on_exit, wanted=lambda index: True)
         stamps.append(clock(device))
     except StopForward:
         pass
