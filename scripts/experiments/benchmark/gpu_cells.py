@@ -136,8 +136,9 @@ def prepare(subject: Subject, way: str, mode: str, batch: int) -> float:
         else:
             model = subject.cascade(mode, batch)
             model.predict(images)
-            model.thresholds = None
-            model.predict(images)
+            if batch > 1:
+                model.thresholds = None
+                model.predict(images)
     return time.perf_counter() - began
 
 
@@ -161,7 +162,8 @@ def compare(subject: Subject, batch: int, modes: list[str], seconds: float, leas
             exits = [call() for _ in range(WARM)][-1]  # rounding may have moved some from what was planned
             came[mode, share] = split_survivors(exits.cpu(), batch, count)
             contestants[f'cascade {mode} {share}'] = call
-        contestants[f'closed {mode}'] = partial(set_and_run, model, [math.inf] * (count - 1), batches)
+        if batch > 1 or mode not in MODES:  # one more form to compile
+            contestants[f'closed {mode}'] = partial(set_and_run, model, [math.inf] * (count - 1), batches)
         for last, size in occurring([s for share in SHARES for s in came[mode, share]]):
             whole = images[:size].contiguous(memory_format=layout(mode))
             contestants[f'stages {mode} {size}'] = partial(mean_stages, model, whole, last, len(batches))
@@ -188,6 +190,7 @@ def compare(subject: Subject, batch: int, modes: list[str], seconds: float, leas
     closed = {
         mode: runs.ratio(f'closed {mode}', f'plain {"graphs" if mode == "static" else mode}')
         for mode in dict.fromkeys(mode for mode, _ in came)
+        if f'closed {mode}' in contestants
     }
     still = {m: still_compiled(subject.cascade(m, batch)) for m in modes if m != 'compiled'}
     return dict(plain_ms=plains, best=best, rows=rows, closed=closed, still_compiled=still)
