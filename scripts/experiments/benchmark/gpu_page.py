@@ -82,8 +82,8 @@ def _compared(cells: list[dict[str, Any]]) -> list[str]:
         '',
         '## The plain network, and exits closed',
         '',
-        'Milliseconds per image of the plain network in each mode; time of the cascade with every exit closed (compiled: not at batch 1) over the '
-        'plain network in the same mode. Target: 1.01.',
+        'Milliseconds per image of the plain network in each mode; time of the cascade with every exit closed over the '
+        'plain network in the same mode, compiled not at batch 1. Target: 1.01.',
         '',
         '| network | dtype | batch | plain, ms per image | best | closed |',
         '| --- | --- | --- | --- | --- | --- |',
