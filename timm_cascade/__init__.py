@@ -15,6 +15,7 @@ from .errors import (
     CascadeError,
     ExitError,
     ExportError,
+    FrontError,
     HubUnavailableError,
     LaunchError,
     NotCalibratedError,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .measure.drift_watch import DriftWatch
     from .measure.evaluate import Report, evaluate
     from .measure.profile import profile
+    from .measure.suggest import Suggestion, suggest
     from .model import CascadeModel
     from .prediction.local import predict
     from .thresholds import Calibration, OperatingPoint, Profile, ThresholdTable
@@ -58,6 +60,7 @@ __all__ = [
     'DriftWatch',
     'ExitError',
     'ExportError',
+    'FrontError',
     'HubUnavailableError',
     'ImageData',
     'LaunchError',
@@ -74,6 +77,7 @@ __all__ = [
     'RequestError',
     'RoutingError',
     'StreamOutput',
+    'Suggestion',
     'TableFormatError',
     'TableMismatchError',
     'ThresholdError',
@@ -90,6 +94,7 @@ __all__ = [
     'profile',
     'push_to_hub',
     'save',
+    'suggest',
     'train_heads',
 ]
 
@@ -107,6 +112,7 @@ _MODULES = {
         'measure.drift_watch': 'DriftWatch',
         'measure.evaluate': 'Report evaluate',
         'measure.profile': 'profile',
+        'measure.suggest': 'Suggestion suggest',
         'model': 'CascadeModel',
         'prediction.local': 'predict',
         'thresholds': 'Calibration OperatingPoint Profile ThresholdTable',

@@ -19,7 +19,7 @@ from .heads import HeadSpec, create_heads, head_configs
 from .inference.batch import CascadeOutput, open_exits
 from .inference.engine import Runner, is_recorded, refuse_recording
 from .inference.request import Requests, check_images, check_thresholds
-from .inference.router import Router
+from .inference.router import CompiledNetwork, Router
 from .inference.stream import StreamedModel, StreamOutput, stream
 from .inference.weights import CalibrationGuard, calibrated_as, dtype_of, setup_of
 from .thresholds.dial import Dial, Setup
@@ -194,7 +194,7 @@ class CascadeModel(nn.Module):
         fold: bool = False,
         backend: str = 'inductor',
     ) -> CascadeModel:
-        """Compiles each stage between the exits, with the heads of open exits.
+        """Compiles each stage between the exits, with the heads of open exits, and the networks in front.
 
         For inference; with gradients and in training mode everything runs as before. New weights are compiled when
         images come. Where compiling fails the cascade runs eagerly, and a warning says why.
@@ -208,6 +208,8 @@ class CascadeModel(nn.Module):
             backend: Backend of torch.compile.
         """
         self._router.compile(enabled, backend, mode, channels_last, fold)
+        for front in self.fronts:
+            front.run = CompiledNetwork(front.inner, self._router.options) if self.compiled else None
         for n in (batch_sizes or (2,)) if enabled else ():
             images = self.as_images(torch.zeros(n, *input_size_of(self.backbone)))
             with torch.no_grad():
@@ -292,9 +294,7 @@ class CascadeModel(nn.Module):
         self._guard.watch = None
 
     exits = property(lambda self: self._points, doc='The exit points, 0..M-1.')
-
     fronts: Any = property(lambda self: [h for h in self.heads if isinstance(h, Front)], doc='Networks in front.')
-
     any_open = property(lambda self: self._open and not self.training, doc='Whether a sample can exit early now.')
 
     @property
@@ -355,8 +355,7 @@ class CascadeModel(nn.Module):
     @property
     def label_names(self) -> list[str] | None:
         """Names of the classes, kept where timm's loader puts them."""
-        names = self.pretrained_cfg.get('label_names')
-        return list(names) if names else None
+        return list(self.pretrained_cfg.get('label_names') or ()) or None
 
     @label_names.setter
     def label_names(self, names: Sequence[str] | None) -> None:
@@ -377,7 +376,8 @@ class CascadeModel(nn.Module):
 
     @_model_args.setter
     def _model_args(self, args: Mapping[str, Any]) -> None:
-        self._factory_args = {k: v for k, v in args.items() if k not in ('exits', 'head', 'thresholds', 'front')}
+        own = ('exits', 'head', 'thresholds', 'front', 'front_pretrained')
+        self._factory_args = {k: v for k, v in args.items() if k not in own}
 
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
         """New classifier and new heads for `num_classes`; all exits are closed. Refused where there is a front."""

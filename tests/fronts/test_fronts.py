@@ -84,8 +84,11 @@ def test_a_front_and_an_exit_inside_the_network_in_every_way_to_run(fronted):
         assert all(torch.equal(f, out.exit) for f in found)
         fronted.compile(backend='eager')
         assert torch.equal(fronted.predict(x).exit, out.exit)
+        assert fronted.fronts[0].run.router._exported  # the front's network is compiled, too
+        assert torch.equal(copy.deepcopy(fronted).predict(x).exit, out.exit)
         same(list(fronted.stream(x.split(3))), out)
         fronted.compile(False)
+        assert fronted.fronts[0].run is None
         fronted.thresholds = [0.0, None]
         assert fronted.predict(x).exit.tolist() == [0] * 8  # all exit in front, and the backbone does not run
         with torch.no_grad():

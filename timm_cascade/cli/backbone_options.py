@@ -11,18 +11,36 @@ import timm
 from ..model import CascadeModel
 from .options import exits_value, value
 
-__all__ = ['backbone_options', 'create_cascade']
+__all__ = ['backbone_options', 'create_cascade', 'network_options']
 
 _logger = logging.getLogger(__name__)
 
 
+def network_options(model_help: str = 'Name of the cascade: cascade_NAME[.TAG] for any timm model.') -> Any:
+    """Options that describe the backbone."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group('backbone')
+    group.add_argument('--model', required=True, help=model_help)
+    group.add_argument('--checkpoint', help='File with the weights of your fine-tuned backbone.')
+    group.add_argument('--no-pretrained', action='store_true', help='Do not load published weights.')
+    group.add_argument('--img-size', type=int, metavar='N', help='Height and width of the images the model reads.')
+    group.add_argument('--in-chans', type=int, metavar='N', help='Channels of the images the model reads.')
+    group.add_argument('--crop-pct', type=float, metavar='X', help='Share of the image that the centre crop keeps.')
+    group.add_argument('--mean', type=float, nargs='+', metavar='X', help='Mean of each channel, for normalisation.')
+    group.add_argument(
+        '--std', type=float, nargs='+', metavar='X', help='Standard deviation of each channel, for normalisation.'
+    )
+    group.add_argument('--interpolation', choices=['bilinear', 'bicubic', 'nearest', 'random'], help='Of resizing.')
+    group.add_argument(
+        '--model-kwargs', nargs='*', default=[], metavar='KEY=VALUE', help='Further arguments of the timm model.'
+    )
+    return parser
+
+
 def backbone_options() -> argparse.ArgumentParser:
     """Options of the commands that create a cascade."""
-    parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group('backbone and heads')
-    group.add_argument('--model', required=True, help='Name of the cascade: cascade_NAME[.TAG] for any timm model.')
-    group.add_argument('--checkpoint', help='File with the weights of your fine-tuned backbone.')
-    group.add_argument('--no-pretrained', action='store_true', help='Do not load published backbone weights.')
+    parser = argparse.ArgumentParser(add_help=False, parents=[network_options()])
+    group = parser.add_argument_group('exits')
     group.add_argument(
         '--classifier',
         default='auto',
@@ -45,17 +63,6 @@ def backbone_options() -> argparse.ArgumentParser:
     )
     group.add_argument(
         '--head', type=value, default='enhanced', help='Exit heads: linear, enhanced, paper or a JSON description.'
-    )
-    group.add_argument('--img-size', type=int, metavar='N', help='Height and width of the images the model reads.')
-    group.add_argument('--in-chans', type=int, metavar='N', help='Channels of the images the model reads.')
-    group.add_argument('--crop-pct', type=float, metavar='X', help='Share of the image that the centre crop keeps.')
-    group.add_argument('--mean', type=float, nargs='+', metavar='X', help='Mean of each channel, for normalisation.')
-    group.add_argument(
-        '--std', type=float, nargs='+', metavar='X', help='Standard deviation of each channel, for normalisation.'
-    )
-    group.add_argument('--interpolation', choices=['bilinear', 'bicubic', 'nearest', 'random'], help='Of resizing.')
-    group.add_argument(
-        '--model-kwargs', nargs='*', default=[], metavar='KEY=VALUE', help='Further arguments of the timm model.'
     )
     return parser
 
@@ -111,7 +118,7 @@ def create_cascade(args: argparse.Namespace, num_classes: int, finetuned: bool =
     if args.exits is not None:
         kwargs['exits'] = args.exits
     if args.front:
-        kwargs['front'] = args.front
+        kwargs.update(front=args.front, front_pretrained=not args.no_pretrained)
     try:
         if config := _input_config(args):
             kwargs['pretrained_cfg_overlay'] = {**kwargs.get('pretrained_cfg_overlay', {}), **config}

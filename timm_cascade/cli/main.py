@@ -17,6 +17,7 @@ from . import (
     profile_command,
     push_command,
     serve_command,
+    suggest_command,
     train_command,
 )
 from .output import show
@@ -30,6 +31,7 @@ COMMANDS = (
     export_command,
     predict_command,
     serve_command,
+    suggest_command,
     profile_command,
     info_command,
     push_command,

@@ -134,12 +134,14 @@ class StageModule(nn.Module):
 
         root, graph = nn.Module(), fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
-        for node in stage.inputs:
+        # in front of the backbone nothing is computed: the exit's head reads what came in
+        reads = list(dict.fromkeys([*stage.inputs, *([] if stage.features in stage.nodes else [stage.features])]))
+        for node in reads:
             if node in staged.weights or node in staged.constants:
                 value = staged.weights[node](backbone).detach() if node in staged.weights else staged.constants[node]
                 root.register_buffer(node.name, value)
                 copies[node] = graph.get_attr(node.name)
-        inputs = [node for node in stage.inputs if node not in copies]
+        inputs = [node for node in reads if node not in copies]
         tensors = [node for node in inputs if isinstance(node.meta['val'], Tensor)]
         self.inputs = [name(node) for node in tensors]
         self.input_rows = [staged.rows_of(node.meta['val']) for node in tensors]

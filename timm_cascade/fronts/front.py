@@ -34,6 +34,7 @@ class Front(nn.Module):
         name: With the size, such as `mobilenetv3_small_100.lamb_in1k@224`.
         shared: Whether the network is the backbone itself, whose weights are then not held twice.
         published: hub.pretrained.Published: the checkpoint that the network was loaded from, unadapted; None if none.
+        run: What runs in place of the network once the cascade is compiled; None until then.
 
     Example:
         >>> front = Front(timm.create_model('resnet18.a1_in1k', pretrained=True), backbone, size=(160, 160))
@@ -67,6 +68,7 @@ class Front(nn.Module):
         self.register_buffer('scale', torch.tensor(self._scale)[:, None, None])
         self.register_buffer('shift', torch.tensor(self._shift)[:, None, None])
         self.published: Any = None
+        self.run: Callable[[Tensor], Tensor] | None = None
 
     @property
     def inner(self) -> nn.Module:
@@ -84,7 +86,7 @@ class Front(nn.Module):
         return x.to(images.dtype) if images.is_floating_point() else x
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.inner(self.prepare(images))
+        return (self.run or self.inner)(self.prepare(images))
 
     # a head is asked for what it pools and how it classifies that: nothing of a front is trained
 

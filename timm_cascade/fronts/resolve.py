@@ -213,10 +213,12 @@ def labels_of(network: nn.Module) -> list[str] | None:
 def check_names(front: Front, names: Sequence[str] | None, whose: str) -> None:
     """
     Raises:
-        FrontError: The front's classes have other names, or stand in another order, where both are known.
+        FrontError: The front's classes have other names, or stand in another order, where both are known. Names that
+            are nothing but the classes' numbers say nothing.
     """
     own = labels_of(front.inner)
-    if front.shared or not own or not names or list(names) == own:
+    numbers = [str(i) for i in range(front.num_classes)]
+    if front.shared or not own or not names or list(names) == own or numbers in (own, list(names)):
         return
     i = next((i for i, (a, b) in enumerate(zip(own, names, strict=False)) if a != b), min(len(own), len(names)))
     mine, theirs = (repr(x[i]) if i < len(x) else 'missing' for x in (own, list(names)))

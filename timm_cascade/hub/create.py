@@ -39,6 +39,7 @@ def create_cascade(
     head: HeadSpec = 'enhanced',
     thresholds: Any = None,
     front: FrontSpec = None,
+    front_pretrained: bool | None = None,
     pretrained_model_args: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> CascadeModel:
@@ -50,6 +51,7 @@ def create_cascade(
         pretrained_cfg: Tag, or the config of a release as timm's loader read it.
         exits, head, thresholds, front: See CascadeModel; a front may also be a name with or without a size
             (`NAME`, `NAME@160`), which is loaded as the backbone is (see `fronts.network_named`).
+        front_pretrained: Whether fronts that are named have their published weights; by default as the backbone.
         pretrained_model_args: timm's record of what a release's config.json asked for.
         **kwargs: Arguments of the backbone.
 
@@ -78,7 +80,8 @@ def create_cascade(
         cache_dir=cache_dir,
         **kwargs,
     )
-    model = CascadeModel(backbone, exits, head, thresholds, named_fronts(front, backbone, pretrained, cache_dir))
+    fronts = named_fronts(front, backbone, pretrained if front_pretrained is None else front_pretrained, cache_dir)
+    model = CascadeModel(backbone, exits, head, thresholds, fronts)
     if pretrained:
         model.published = identify(backbone, cache_dir)
         model.base_model = str(backbone.pretrained_cfg.get('hf_hub_id') or '').partition('@')[0] or None
@@ -160,14 +163,14 @@ def _load_release(
     same_input = input_size_of(backbone) == config.input_size
     same_classes = backbone.num_classes == config.num_classes
     same_fronts = (own['front'] or []) == [f.name for f in config.fronts]
-    same_exits = own['exits'] == config.model_args['exits'] and same_fronts
+    same_inner = own['exits'] == config.model_args['exits']
     with described_by(str(release)), bounded():
         fronts = (
             released_fronts(config.fronts, config.layout, backbone, True, cache_dir)
             if same_fronts
             else named_fronts(own['front'], backbone, True, cache_dir)
         )
-        points = described.points if same_input and same_exits else own['exits']
+        points = described.points if same_input and same_inner else own['exits']
         model = CascadeModel(backbone, points, own['head'], front=fronts)
     if config.published is not None and same_input and same_classes and 'dtype' not in request:
         if config.files is None:  # an older format took digests in another way
@@ -178,9 +181,12 @@ def _load_release(
     model.base_model = config.base_model
     heads = {k.removeprefix('heads.'): v for k, v in state.items() if k.startswith('heads.')}
     named = tuple(f'{k}.network.' for k, f in enumerate(config.fronts) if not f.is_stored(config.layout))
+    if not same_fronts:  # the heads behind them are kept, under their new numbers
+        heads = _behind(heads, len(config.fronts), len(fronts))
+        named = tuple(f'{k}.' for k in range(len(fronts)))
     fit = (
         same_classes
-        and same_exits
+        and same_inner
         and {k: v.shape for k, v in heads.items()}
         == {k: v.shape for k, v in model.heads.state_dict().items() if not k.startswith(named)}
     )
@@ -188,7 +194,7 @@ def _load_release(
         _as_saved(model, state)
     if fit:
         model.heads.load_state_dict(heads, strict=not named)  # the shapes are compared above
-    if fit and same_input:
+    if fit and same_input and same_fronts:
         model.table, model.calibration = release.dial()
         model.profiles = release.profiles()
         model.dial.path = release.path()
@@ -203,15 +209,23 @@ def _load_release(
             else f'images of {input_size_of(backbone)}'
             if not same_input
             else 'other exits or heads'
+            if not fit
+            else 'other networks in front'
         )
         lost = 'calibration and thresholds do not' if fit else 'heads and thresholds do not'
         warnings.warn(
             f'{release} was made for {config.num_classes} classes and images of {config.input_size}; asked '
             f'are {asked}: its {lost} apply. No exit fires until the cascade is '
-            f'{"calibrated" if fit else "trained and calibrated"}.',
+            f'{"calibrated" if fit or len(model.fronts) == len(model.exits) else "trained and calibrated"}.',
             stacklevel=5,
         )
     return model
+
+
+def _behind(heads: Mapping[str, Tensor], before: int, now: int) -> dict[str, Tensor]:
+    """Tensors of the heads behind `before` fronts, numbered as behind `now` of them."""
+    numbered = [(name.partition('.'), t) for name, t in heads.items()]
+    return {f'{int(k) - before + now}.{rest}': t for (k, _, rest), t in numbered if int(k) >= before}
 
 
 def _as_saved(model: CascadeModel, state: Mapping[str, Tensor]) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .compiled import CompileOptions
     from .graph import StagedBackbone
 
-__all__ = ['Router']
+__all__ = ['CompiledNetwork', 'Router']
 
 MAX_EXPORTS = 4  # kinds of images (size, dtype, device) whose exported backbone is kept
 _export_lock = threading.Lock()
@@ -252,6 +252,22 @@ class Router:
                 f'{type(backbone).__name__} has to be {what} {[p.module for p in self.points]}, and that failed: '
                 f'{type(e).__name__}: {" ".join(str(e).split())[:300]}'
             ) from e
+
+
+class CompiledNetwork:
+    """A network without exits, compiled as the stages of a cascade are: images to logits.
+
+    Args:
+        network: The network; gradients and training mode run it as it is.
+        options: How to compile.
+    """
+
+    def __init__(self, network: nn.Module, options: CompileOptions | None) -> None:
+        self.network, self.router = network, Router(network, ())
+        self.router.options = options
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.router.runner(self.network, images, [], [], False)(images, lambda index, boundary: None)
 
 
 def _memory_format(images: Tensor) -> torch.memory_format:

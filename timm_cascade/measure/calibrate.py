@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import timm
@@ -24,12 +25,75 @@ from ..version import __version__
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['calibrate', 'record']
+__all__ = ['Observed', 'calibrate', 'observe', 'record']
 
 _logger = logging.getLogger(__name__)
 
 
+class Observed(NamedTuple):
+    """What k classifiers say about n images.
+
+    Attributes:
+        confidence: (n, k) float32, max softmax.
+        answer: (n, k) int64, the class.
+        label: (n,) int64, UNLABELLED where there is none.
+        digest: (n,) int64, equal for images that are exact copies of each other after the transform.
+    """
+
+    confidence: np.ndarray
+    answer: np.ndarray
+    label: np.ndarray
+    digest: np.ndarray
+
+
 @torch.no_grad()
+def observe(
+    model: CascadeModel,
+    forward: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+    data: Dataset,
+    batch_size: int,
+    workers: int,
+    accelerator: Accelerator,
+    what: str,
+) -> Observed:
+    """Runs `forward` (images as the model reads them to k logits) once over a data set, in its order.
+
+    Args:
+        model: The cascade whose transform, device and dtype the images get; in evaluation mode meanwhile.
+        forward: Images (N, C, H, W) to k of (N, num_classes).
+        data: See `prepare_data`.
+        batch_size: Images per batch, over all processes together.
+        workers: Processes that decode.
+        accelerator: Device and processes.
+        what: Name of the progress bar.
+
+    Raises:
+        ValueError: Labels that are not classes of the model.
+    """
+    training = model.training
+    model.to(accelerator.device).eval()
+    parts: list[tuple[torch.Tensor, ...]] = []
+    try:
+        share = max(1, batch_size // accelerator.num_processes)
+        loader = accelerator.prepare_data_loader(create_loader(model, data, share, workers))
+        for images, target in progress(loader, what, accelerator.is_main_process):
+            with accelerator.autocast():
+                logits = forward(model.as_images(images))
+            confident = torch.stack([confidence(x) for x in logits], 1)
+            answer = torch.stack([x.argmax(1) for x in logits], 1)
+            parts.append(accelerator.gather_for_metrics((confident, answer, target, _digests(images))))
+    finally:
+        model.train(training)
+    observed = Observed(*(torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True)))
+    labels = observed.label[observed.label != UNLABELLED]
+    if len(labels) and (labels.min() < 0 or labels.max() >= model.num_classes):
+        raise ValueError(
+            f'labels go from {labels.min()} to {labels.max()}, the model has the classes '
+            f'0..{model.num_classes - 1}; these images belong to other classes.'
+        )
+    return observed
+
+
 def record(
     model: CascadeModel, data: Dataset, batch_size: int = 256, workers: int = 0, accelerator: Accelerator | None = None
 ) -> dict[str, np.ndarray]:
@@ -45,32 +109,13 @@ def record(
     model = unwrap(model, CascadeModel)
     data = prepare_data(model, data)
     accelerator = accelerator or create_accelerator()
-    training = model.training
-    model.to(accelerator.device).eval()
-    parts: list[tuple[torch.Tensor, ...]] = []
-    try:
-        share = max(1, batch_size // accelerator.num_processes)
-        loader = accelerator.prepare_data_loader(create_loader(model, data, share, workers))
-        for images, target in progress(loader, 'every exit', accelerator.is_main_process):
-            with accelerator.autocast():
-                logits = model.forward_exits(model.as_images(images))
-            confident = torch.stack([confidence(x) for x in logits], 1)
-            answer = torch.stack([x.argmax(1) for x in logits], 1)
-            parts.append(accelerator.gather_for_metrics((confident, answer, target, _digests(images))))
-    finally:
-        model.train(training)
-    confidences, answers, labels, digests = (torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True))
-    agreement = answers == answers[:, -1:]
-    labelled = labels != UNLABELLED
-    seen = dict(confidence=confidences, agreement=agreement, digest=digests)
+    found = observe(model, model.forward_exits, data, batch_size, workers, accelerator, 'every exit')
+    agreement = found.answer == found.answer[:, -1:]
+    labelled = found.label != UNLABELLED
+    seen = dict(confidence=found.confidence, agreement=agreement, digest=found.digest)
     if not labelled.any():
         return seen
-    if labels[labelled].min() < 0 or labels.max() >= model.num_classes:
-        raise ValueError(
-            f'labels go from {labels.min()} to {labels.max()}, the model has the classes '
-            f'0..{model.num_classes - 1}; these images belong to other classes.'
-        )
-    seen['correct'] = np.where(labelled[:, None], answers == labels[:, None], agreement)
+    seen['correct'] = np.where(labelled[:, None], found.answer == found.label[:, None], agreement)
     if not labelled.all():
         seen['labelled'] = labelled
     return seen
