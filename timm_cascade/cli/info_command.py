@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from .. import hub
-from ..model import CascadeModel
+from ..hub.members import members
 from .options import Commands, output_options
 
 __all__ = ['add_command', 'run']
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         num_classes=model.num_classes,
         label_names=model.label_names,
         input_size=list(hub.binding(model)['input_size']),
-        **({'members': _members(model)} if model.fronts else {}),
+        **({'members': members(model)} if model.fronts else {}),
         exits=[
             dict(module=p.module, fraction=round(p.fraction, 4), layout=p.layout, channels=p.channels, cut=p.cut)
             for p in model.exits
@@ -55,26 +55,3 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for p in model.table.points
         ],
     )
-
-
-def _members(model: CascadeModel) -> list[dict[str, Any]]:
-    """A row for each whole network, cheapest first: what it reads and costs, how good it is, and its threshold."""
-    accuracy: list[float | None] = [None] * (len(model.exits) + 1)
-    if model.calibration is not None:
-        accuracy = [round(float(a), 4) for a in model.calibration.correct.mean(0)]
-    total = model.exits[-1].total
-    rows = [
-        dict(
-            network=f.name,
-            weights='of the backbone' if f.shared else f.published.name if f.published else 'in the release',
-            size=f'{f.size[0]}x{f.size[1]}',
-            macs=f.macs(),
-            share=round(f.macs() / total, 4),
-            accuracy=a,
-            threshold=None if t == float('inf') else t,
-        )
-        for f, a, t in zip(model.fronts, accuracy, model.thresholds.tolist(), strict=False)
-    ]
-    _, height, width = hub.binding(model)['input_size']
-    name = '.'.join(str(p) for p in map(model.backbone.pretrained_cfg.get, ('architecture', 'tag')) if p)
-    return [*rows, dict(network=name, size=f'{height}x{width}', macs=total, share=1.0, accuracy=accuracy[-1])]

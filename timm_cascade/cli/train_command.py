@@ -20,6 +20,8 @@ __all__ = ['add_command', 'run']
 DESCRIPTION = """\
 Trains the exit heads of a cascade on a frozen backbone and writes a release to --out. With --finetune the whole
 backbone is trained on the same images first. A command that was interrupted continues when it is given again.
+With networks in front and no exits behind them (--front NAME --exits 0) there is nothing to train: the cascade is
+written as it is.
 """
 
 
@@ -117,19 +119,22 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         )
         best = max(lines, key=lambda line: line['accuracy'])
         tuned = dict(finetuned=dict(epochs=len(lines), best_epoch=best['epoch'], accuracy=best['accuracy']))
-    history = train_heads(
-        model,
-        train,
-        val,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        views=args.views,
-        classifier=classifier,
-        cache=not args.no_cache,
-        **common,
-    )
+    if classifier or len(model.fronts) < len(model.exits):
+        history = train_heads(
+            model,
+            train,
+            val,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            views=args.views,
+            classifier=classifier,
+            cache=not args.no_cache,
+            **common,
+        )
+    else:
+        history = [dict(trained='no heads: all exits are networks in front')]
     main_process, processes = accelerator.is_main_process, accelerator.num_processes
     if main_process:
         hub.save(model, args.out)
@@ -145,4 +150,5 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         classifier_trained=classifier,
         **tuned,
         **history[-1],
+        next=f'No exit fires until it is calibrated: timm-cascade calibrate {args.out} --data DATA --split HELD_OUT',
     )

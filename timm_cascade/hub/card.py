@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..model import CascadeModel
 from ..version import __version__
+from .members import members
 
 __all__ = ['GENERATED', 'PICTURE', 'PLACEHOLDER', 'render']
 
@@ -92,6 +93,9 @@ def render(
         picture=picture,
         marker=f'{GENERATED}\n',
         exits=exits,
+        inner=len(model.exits) - len(model.fronts),
+        members=members(model) if model.fronts else [],
+        layout=layout,
         points=points,
         num_classes=model.num_classes,
         dial=dial,

@@ -59,7 +59,8 @@ class FrontConfig:
             )
         published = None
         if entry.published is not None:
-            published = Published.from_entry(entry.published, entry.architecture, source)
+            where = f'front {entry.name}: published'
+            published = Published.from_entry(entry.published, entry.architecture, source, where)
         values = {**entry.model_dump(), 'size': (entry.size[0], entry.size[1]), 'published': published}
         return cls(**values)
 

@@ -49,25 +49,24 @@ class Published:
         return asdict(self)
 
     @classmethod
-    def from_entry(cls, entry: PublishedEntry, base: str, source: str) -> Published:
+    def from_entry(cls, entry: PublishedEntry, base: str, source: str, what: str = 'cascade.backbone') -> Published:
         """What `to_dict` gave, as a file has it.
 
         Args:
             entry: The description.
             base: timm's name of the backbone, without a tag.
             source: Name of the file, for messages.
+            what: Where in the file.
 
         Raises:
             ReleaseError: A description of another backbone, or of one that cannot be fetched.
         """
         result = cls(**entry.model_dump())
         if result.name.split('.')[0] != base:
-            raise ReleaseError(
-                f'{source}: cascade.backbone.name is {result.name!r}; it should be {base} with or without a tag.'
-            )
+            raise ReleaseError(f'{source}: {what}.name is {result.name!r}; it should be {base} with or without a tag.')
         if result.hub_id is None and not result.registered.get('url'):
             raise ReleaseError(
-                f'{source}: cascade.backbone.name is {result.name!r}, which has no published weights that this version '
+                f'{source}: {what}.name is {result.name!r}, which has no published weights that this version '
                 f'of timm knows, and no Hub repository is named. Upgrade timm.'
             )
         return result
