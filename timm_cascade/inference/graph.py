@@ -82,7 +82,8 @@ class StagedBackbone:
             program = torch.export.export(
                 _Marked(backbone, run),
                 (example,),
-                dynamic_shapes={'images': {0: torch.export.Dim('batch')}},
+                # whatever range of batch sizes the kernels of this device allow
+                dynamic_shapes={'images': {0: torch.export.Dim.DYNAMIC}},
                 strict=False,
             )
         signature = program.graph_signature
