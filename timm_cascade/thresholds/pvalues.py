@@ -109,7 +109,8 @@ class _Region:
 
         self.n, self.margin = n, margin
         tail = 1e-9
-        first = int(np.nan_to_num(special.bdtrik(tail, n, low), nan=0))
+        # of a rate of zero some releases of scipy (1.12) call the largest count a quantile
+        first = int(np.nan_to_num(special.bdtrik(tail, n, low), nan=0)) if low > 0 else 0
         last = math.ceil(np.nan_to_num(special.bdtrik(1 - tail, n, high), nan=n))
         self.missed = 2 * tail  # probability of an x01 outside, counted as extreme
         x01 = np.arange(max(first, 0), min(last, n) + 1)
