@@ -44,7 +44,11 @@ def markdown(content: dict[str, Any]) -> list[str]:
         text += [f'- {_name(c)}: `{c["error"]}`' for c in failed]
     if content['missing']:
         text += ['', '## Not measured', '', f'The time did not suffice for {len(content["missing"])}:', '']
-        text += [f'- {name}' for name in content['missing']]
+        groups: dict[tuple[str, str], list[str]] = {}
+        for name in content['missing']:
+            kind, network, *rest = name.split(', ')
+            groups.setdefault((kind, network), []).append(' '.join(rest))
+        text += [f'- {kind}, {network}: {"; ".join(each)}' for (kind, network), each in groups.items()]
     return text
 
 
