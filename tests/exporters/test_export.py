@@ -136,6 +136,8 @@ def test_a_table_of_other_heads_is_refused(tmp_path):
         (lambda m: m['stages'][0].update(sha256='x'), 'stages.0.sha256'),
         (lambda m: m['stages'][1].update(file='../stage_1.onnx'), 'stages.1.file'),
         (lambda m: m['stages'][1].update(inputs=['nothing']), 'stage 1 reads'),
+        (lambda m: m['stages'][1]['cuts'].pop(), 'stage 1 has the cuts .* expected 6 ascending offsets'),
+        (lambda m: m['stages'][0]['cuts'].reverse(), 'stage 0 has the cuts'),
         (lambda m: m.update(thresholds=[None]), '1 thresholds for 2 exits'),
         (lambda m: m.update(format_version=9), 'format_version'),
         (lambda m: m['preprocessing'].update(std=[0.0]), 'preprocessing.std.0'),

@@ -16,6 +16,10 @@ from timm_cascade.errors import ExportError
 from timm_cascade.exporters import web_page
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+FLAGS = """
+--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+--disable-component-update --disable-sync --remote-debugging-port=0
+""".split()
 REPORT = """
 <script>
 window.ready.then(() => Promise.all(samples.map(s => predict(s.tensor, settings.at(-1).thresholds))))
@@ -66,8 +70,9 @@ def test_the_browser_answers_as_the_runner_does(page, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     profile = f'--user-data-dir={tmp_path / "profile"}'
     address = f'http://localhost:{server.server_port}/index.html'
-    flags = ['--headless=new', '--no-sandbox', '--disable-gpu', '--remote-debugging-port=0', profile, address]
-    browser = subprocess.Popen([CHROMIUM, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    browser = subprocess.Popen(
+        [CHROMIUM, *FLAGS, profile, address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         assert server.done.wait(240), 'the page reported nothing'
     finally:

@@ -25,6 +25,7 @@ from ..data import ImageData
 from ..errors import ExportError
 from ..model import CascadeModel
 from ..version import __version__
+from .layout import lay_out
 from .manifest import MANIFEST, LiveTensor, Manifest, Preprocessing, StageEntry
 from .onnx_int8 import quantise_stages
 from .onnx_single import SINGLE, SINGLE_BATCH, write_single
@@ -130,9 +131,11 @@ def export(
         if int8 is not None:
             write_manifest(manifest, temporary, [])
             quantise_stages(temporary, int8)
-            for entry in manifest.stages:
-                path = temporary / entry.file
-                entry.sha256, entry.bytes = sha256(path), path.stat().st_size
+        elif format == 'onnx':  # integers would round otherwise where stages are joined, and the table is of each alone
+            lay_out(manifest, temporary)
+        for entry in manifest.stages:
+            path = temporary / entry.file
+            entry.sha256, entry.bytes = sha256(path), path.stat().st_size
         others = []
         if format == 'onnx':
             shutil.copyfile(Path(__file__).with_name(RUNNER), temporary / RUNNER)

@@ -48,6 +48,8 @@ class StageEntry(_Entry):
         exit: Module after which the exit stands; None for the last stage.
         macs: MACs of the stage for one sample, its head included.
         head_macs: MACs of the stage's head, 0 for the last stage.
+        cuts: Offsets in an ONNX file at which the graph, each input, the body, the head, each output, and logits and
+            confidence begin: with them the runner joins stages around a closed exit. Empty: this file stays alone.
     """
 
     file: FileName
@@ -59,6 +61,7 @@ class StageEntry(_Entry):
     exit: Name | None
     macs: Cost
     head_macs: Cost
+    cuts: list[Count] = []
 
 
 class Preprocessing(_Entry):
@@ -115,6 +118,11 @@ class Manifest(_Entry):
             if missing:
                 raise ValueError(f'stage {number} reads {missing[0]!r}, which no stage before it hands on')
             available = (available | set(stage.outputs)) & {tensor.name for tensor in stage.live}
+            parts = len(stage.inputs) + len(stage.outputs) + 4
+            if stage.cuts and (
+                len(stage.cuts) != parts or sorted([*stage.cuts, stage.bytes]) != [*stage.cuts, stage.bytes]
+            ):
+                raise ValueError(f'stage {number} has the cuts {stage.cuts}; expected {parts} ascending offsets')
         if (self.table is None) != (self.table_precision is None):
             raise ValueError('table and table_precision go together')
         return self

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data import ImageData
 from .onnx_stages import require
-from .recalibrate import every_stage, image_batches
+from .recalibrate import every_stage, image_batches, stage_sessions
 
 if TYPE_CHECKING:
     from .runner import Cascade
@@ -73,8 +73,9 @@ def _inputs(cascade: Cascade, data: ImageData) -> list[list[dict[str, Any]]]:
     chosen = np.random.default_rng(0).permutation(len(data))[:IMAGES]
     some = ImageData(_Chosen(data, chosen), None, source=data.source, split=data.split)
     seen: list[list[dict[str, Any]]] = [[] for _ in cascade.stages]
+    sessions = stage_sessions(cascade)
     for images, _ in image_batches(cascade, some, size):
-        for k, (inputs, _, _) in enumerate(every_stage(cascade, images)):
+        for k, (inputs, _, _) in enumerate(every_stage(cascade, sessions, images)):
             seen[k].append(dict(inputs))
     return seen
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from .onnx_stages import require
 if TYPE_CHECKING:
     from .runner import Cascade
 
-__all__ = ['calibrate_exported', 'every_stage', 'image_batches']
+__all__ = ['calibrate_exported', 'every_stage', 'image_batches', 'stage_sessions']
 
 
 def image_batches(cascade: Cascade, data: ImageData, batch_size: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
@@ -32,11 +32,18 @@ def image_batches(cascade: Cascade, data: ImageData, batch_size: int) -> Iterato
         yield np.stack(images), np.array([label for _, label in items])
 
 
-def every_stage(cascade: Cascade, images: NDArray[Any]) -> Iterator[tuple[dict[str, Any], NDArray[Any], NDArray[Any]]]:
+def stage_sessions(cascade: Cascade) -> list[Any]:
+    """One onnxruntime session per stage, each with its head."""
+    return [cascade.session(k, k) for k in range(len(cascade.stages))]
+
+
+def every_stage(
+    cascade: Cascade, sessions: Sequence[Any], images: NDArray[Any]
+) -> Iterator[tuple[dict[str, Any], NDArray[Any], NDArray[Any]]]:
     """Each stage's inputs by name, logits (N, C) and confidence (N,); no sample exits early."""
     fixed = cascade.manifest['batch_size']
     values: dict[str, Any] = {'images': images if fixed is None else np.resize(images, (fixed, *images.shape[1:]))}
-    for stage, session in zip(cascade.stages, cascade.sessions, strict=True):
+    for stage, session in zip(cascade.stages, sessions, strict=True):
         inputs = {name: values[name] for name in stage['inputs']}
         *made, logits, confidence = session.run([*stage['outputs'], 'logits', 'confidence'], inputs)
         values |= dict(zip(stage['outputs'], made, strict=True))
@@ -65,10 +72,11 @@ def calibrate_exported(folder: str | Path, held_out: ImageData, *, batch_size: i
     from .runner import Cascade
 
     cascade = Cascade(folder)
+    sessions = stage_sessions(cascade)
     step = manifest.batch_size or batch_size
     confidences, answers, labels = [], [], []
     for images, target in image_batches(cascade, held_out, step):
-        outputs = [(logits.argmax(1), found) for _, logits, found in every_stage(cascade, images)]
+        outputs = [(logits.argmax(1), found) for _, logits, found in every_stage(cascade, sessions, images)]
         answers.append(np.stack([a for a, _ in outputs], 1))
         confidences.append(np.stack([c for _, c in outputs], 1))
         labels.append(target)

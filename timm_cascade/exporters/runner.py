@@ -1,13 +1,9 @@
 """Runs this folder's cascade with numpy and onnxruntime: python runner.py image.jpg --max-drop 0.01 (needs PIL too)."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
 import math
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +12,6 @@ import onnxruntime as ort
 
 
 class Output(NamedTuple):
-    """In input order: logits (N, C) float32, the exit that answered (N,) int64, confidence (N,) float32."""
-
     logits: np.ndarray
     exit: np.ndarray
     confidence: np.ndarray
@@ -26,55 +20,56 @@ class Output(NamedTuple):
 class Cascade:
     """The stages in `folder`; samples leave between them. `threads` and `providers` are onnxruntime's."""
 
-    def __init__(self, folder: str | Path, threads: int = 0, providers: Sequence[Any] = ('CPUExecutionProvider',)):
+    def __init__(self, folder: str | Path, threads: int = 0, providers: tuple[Any, ...] = ('CPUExecutionProvider',)):
         self.manifest: dict[str, Any] = json.loads((Path(folder) / 'cascade.json').read_text(encoding='utf-8'))
         kind = tuple(self.manifest.get(key) for key in ('format', 'format_version', 'kind'))
         if kind != ('timm-cascade-export', 1, 'onnx'):
             raise ValueError(f'{folder}/cascade.json is {kind}, not an ONNX export that this runner can read.')
-        self.stages: list[dict[str, Any]] = self.manifest['stages']
-        options, self._needed = ort.SessionOptions(), ort.RunOptions()
-        options.intra_op_num_threads = threads
-        self._needed.only_execute_path_to_fetches = True  # so that a closed exit's head is not run
-        self.sessions = []
-        for stage in self.stages:
-            data = (Path(folder) / stage['file']).read_bytes()
-            if hashlib.sha256(data).hexdigest() != stage['sha256']:
-                raise ValueError(f'{folder}/{stage["file"]} is damaged or another file (sha256). Copy it again.')
-            try:
-                self.sessions.append(ort.InferenceSession(data, options, providers=list(providers)))
-            except Exception as e:
-                raise ValueError(f'onnxruntime {ort.__version__} cannot load {stage["file"]}: {e}') from e
+        self.folder, self.stages, self._sessions = Path(folder), self.manifest['stages'], dict[tuple[int, int], Any]()
+        self._settings = ort.SessionOptions(), list(providers)
+        self._settings[0].intra_op_num_threads = threads
         self.set_thresholds(self.manifest['thresholds'])
 
-    def set_thresholds(self, values: Sequence[float | None]) -> None:
-        """(M,) confidences from which samples leave; None or inf closes an exit."""
+    def set_thresholds(self, values: list[float | None] | np.ndarray) -> None:
+        """(M,) confidences from which samples leave; None or inf closes an exit, which then costs nothing."""
         found = np.array([math.inf if v is None else v for v in values], np.float32)
         if found.shape != (len(self.stages) - 1,) or np.isnan(found).any():
             raise ValueError(f'thresholds {list(values)}: expected {len(self.stages) - 1} numbers, None for closed.')
+        ends = [k for k, s in enumerate(self.stages) if k == len(found) or found[k] < math.inf or not s.get('cuts')]
+        runs = zip([0, *(k + 1 for k in ends)], ends, strict=False)  # of stages without an open exit in between
+        self._sessions = {run: self._sessions.get(run) or self.session(*run) for run in runs}
         self.thresholds = found
+
+    def session(self, first: int, last: int) -> ort.InferenceSession:
+        """Stages first..last as one; its last two outputs are logits (N, C) and confidence (N,) of stage `last`."""
+        stages = self.stages[first : last + 1]
+        files = {s['file']: (self.folder / s['file']).read_bytes() for s in stages}
+        if damaged := [s['file'] for s in stages if hashlib.sha256(files[s['file']]).hexdigest() != s['sha256']]:
+            raise ValueError(f'{self.folder}/{damaged[0]} is damaged or another file (sha256). Copy it again.')
+        try:
+            data = files[stages[0]['file']] if last == first else _join(stages, files)
+            return ort.InferenceSession(data, *self._settings)
+        except Exception as e:
+            raise ValueError(f'onnxruntime {ort.__version__} cannot load {stages[0]["file"]}: {e}') from e
 
     def set_max_drop(self, max_drop: float, rule: str = 'certified', level: float = 0.9) -> dict[str, Any]:
         """Sets the thresholds of the table's point with the largest max_drop up to this one, and returns the point."""
-        table, precision = self.manifest['table'], self.manifest['precision']
-        if table is None or self.manifest['table_precision'] != precision:
-            what = f'no table for {precision}, only {self.manifest["table_precision"]}; thresholds of one precision do'
-            raise ValueError(f'{what} not serve another. Run timm-cascade calibrate FOLDER --data DATA on this folder.')
-        reference = 'labels' if table['provenance'].get('labelled', True) else 'backbone'
-        points = [p for p in table['points'] if p['rule'] == rule and p['reference'] == reference]
-        points = [p for p in points if rule != 'certified' or p['level'] >= level]
-        known = sorted({p['max_drop'] for p in points})
-        points = [p for p in points if p['max_drop'] <= max_drop]
-        if not points:
-            raise ValueError(f'no {rule} point for max_drop {max_drop}, level {level}; the table has {known}.')
-        point = max(points, key=lambda p: (p['max_drop'], -(p['level'] or 0)))
+        table, precision, measured = (self.manifest[key] for key in ('table', 'precision', 'table_precision'))
+        if table is None or measured != precision:  # thresholds of one precision do not serve another
+            raise ValueError(f'no table for {precision}, only {measured}: timm-cascade calibrate FOLDER --data DATA.')
+        kind = rule, 'labels' if table['provenance'].get('labelled', True) else 'backbone'
+        points = [p for p in table['points'] if (p['rule'], p['reference']) == kind and (p['level'] or level) >= level]
+        if not (allowed := [p for p in points if p['max_drop'] <= max_drop]):
+            raise ValueError(f'no {rule} point for max_drop {max_drop}; there are {[p["max_drop"] for p in points]}.')
+        point = max(allowed, key=lambda p: (p.get('scope') != 'setting', p['max_drop'], -(p['level'] or 0), -p['cost']))
         self.set_thresholds(point['thresholds'])
         return point
 
     def preprocess(self, image: Any) -> np.ndarray:
-        """PIL image to (C, H, W) float32, as timm's evaluation transform makes it."""
+        """A file, or a PIL image, to (C, H, W) float32, as timm's evaluation transform makes it."""
         from PIL import Image
 
-        p = self.manifest['preprocessing']
+        p, image = self.manifest['preprocessing'], image if hasattr(image, 'convert') else Image.open(image)
         (channels, height, width), size = p['input_size'], (image.height, image.width)
         scale = [math.floor(side / p['crop_pct']) for side in (height, width)]
         if p['crop_mode'] == 'center' and scale[0] == scale[1]:
@@ -84,50 +79,58 @@ class Cascade:
             scale = [round(side / ratio) for side in size]
         method = getattr(Image.Resampling, p['interpolation'].upper(), Image.Resampling.BILINEAR)
         image = image.convert('L' if channels == 1 else 'RGB').resize((scale[1], scale[0]), method)
-        border = [round(255 * v) for v in p['mean']] if p['crop_mode'] == 'border' else [0] * channels
-        canvas = Image.new(image.mode, (width, height), tuple(border) if channels > 1 else border[0])
+        border = tuple(round(255 * v) if p['crop_mode'] == 'border' else 0 for v in p['mean'])
+        canvas = Image.new(image.mode, (width, height), border)
         canvas.paste(image, (-round((scale[1] - width) / 2), -round((scale[0] - height) / 2)))
         pixels = np.asarray(canvas, np.float32).reshape(height, width, channels) / np.float32(255)
         return np.ascontiguousarray(((pixels - np.float32(p['mean'])) / np.float32(p['std'])).transpose(2, 0, 1))
 
     def predict(self, images: np.ndarray) -> Output:
-        """Logits, exit and confidence of preprocessed images (N, C, H, W) float32."""
-        size, n, fixed = self.manifest['preprocessing']['input_size'], len(images), self.manifest['batch_size']
-        if images.dtype != np.float32 or images.ndim != 4 or list(images.shape[1:]) != size:
+        """Logits (N, C), exit (N,) and confidence (N,) of preprocessed images (N, C, H, W) float32, in their order."""
+        n, fixed, size = len(images), self.manifest['batch_size'], tuple(self.manifest['preprocessing']['input_size'])
+        if images.dtype != np.float32 or images.shape[1:] != size:
             raise ValueError(f'images are {images.dtype} {images.shape}; expected float32 (N, {str(size)[1:-1]}).')
-        logits = np.empty((n, self.manifest['num_classes']), np.float32)
-        out = Output(logits, np.empty(n, np.int64), np.empty(n, np.float32))
-        for start in range(0, n, fixed or max(n, 1)):
-            self._route(images, np.arange(start, min(n, start + (fixed or n))), out)
-        return out
+        if n and not fixed:
+            return self._route(images, n)
+        step, starts = fixed or 1, range(0, max(n, 1), fixed or 1)  # no image at all runs as one that is dropped
+        parts = [self._route(np.resize(images[i : i + step], (step, *size)), min(step, n - i)) for i in starts]
+        return Output(*map(np.concatenate, zip(*parts, strict=True)))
 
-    def _route(self, images: np.ndarray, ids: np.ndarray, out: Output) -> None:
-        fixed = self.manifest['batch_size']  # stages of a fixed size get some samples twice, whose answers are dropped
-        images = images if len(ids) == len(images) and not fixed else images[np.resize(ids, fixed or len(ids))]
-        values = {'images': ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(images))}
-        for k, (stage, session) in enumerate(zip(self.stages, self.sessions, strict=True)):
-            threshold = -math.inf if k == len(self.thresholds) else self.thresholds[k]
-            answers = ['logits', 'confidence'] if threshold < math.inf else []
-            if names := [*stage['outputs'], *answers]:
-                feeds = {name: values[name] for name in stage['inputs']}
-                values |= zip(names, session.run_with_ort_values(names, feeds, self._needed), strict=True)
-            if not answers:
+    def _route(self, images: np.ndarray, n: int) -> Output:  # for the first n; others fill a batch of fixed size
+        values, ids, classes = {'images': images}, np.arange(n), self.manifest['num_classes']
+        out = Output(np.empty((n, classes), np.float32), np.empty(n, int), np.empty(n, np.float32))
+        for (_, k), session in self._sessions.items():
+            found = session.run(None, {value.name: values[value.name] for value in session.get_inputs()})
+            logits, confidence = found[-2][: len(ids)], found[-1][: len(ids)]
+            leaves = confidence >= self.thresholds[k] if k < len(self.thresholds) else np.full(len(ids), True)
+            if len(ids) == n and leaves.all():
+                return Output(logits, np.full(n, k), confidence)
+            values.update(zip((value.name for value in session.get_outputs()), found, strict=True))
+            if not leaves.any():
                 continue
-            logits, confidence = (values[name].numpy()[: len(ids)] for name in answers)
-            leaves = (confidence >= threshold) | (k == len(self.thresholds))  # a NaN leaves at the end only
             gone, keep = ids[leaves], np.flatnonzero(~leaves)
             out.logits[gone], out.exit[gone], out.confidence[gone] = logits[leaves], k, confidence[leaves]
             if not len(keep):
-                return
-            if len(gone):
-                ids, rows = ids[keep], np.resize(keep, fixed or len(keep))
-                values = {t['name']: _select(values[t['name']], rows, t['rows']) for t in stage['live']}
+                break
+            ids, rows = ids[keep], np.resize(keep, self.manifest['batch_size'] or len(keep))
+            for name, r in ((t['name'], t['rows']) for t in self.stages[k]['live'] if t['rows']):
+                values[name] = values[name][(rows[:, None] * r + np.arange(r)).ravel()]  # r rows belong to a sample
+        return out
 
 
-def _select(value: ort.OrtValue, keep: np.ndarray, rows: int) -> ort.OrtValue:
-    """The rows of samples `keep`: each owns `rows` consecutive ones, 0 if all share the tensor."""
-    index = (keep[:, None] * rows + np.arange(rows)).ravel()
-    return ort.OrtValue.ortvalue_from_numpy(np.from_dlpack(value).take(index, axis=0)) if rows else value
+def _join(stages: list[dict[str, Any]], files: dict[str, bytes]) -> bytes:
+    """One ONNX file of several stages, with the last one's head: a graph's parts may be put together as bytes."""
+    inputs, outputs, bodies = dict[str, bytes](), dict[str, bytes](), list[bytes]()
+    for stage, data in zip(stages, files.values(), strict=True):
+        cuts, n = stage['cuts'], len(stage['inputs'])
+        parts = [data[a:b] for a, b in zip(cuts[1:], [*cuts[2:], None], strict=True)]
+        inputs |= {name: part for name, part in zip(stage['inputs'], parts[:n], strict=True) if name not in outputs}
+        outputs |= zip(stage['outputs'], parts[n + 2 : -1], strict=True)
+        bodies.append(parts[n])
+    live = [outputs[tensor['name']] for tensor in stages[-1]['live'] if tensor['name'] in outputs]
+    graph = b''.join([*inputs.values(), *bodies, parts[n + 1], *live, parts[-1]])
+    length = [*(len(graph) >> shift & 127 | 128 for shift in (0, 7, 14, 21)), len(graph) >> 28]  # as protobuf has it
+    return data[: cuts[0]] + bytes([0x3A, *length]) + graph
 
 
 if __name__ == '__main__':
@@ -135,15 +138,11 @@ if __name__ == '__main__':
     parser.add_argument('images', nargs='+')
     parser.add_argument('--max-drop', type=float, help='accuracy that may be given up; 0.01 is one percentage point')
     args, cascade = parser.parse_args(), Cascade(Path(__file__).parent)
-    from PIL import Image
-
+    labels = cascade.manifest['label_names'] or [f'class {i}' for i in range(cascade.manifest['num_classes'])]
     if args.max_drop is not None:
         cascade.set_max_drop(args.max_drop)
-    spent = np.cumsum([stage['macs'] for stage in cascade.stages]) / cascade.manifest['backbone_macs']
     for path in args.images:
-        x, begin = cascade.preprocess(Image.open(path))[None], time.perf_counter()
-        answer = cascade.predict(x)
-        took, best, at = time.perf_counter() - begin, int(answer.logits[0].argmax()), int(answer.exit[0])
-        label = (cascade.manifest['label_names'] or {best: f'class {best}'})[best]
-        print(f'{path}: {label}, confidence {answer.confidence[0]:.3f}, exit {at}, {1e3 * took:.1f} ms', end=', ')
-        print(f'{100 * (1 - spent[at]):.0f} % of MACs saved')
+        logits, (at,), (sure,) = cascade.predict(cascade.preprocess(path)[None])
+        saved = 1 - sum(s['macs'] for s in cascade.stages[: at + 1]) / cascade.manifest['backbone_macs']
+        label = labels[logits.argmax()]
+        print(f'{path}: {label}, confidence {sure:.3f}, exit {at}, {100 * saved:.0f} % of MACs saved')

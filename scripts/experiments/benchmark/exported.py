@@ -1,7 +1,7 @@
 """Exported cascades in onnxruntime, beside the plain network as ONNX, the ideal from stage times, and earlyon's export.
 
 Files are written to `--folder` by a first call with --prepare, which measures nothing but the export, and are kept
-there. All sessions have one thread, since the pools of several sessions would disturb each other.
+there. All sessions have one thread, since the pools of several sessions would disturb each other; times are CPU time.
 """
 
 from __future__ import annotations
@@ -114,16 +114,13 @@ def prepare(name: str, folder: Path, exits: int = 3) -> dict[str, Any]:
     return took
 
 
-def stage_times(cascade: Any, images: np.ndarray, last: int) -> np.ndarray:
+def stage_times(sessions: list[Any], images: np.ndarray, last: int) -> np.ndarray:
     """Seconds of stages 0..last for images that all go on, each with its head; no sample is compared or gathered."""
-    import onnxruntime as ort
-
-    values, stamps = {'images': ort.OrtValue.ortvalue_from_numpy(images)}, [time.perf_counter()]
-    for stage, one in zip(cascade.stages[: last + 1], cascade.sessions, strict=False):
-        names = [*stage['outputs'], 'logits', 'confidence']
-        found = one.run_with_ort_values(names, {n: values[n] for n in stage['inputs']})
-        values |= zip(names, found, strict=True)
-        stamps.append(time.perf_counter())
+    values, stamps = {'images': images}, [time.process_time()]
+    for one in sessions[: last + 1]:
+        found = one.run(None, {value.name: values[value.name] for value in one.get_inputs()})
+        values |= zip((value.name for value in one.get_outputs()), found, strict=True)
+        stamps.append(time.process_time())
     return np.diff(stamps)
 
 
@@ -147,19 +144,22 @@ def run_all(one: Any, batches: list[np.ndarray]) -> None:
         one.run(['logits'], {one.get_inputs()[0].name: batch})
 
 
-def mean_stages(cascade: Any, images: np.ndarray, last: int, times: int) -> np.ndarray:
-    return np.mean([stage_times(cascade, images, last) for _ in range(times)], axis=0)
+def mean_stages(sessions: list[Any], images: np.ndarray, last: int, times: int) -> np.ndarray:
+    return np.mean([stage_times(sessions, images, last) for _ in range(times)], axis=0)
 
 
 def network_rows(name: str, folder: Path, batch: int, seconds: float, least: int) -> list[dict[str, Any]]:
     """Rows of a network with forced shares, at one batch size."""
-    cascade, plain = runner(folder / f'{name}_3'), session(folder / f'{name}_3' / 'plain.onnx')
+    folder = folder / f'{name}_3'
+    cascade, closed, plain = runner(folder), runner(folder), session(folder / 'plain.onnx')
     n = IMAGES.get(batch, batch)
     images = pictures(n, tuple(cascade.manifest['preprocessing']['input_size'])).numpy()
     batches, count = np.split(images, n // batch), len(cascade.stages)
     found = confidences(cascade, images)
+    cascade.set_thresholds([2.0] * (count - 1))  # all exits open, as they stay
+    sessions = [cascade.session(k, k) for k in range(count)]
     contestants: dict[str, Callable[[], Any]] = dict(
-        plain=partial(run_all, plain, batches), closed=partial(routed, cascade, [None] * (count - 1), batches)
+        plain=partial(run_all, plain, batches), closed=partial(routed, closed, [None] * (count - 1), batches)
     )
     came = {}
     for share in SHARES:
@@ -168,8 +168,8 @@ def network_rows(name: str, folder: Path, batch: int, seconds: float, least: int
         came[share] = [[int((e >= k).sum()) for k in range(count)] for e in exits]
         contestants[f'{share}'] = partial(routed, cascade, thresholds, batches)
     for last, size in occurring([sizes for share in SHARES for sizes in came[share]]):
-        contestants[f'stages {size}'] = partial(mean_stages, cascade, images[:size], last, len(batches))
-    runs = in_turns(contestants, seconds, least, warm=int(batch < 64))
+        contestants[f'stages {size}'] = partial(mean_stages, sessions, images[:size], last, len(batches))
+    runs = in_turns(contestants, seconds, least, warm=int(batch < 64), now=time.process_time)
     stages = {int(k[7:]): np.stack(v) for k, v in runs.returned.items() if k.startswith('stages ')}
     rows = [
         dict(
@@ -206,7 +206,8 @@ def peer_routed(one: Any, thresholds: np.ndarray, batches: list[np.ndarray]) -> 
 def release_row(folder: Path, batch: int, n: int, seconds: float, least: int) -> dict[str, Any]:
     """The release at max_drop 0.5 % on test images, decoded before."""
     folder = folder / 'release_3'
-    cascade, plain, peer = runner(folder), session(folder / 'plain.onnx'), session(folder / 'earlyon.onnx')
+    cascade, closed = runner(folder), runner(folder)
+    plain, peer = session(folder / 'plain.onnx'), session(folder / 'earlyon.onnx')
     single = session(folder / ('cascade.onnx' if batch == 1 else 'cascade_batch.onnx'))
     point = cascade.set_max_drop(MAX_DROP)
     model = timm.create_model(f'local-dir:{RELEASE}', pretrained=True).eval()
@@ -216,7 +217,7 @@ def release_row(folder: Path, batch: int, n: int, seconds: float, least: int) ->
     runs = in_turns(
         {
             'plain': partial(run_all, plain, batches),
-            'closed': partial(routed, cascade, [None] * len(thresholds), batches),
+            'closed': partial(routed, closed, [None] * len(thresholds), batches),
             'cascade': partial(routed, cascade, thresholds.tolist(), batches),
             'single': lambda: np.concatenate(
                 [single.run(['logits', 'exit'], {'images': b, 'thresholds': thresholds})[1] for b in batches]
@@ -225,9 +226,10 @@ def release_row(folder: Path, batch: int, n: int, seconds: float, least: int) ->
         },
         seconds,
         least,
+        now=time.process_time,
     )
     exits = runs.returned['cascade'][0]
-    began = time.perf_counter()
+    began = time.process_time()
     some = [data[i][0] for i in range(100)]
     for image in some:
         cascade.preprocess(image)
@@ -243,7 +245,7 @@ def release_row(folder: Path, batch: int, n: int, seconds: float, least: int) ->
         peer=runs.ratio('earlyon', 'cascade'),
         closed=runs.ratio('closed', 'plain'),
         plain_ms=1000 * float(np.median(runs.seconds['plain'])) / n,
-        preprocess_ms=1000 * (time.perf_counter() - began) / len(some),
+        preprocess_ms=1000 * (time.process_time() - began) / len(some),
     )
 
 
@@ -288,7 +290,7 @@ def markdown(section: dict[str, Any]) -> list[str]:
     from scripts.experiments.benchmark.page import cell, verdict
 
     text = [
-        'Exported stages in onnxruntime on one thread, run by the exported `runner.py`; random images and weights.',
+        'Exported stages in onnxruntime, run by the exported `runner.py`; one thread, CPU time; random weights.',
         '',
     ]
     text += [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,20 @@ def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def in_turns(contestants: dict[str, Callable[[], Any]], seconds: float, least: int = 3, warm: int = 1) -> Runs:
+def in_turns(
+    contestants: dict[str, Callable[[], Any]],
+    seconds: float,
+    least: int = 3,
+    warm: int = 1,
+    now: Callable[[], float] | None = None,
+) -> Runs:
     """Runs all contestants again and again, at least `least` times each, for about `seconds`.
 
-    Before that each runs `warm` times: a CUDA graph is compiled by the first call, recorded by the second.
+    Before that each runs `warm` times: a CUDA graph is compiled by the first call, recorded by the second. `now` reads
+    another clock than the wall's.
     """
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')  # whose work the clock waits for
+    read = now or partial(clock, device)
     for call in [c for c in contestants.values() for _ in range(warm)]:
         call()
     times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -54,9 +63,9 @@ def in_turns(contestants: dict[str, Callable[[], Any]], seconds: float, least: i
     while turn < least or time.perf_counter() - began < seconds:
         names = list(contestants)
         for name in names if turn % 2 else reversed(names):
-            start = clock(device)
+            start = read()
             value = contestants[name]()
-            times[name].append(clock(device) - start)
+            times[name].append(read() - start)
             returned[name].append(value)
         turn += 1
     return Runs({k: np.array(v) for k, v in times.items()}, returned)
