@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def add_command(commands: Commands) -> None:
     parser = commands.add_parser(
         'predict', parents=[output_options()], help='label every image of an input, into parquet files'
     )
-    parser.add_argument('where', metavar='FOLDER|REPO', help='the release')
+    parser.add_argument('where', metavar='FOLDER|REPO', help='the release, or a folder that timm-cascade export wrote')
     parser.add_argument(
         '--data',
         required=True,
@@ -53,10 +54,16 @@ def add_command(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the command; returns what it prints."""
-    model = hub.load(args.where).eval()
+    exported = (Path(args.where) / 'cascade.json').is_file()
+    if exported and (args.compile or args.device not in (None, 'cpu')):
+        raise ValueError(
+            f'{args.where} is an exported folder, which onnxruntime runs; leave out --compile and --device.'
+        )
+    model = _open_exported(args.where) if exported else hub.load(args.where).eval()
     if args.max_drop is not None:
         model.set_max_drop(args.max_drop, rule=args.rule, level=args.level)
-    model.to(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    if not exported:
+        model.to(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if args.compile:
         model.compile(batch_sizes=(args.batch_size,))
     done = predict(
@@ -75,3 +82,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         actors=args.actors,
     )
     return asdict(done)
+
+
+def _open_exported(where: str) -> Any:
+    from ..exporters import ExportedCascade  # whose imports take longer than all others
+
+    return ExportedCascade(where)

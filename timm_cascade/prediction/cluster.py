@@ -78,9 +78,10 @@ def predict_on_ray(
     gpu = resources.get('GPU', 0) > 0
     most = min(len(units), actors or int(resources['GPU' if gpu else 'CPU']))
     model = predictor.model
-    device = next(model.parameters()).device
+    weight = next(model.parameters(), None)  # an exported cascade has none
     reference = ray.put(_on_cpu(predictor))
-    model.to(device)
+    if weight is not None:
+        model.to(weight.device)
     rows = ray.data.from_items([dict(vars(u)) for u in units], override_num_blocks=len(units))
     done = rows.map_batches(
         _Worker,

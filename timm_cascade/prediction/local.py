@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 from ..data import ImageData
 from ..data.views import eval_transform
 from ..errors import BadImageError
-from ..model import CascadeModel
 from ..thresholds.samples import exit_costs
 from ..utils.progress import progress
 from ..version import __version__
 from .cluster import predict_on_ray
 from .inputs import Source, open_sources
+from .labeller import Labeller
 from .units import Unit, divide, open_folder, parse_shard
 from .writer import Predicted, count_part, to_table, write_part
 
@@ -113,7 +113,7 @@ class UnitPredictor:
 
     def __init__(
         self,
-        model: CascadeModel,
+        model: Labeller,
         sources: Sequence[Source],
         batch_size: int = 256,
         topk: int = 5,
@@ -123,7 +123,7 @@ class UnitPredictor:
         self.model, self.sources = model, sources
         self.batch_size, self.workers, self.on_bad_image = batch_size, workers, on_bad_image
         self.topk = min(topk, model.num_classes)
-        self.transform = eval_transform(model)
+        self.transform = eval_transform(cast('torch.nn.Module', model))
 
     def write(self, units: Sequence[Unit], folder: Path) -> list[Unit]:
         """Predicts the units and writes their parts."""
@@ -200,7 +200,7 @@ class UnitPredictor:
 
 
 def predict(
-    model: CascadeModel,
+    model: Labeller,
     data: ImageData | str | Path | Sequence[str | Path],
     out: str | Path,
     *,
@@ -226,7 +226,8 @@ def predict(
     are null for those that could not.
 
     Args:
-        model: The cascade, on its device, with the thresholds to use.
+        model: The cascade, on its device, with the thresholds to use; or an exported folder, opened with
+            `timm_cascade.exporters.ExportedCascade`.
         data: Image files, folders, globs, parquet files, IDX folders or Hub data set ids, one or several; or an
             ImageData.
         out: Folder for the parts; made if it is not there.
@@ -300,17 +301,17 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _plan(
-    model: CascadeModel, sources: Sequence[Source], units: Sequence[Unit], unit: int, topk: int, batch_size: int
+    model: Labeller, sources: Sequence[Source], units: Sequence[Unit], unit: int, topk: int, batch_size: int
 ) -> dict[str, Any]:
-    weight = next(model.parameters())
+    weight = next(model.parameters(), None)
     return dict(
         format_version=FORMAT_VERSION,
         version=__version__,
         model=model.pretrained_cfg['architecture'],
         heads=model.heads_hash(),
         thresholds=[None if np.isinf(t) else t for t in model.thresholds.tolist()],
-        dtype=str(weight.dtype).removeprefix('torch.'),
-        transform=repr(eval_transform(model)),
+        dtype=model.precision if weight is None else str(weight.dtype).removeprefix('torch.'),  # type: ignore[attr-defined]
+        transform=repr(eval_transform(cast('torch.nn.Module', model))),
         topk=topk,
         batch_size=batch_size,
         unit=unit,
@@ -319,7 +320,7 @@ def _plan(
     )
 
 
-def _summary(model: CascadeModel, folder: Path, units: Sequence[Unit], written: int, speed: float) -> Summary:
+def _summary(model: Labeller, folder: Path, units: Sequence[Unit], written: int, speed: float) -> Summary:
     exits = len(model.exits) + 1
     counts, bad, parts = np.zeros(exits, dtype=np.int64), 0, 0
     for unit in units:
