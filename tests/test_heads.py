@@ -253,7 +253,7 @@ def test_the_inference_form_is_not_copied_or_stored():
     head(features)
     state = head.state_dict()
     for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
-        assert '_folded' not in vars(other) and torch.equal(other(features), head(features))
+        assert '_watched' not in vars(other) and torch.equal(other(features), head(features))
         other.fc.weight.data.zero_()
         other.fc.bias.zero_()
         assert not other(features).any() and head(features).any()

@@ -59,7 +59,7 @@ class ExitHead(nn.Module):
         in_features: Size of what `pool` returns, channels * columns: all columns of the first channel come first.
     """
 
-    _folded: _Folded | None = None
+    _watched: _Watched | None = None
 
     def __init__(
         self,
@@ -87,6 +87,19 @@ class ExitHead(nn.Module):
 
     def pool(self, features: Tensor) -> Tensor:
         """Features (N, ...) in this head's layout to (N, in_features)."""
+        return self._pool(*self._maps(features), self.mean)
+
+    def read(self, features: Tensor) -> tuple[Tensor, bool]:
+        """What the first of the layers for inference reads, and whether that is without the mean.
+
+        Where all cells of the pooled grid are of one size, the mean is that of the cells, and need not be computed.
+        """
+        maps, beside = self._maps(features)
+        without = self.mean and maps.shape[2] % self.grid[0] == maps.shape[3] % self.grid[1] == 0
+        return self._pool(maps, beside, self.mean and not without), without
+
+    def _maps(self, features: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Features as (N, C, H, W), and the prefix tokens (N, C, K) where they are read."""
         beside = []
         if self.layout == 'NHWC':
             features = features.permute(0, 3, 1, 2)
@@ -95,10 +108,13 @@ class ExitHead(nn.Module):
             beside = [features[..., : self.prefix_tokens]] if self.tokens else []
             features = features[..., self.prefix_tokens :]
             features = features.unflatten(2, (self._rows(features.shape[2]), -1))
-        pooled = F.adaptive_avg_pool2d(features, self.grid).flatten(2)
-        if self.mean:
-            beside = [features.mean((2, 3))[..., None], *beside]
-        return torch.cat([pooled, *beside], 2).flatten(1) if beside else pooled.flatten(1)
+        return features, beside
+
+    def _pool(self, maps: Tensor, beside: list[Tensor], mean: bool) -> Tensor:
+        pooled = F.adaptive_avg_pool2d(maps, self.grid)
+        if mean:
+            beside = [maps.mean((2, 3))[..., None], *beside]
+        return torch.cat([pooled.flatten(2), *beside], 2).flatten(1) if beside else pooled.flatten(1)
 
     def _rows(self, tokens: int) -> int:
         """Rows of the grid that the tokens form, for images of any size with the aspect ratio of `size`."""
@@ -107,34 +123,38 @@ class ExitHead(nn.Module):
 
     def classify(self, pooled: Tensor) -> Tensor:
         """(N, in_features) to logits (N, num_classes)."""
-        layers = None if pooled.is_meta else self.inference_layers()  # meta tensors are lent, to count MACs
-        return self.fc(self.hidden(self.norm(pooled))) if layers is None else classify_with(layers, pooled)
+        layers = self.inference_layers(pooled)
+        return self.fc(self.hidden(self.norm(pooled))) if layers is None else classify_with(layers.whole, pooled)
 
-    def inference_layers(self) -> Layers | None:
-        """Weight and bias of each linear layer, with the norm in the first; None where the layers themselves must run.
+    def inference_layers(self, inputs: Tensor | None = None) -> Folded | None:
+        """The linear layers with the norm in the first; None where the layers themselves must run.
 
         They must in training, in half precision (whose rounding the norm keeps small), and where a layer was replaced.
         """
-        if self.training or torch.compiler.is_compiling():
-            return None
-        folded = self._folded
-        if folded is None or folded.snapshot.changed():
-            folded = self._folded = _fold(self)
-        return None if torch.is_grad_enabled() and folded.trainable else folded.layers
+        if self.training or torch.compiler.is_compiling() or (inputs is not None and inputs.is_meta):
+            return None  # meta tensors are lent, to count MACs
+        watched = self._watched
+        if watched is None or watched.snapshot.changed():
+            watched = self._watched = _watch(self)
+        return None if torch.is_grad_enabled() and watched.trainable else watched.folded
 
     def train(self, mode: bool = True) -> ExitHead:
-        self._folded = None  # an optimizer may have written in ways that leave no trace
+        self._watched = None  # an optimizer may have written in ways that leave no trace
         return super().train(mode)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExitHead:
-        self._folded = None  # a new device or dtype leaves no trace in the parameters
+        self._watched = None  # a new device or dtype leaves no trace in the parameters
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != '_folded'}
+        return {k: v for k, v in self.__dict__.items() if k != '_watched'}
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.classify(self.pool(features))
+        layers = self.inference_layers(features)
+        if layers is None:
+            return self.fc(self.hidden(self.norm(self.pool(features))))
+        pooled, without_mean = self.read(features)
+        return classify_with(layers.without_mean if without_mean else layers.whole, pooled)
 
 
 def classify_with(layers: Layers, pooled: Tensor) -> Tensor:
@@ -151,10 +171,17 @@ def _columns(
     return pooled, mean and pooled != (1, 1), prefix_tokens * tokens
 
 
-class _Folded(NamedTuple):
+class Folded(NamedTuple):
+    """A head's layers for inference, for pooled features with their mean and without it; see `ExitHead.read`."""
+
+    whole: Layers
+    without_mean: Layers
+
+
+class _Watched(NamedTuple):
     """A head's layers for inference, and when they were computed."""
 
-    layers: Layers | None
+    folded: Folded | None
     snapshot: Snapshot
 
     @property
@@ -162,16 +189,16 @@ class _Folded(NamedTuple):
         return any(t.requires_grad for t in self.snapshot.tensors)
 
 
-def _fold(head: ExitHead) -> _Folded:
+def _watch(head: ExitHead) -> _Watched:
     tensors = [*head.parameters(), *head.buffers()]
     if any(t.is_inference() for t in tensors):  # these have no version: a change would not be noticed
-        return _Folded(None, Snapshot([], places_of(head)))
-    return _Folded(_fold_layers(head), Snapshot(tensors, places_of(head)))
+        return _Watched(None, Snapshot([], places_of(head)))
+    return _Watched(_fold(head), Snapshot(tensors, places_of(head)))
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _fold_layers(head: ExitHead) -> Layers | None:
+def _fold(head: ExitHead) -> Folded | None:
     norm: Any = head.norm
     hidden, fc = head.hidden, head.fc
     linear: list[Any] = [*hidden, fc] if isinstance(hidden, nn.Sequential) else [fc]
@@ -187,7 +214,15 @@ def _fold_layers(head: ExitHead) -> Layers | None:
         scale = (norm.running_var + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight)
         shift = (0.0 if norm.bias is None else norm.bias) - norm.running_mean * scale
         layers[0] = weight * scale, weight @ shift + (0.0 if bias is None else bias)
-    return tuple(layers)
+    return Folded(layers, _without_mean(head, layers) if head.mean else layers)
+
+
+def _without_mean(head: ExitHead, layers: Layers) -> Layers:
+    (weight, bias), *others = layers
+    cells = head.grid[0] * head.grid[1]
+    columns = weight.unflatten(1, (-1, head.columns))
+    mean = columns[..., cells : cells + 1] / cells
+    return [(torch.cat([columns[..., :cells] + mean, columns[..., cells + 1 :]], 2).flatten(1), bias), *others]
 
 
 def head_configs(head: HeadSpec, points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:

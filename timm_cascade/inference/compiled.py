@@ -161,14 +161,20 @@ class _Head(nn.Module):
         hooked = head._forward_hooks or head._forward_pre_hooks
         with torch.no_grad():
             layers = head.inference_layers() if type(head) is ExitHead and not hooked else None
-        self.count = 0 if layers is None else len(layers)
-        for i, (weight, bias) in enumerate(layers or ()):
-            self.register_buffer(f'weight{i}', weight.detach())
-            self.register_buffer(f'bias{i}', None if bias is None else bias.detach())
+        for name, form in (layers._asdict() if layers is not None else {}).items():
+            for i, (weight, bias) in enumerate(form):
+                self.register_buffer(f'{name}_weight{i}', weight.detach())
+                self.register_buffer(f'{name}_bias{i}', None if bias is None else bias.detach())
+        self.count = 0 if layers is None else len(layers.whole)
 
     def forward(self, features: Tensor) -> Answer:
-        layers = [(getattr(self, f'weight{i}'), getattr(self, f'bias{i}')) for i in range(self.count)]
-        logits = classify_with(layers, self.head.pool(features)) if layers else self.head(features)
+        if self.count:
+            pooled, without_mean = self.head.read(features)
+            name = 'without_mean' if without_mean else 'whole'
+            form = [(getattr(self, f'{name}_weight{i}'), getattr(self, f'{name}_bias{i}')) for i in range(self.count)]
+            logits = classify_with(form, pooled)
+        else:
+            logits = self.head(features)
         return logits, confidence(logits)
 
 
