@@ -29,30 +29,34 @@ class _ActiveRun(NamedTuple):
     on_exit: OnExit
     start: int
     tensors: list[Tensor] | None
+    wanted: Callable[[int], bool] | None
 
 
 class _ExitHook:
     def __init__(self, runner: HookRunner, index: int) -> None:
         self.runner = runner
         self.index = index
+        self.item, self.rows = runner.points[index].item, runner.points[index].rows
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         run: _ActiveRun | None = getattr(_thread, 'run', None)
         if run is None or run.runner is not self.runner or self.index < run.start - 1:
             return None
-        # a single tensor is not flattened: that would cost single images time
-        leaves, spec = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
-        places = [0] if spec is None else [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        if self.index == run.start - 1:
-            tensors = run.tensors
-        else:
-            point, found = self.runner.points[self.index], [leaves[i] for i in places]
-            tensors = run.on_exit(self.index, Boundary(found[point.item], found, point.rows))
+        resumes = self.index == run.start - 1
+        if not resumes and run.wanted is not None and not run.wanted(self.index):
+            return None
+        if isinstance(output, Tensor):  # not flattened: that would cost single images time
+            tensors = run.tensors if resumes else run.on_exit(self.index, Boundary(output, [output], self.rows))
+            return None if tensors is None else tensors[0]
+        leaves, spec = tree_flatten(output)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        found = [leaves[i] for i in places]
+        tensors = run.tensors if resumes else run.on_exit(self.index, Boundary(found[self.item], found, self.rows))
         if tensors is None:
             return None
         for i, tensor in zip(places, tensors, strict=True):
             leaves[i] = tensor
-        return leaves[0] if spec is None else tree_unflatten(leaves, spec)
+        return tree_unflatten(leaves, spec)
 
 
 class HookRunner:
@@ -100,10 +104,12 @@ class HookRunner:
             if 0 < start <= self.fronts and tensors is not None:
                 (images,) = tensors
             for index in range(start, self.fronts):
+                if wanted is not None and not wanted(index):
+                    continue
                 changed = on_exit(index, Boundary(images, [images], (1,)))
                 if changed is not None:
                     (images,) = changed
-            _thread.run = _ActiveRun(self, on_exit, start, tensors)
+            _thread.run = _ActiveRun(self, on_exit, start, tensors, wanted)
             return backbone(images)
         finally:
             _thread.run = outer

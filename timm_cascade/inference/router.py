@@ -149,10 +149,12 @@ class Router:
         ids = torch.arange(images.shape[0], device=images.device)
         batch = ActiveBatch(ids, heads, thresholds, min_leave, on_answer)
         batch.first = first
-        reached = 0  # exits
+        reached = 0  # open exits
 
         def on_exit(index: int, boundary: Boundary) -> list[Tensor] | None:
             nonlocal reached
+            if not batch.is_open(index):
+                return None
             reached += 1
             remaining = batch.exit_confident(index, boundary.features, boundary.answer)
             if remaining is None:
@@ -161,13 +163,14 @@ class Router:
                 raise StopForward
             return boundary.select(remaining)
 
-        early_exit = not all(map(math.isinf, batch.thresholds))
+        opened = sum(map(math.isfinite, batch.thresholds))
+        early_exit = opened > 0
         runner = self.runner(backbone, images, heads, batch.thresholds, early_exit)
         try:
             logits = runner(images, on_exit, wanted=batch.is_open)
         except StopForward:  # every sample has exited
             return batch.output()
-        if early_exit and reached < len(self.points) and self.attach(backbone):
+        if reached < opened and self.attach(backbone):
             if first is not None:
                 first.clear()
             # a hooked module was replaced
