@@ -10,12 +10,13 @@ import pytest
 import timm
 import torch
 
-import timm_cascade  # noqa: F401  registers the cascades
+import timm_cascade
 from scripts.experiments.benchmark import gpu, gpu_cells, static_networks, timing
 from scripts.experiments.benchmark import page as bench_page
 from scripts.experiments.benchmark import plain as bench_plain
 from scripts.experiments.benchmark import sections as benchmark
 from scripts.experiments.benchmark import static as bench_static
+from timm_cascade.thresholds import outcome
 
 SMALL = dict(num_classes=10, pretrained_cfg_overlay=dict(input_size=(3, 32, 32)))
 
@@ -107,6 +108,22 @@ def test_static_networks_that_were_measured_stay():
     merged = bench_static.merge(old, new)
     assert [r['accuracy'] for r in merged['static']] == [1, 4, 3]
     assert merged['everything'] == ['new']
+
+
+def test_calibration_images_choose_the_setting_and_test_images_judge_it(small, images):
+    timm_cascade.train_heads(small, images, epochs=4, batch_size=32)
+    calibration = timm_cascade.calibrate(small, images)
+    timm_cascade.profile(small, batch_size=2, repeats=1)
+    least = calibration.correct.mean(0).min()
+    found = bench_static.as_accurate(small, float(least))
+    truth = outcome(calibration.samples(), small.thresholds.numpy())
+    assert found['chosen_at'] == truth.accuracy >= least and small.any_open
+    assert bench_static.as_accurate(small, 1.01) is None
+    other = np.random.default_rng(0).integers(0, 2, len(images)).astype(bool)
+    seen = dict(confidence=calibration.confidence, correct=calibration.correct)
+    judged = bench_static.judged(small, seen, other)
+    assert judged['accuracy'] == truth.accuracy and judged['macs'] == truth.cost and judged['half'] > 0
+    assert judged['difference'] == pytest.approx(truth.accuracy - other.mean())
 
 
 def test_a_missed_target_says_so():
