@@ -8,6 +8,7 @@
     release    the Fashion-MNIST release on test images, with loading
     export     exported cascades in onnxruntime, beside the plain network's ONNX file and earlyon's export
     overhead   exits off, import, first forward, memory of stream
+    heads      open exits at which nothing leaves: what heads and decisions cost
 
     gpu                       everything an accelerator is needed for, with a page of its own
     training                  what training heads costs; printed only
@@ -37,7 +38,13 @@ from scripts.experiments.benchmark.timing import machine
 
 # section: its module; only the one that is asked for is imported
 SECTIONS = dict(
-    plain='plain', earlyon='peer', static='static', release='release', overhead='overhead', export='exported'
+    plain='plain',
+    earlyon='peer',
+    static='static',
+    release='release',
+    overhead='overhead',
+    heads='head_costs',
+    export='exported',
 )
 OTHERS = {
     'gpu': 'gpu',
