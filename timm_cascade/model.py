@@ -16,10 +16,11 @@ from .backbone import ExitPoint, input_size_of, nested_groups, pre_logits_of
 from .data import warn_of_other_classes
 from .fronts import Front, FrontSpec, check_names, create_exits, exits_digest, heads_macs, refuse_classes
 from .heads import HeadSpec, create_heads, head_configs
-from .inference.batch import CascadeOutput, open_exits
+from .inference.batch import CascadeOutput, empty_output, open_exits
 from .inference.engine import Runner, is_recorded, refuse_recording
 from .inference.request import Requests, check_images, check_thresholds
 from .inference.router import CompiledNetwork, Router
+from .inference.stopwatch import measure_soon
 from .inference.stream import StreamedModel, StreamOutput, stream
 from .inference.weights import CalibrationGuard, calibrated_as, dtype_of, setup_of
 from .thresholds.dial import Dial, Setup
@@ -122,8 +123,7 @@ class CascadeModel(nn.Module):
             refuse_recording()
         check_images(x, self.in_chans)
         if not x.shape[0]:  # many networks crash on an empty batch
-            empty = x.new_empty(0, dtype=torch.float32)
-            return CascadeOutput(x.new_empty(0, self.num_classes), empty.long(), empty)
+            return empty_output(x, self.num_classes)
         limits = self._request(x.shape[0], max_drop, thresholds)
         self._guard.notice(self)
         first = None if watch is None else watch.begin(not max_drop is None is thresholds)
@@ -249,19 +249,18 @@ class CascadeModel(nn.Module):
             level: Confidence level of the guarantee: its probability, at least, over the draw of the calibration set.
             reference: What counts as correct: `labels` (the default where there are any), or `backbone` for agreement
                 with the full network. `best` counts max_drop from the most accurate thresholds instead.
-            cost: What to save: `macs`, or `time` as profiled on this machine (`timm_cascade.profile`).
+            cost: What to save: `macs`, or `time` on this machine, measured now if `timm_cascade.profile` was not run.
             scope: `dial` for the guarantee at all settings at once, `setting` for this one alone.
 
         Raises:
-            NotCalibratedError: No calibration or table; for `time`, no calibration or no profile of this machine.
+            NotCalibratedError: No calibration or table; for `time`, no calibration.
             TableMismatchError: Weights, dtype, input size or transform have changed since the calibration.
 
         Example:
             >>> print(model.set_max_drop(0.01))
         """
-        setup = Setup(*setup_of(self))
-        point = self._turn(partial(self.dial.choose, max_drop, rule, level, scope, reference, cost, setup))
-        for text in self.dial.exits_without_time(self.thresholds, setup):
+        point = self._turn(self.dial.choose, max_drop, rule, level, scope, reference, cost)
+        for text in self.exits_without_time():
             warnings.warn(text, stacklevel=2)
         return point
 
@@ -270,11 +269,11 @@ class CascadeModel(nn.Module):
 
         Raises NotCalibratedError and TableMismatchError as `set_max_drop` does; its arguments mean the same.
         """
-        return self._turn(partial(self.dial.choose_by_cost, fraction, reference, cost, Setup(*setup_of(self))))
+        return self._turn(self.dial.choose_by_cost, fraction, reference, cost)
 
-    def _turn(self, choose: Callable[[], OperatingPoint]) -> OperatingPoint:
+    def _turn(self, choose: Callable[..., OperatingPoint], *args: Any) -> OperatingPoint:
         self.check_calibration()
-        point = choose()
+        point = choose(*args, Setup(*setup_of(self)), partial(measure_soon, self))
         self.thresholds = point.thresholds
         self._guard.begin(self)
         return point

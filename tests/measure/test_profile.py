@@ -115,14 +115,56 @@ def test_exits_that_save_macs_but_no_time_are_named(trained):
     assert not trained.any_open
 
 
-def test_time_needs_a_calibration_and_a_profile_of_this_machine(trained):
-    with pytest.raises(timm_cascade.NotCalibratedError, match=r'no profile of this machine.*profile\(model\)'):
-        trained.set_max_drop(0.05, cost='time')
-    p = made(trained, (1e-3, 1e-3, 8e-3), (1e-5, 1e-5))
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """Where profiles are kept on this machine."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    return tmp_path / 'cache' / 'timm_cascade' / 'profiles'
+
+
+def test_time_is_measured_once_where_it_was_not(trained, store):
+    with pytest.warns(UserWarning, match='was not profiled on this machine') as said:
+        point = trained.set_max_drop(0.05, rule='joint', cost='time')
+    assert len(said) == 1 and said[0].filename == __file__
+    (p,) = trained.profiles
+    assert 0 < point.cost_share <= 1 and p.exits == ('layer1', 'layer2') and min(p.stage_seconds) > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        trained.set_cost(0.9, cost='time')
+        trained.profiles = []
+        trained.set_max_drop(0.05, rule='joint', cost='time')  # stored, as for another process
+    assert trained.profiles == [p]
+    (file,) = store.iterdir()
+    for damage in ('{', profiles_to_json([p, p]), profiles_to_json([replace(p, device='another')])):
+        file.write_text(damage)
+        trained.profiles = []
+        with pytest.warns(UserWarning, match='was not profiled on this machine'):
+            trained.set_cost(0.9, cost='time')
     for other in (dict(device='another'), dict(dtype='bfloat16'), dict(compiled=True)):
         trained.profiles = [replace(p, **other)]
-        with pytest.raises(timm_cascade.NotCalibratedError, match='no profile'):
-            trained.set_max_drop(0.05, cost='time')
+        trained.set_max_drop(0.05, rule='joint', cost='time')
+        assert len(trained.profiles) == 2
+
+
+def test_another_model_is_measured_by_itself(trained, store):
+    with pytest.warns(UserWarning, match='was not profiled'):
+        trained.set_max_drop(0.05, rule='joint', cost='time')
+    trained.heads[0].fc.weight.data.mul_(2)
+    trained.calibration = replace(trained.calibration, heads_hash=trained.heads_hash())
+    trained.profiles = []
+    with pytest.warns(UserWarning, match='was not profiled'):
+        trained.set_max_drop(0.05, rule='joint', cost='time')
+
+
+def test_a_folder_that_cannot_be_written_to_is_done_without(trained, tmp_path, monkeypatch):
+    (tmp_path / 'cache').write_text('a file')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    with pytest.warns(UserWarning, match='was not profiled'):
+        trained.set_max_drop(0.05, rule='joint', cost='time')
+
+
+def test_time_needs_a_calibration(trained, store):
+    p = made(trained, (1e-3, 1e-3, 8e-3), (1e-5, 1e-5))
     trained.profiles, trained.calibration = [p], None
     with pytest.raises(timm_cascade.NotCalibratedError, match=r'no calibration; its table.*calibrate\(model'):
         trained.set_max_drop(0.05, cost='time')
@@ -130,6 +172,7 @@ def test_time_needs_a_calibration_and_a_profile_of_this_machine(trained):
         trained.set_max_drop(0.05, cost='watts')
     with pytest.raises(ValueError, match='batch_size=0'):
         timm_cascade.profile(trained, batch_size=0)
+    assert not store.exists()
 
 
 def test_profiles_travel_with_the_release(capsys, trained, tmp_path):

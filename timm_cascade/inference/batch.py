@@ -13,7 +13,7 @@ from ..errors import RoutingError
 from .engine import Answer
 from .request import Thresholds
 
-__all__ = ['ActiveBatch', 'CascadeOutput', 'Exited', 'OnAnswer', 'confidence', 'open_exits']
+__all__ = ['ActiveBatch', 'CascadeOutput', 'Exited', 'OnAnswer', 'confidence', 'empty_output', 'open_exits']
 
 
 EMPTY = torch.empty(0, dtype=torch.int64)
@@ -48,6 +48,12 @@ OnAnswer = Callable[[Exited], None]
 def confidence(logits: Tensor) -> Tensor:
     """Max softmax (N,) of logits (N, C), in float32 whatever the logits' dtype."""
     return logits.softmax(-1, torch.float32).amax(-1)  # logsumexp would take several times as long
+
+
+def empty_output(images: Tensor, num_classes: int) -> CascadeOutput:
+    """The results of no images."""
+    empty = images.new_empty(0, dtype=torch.float32)
+    return CascadeOutput(images.new_empty(0, num_classes), empty.long(), empty)
 
 
 def open_exits(thresholds: Sequence[float]) -> Callable[[int], bool]:

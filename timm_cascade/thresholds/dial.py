@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike
 
 from ..errors import NotCalibratedError
 from .calibration import Calibration
 from .operating_point import OperatingPoint
+from .profile_store import load_profile, profile_key, store_profile
 from .samples import FloatArray
 from .table import ThresholdTable
 from .timing import Profile, in_time, savings
 
-__all__ = ['Dial', 'Setup']
+__all__ = ['Dial', 'Measure', 'Setup']
+
+Measure = Callable[[], Mapping[str, Any]]  # returns the fields of a Profile
 
 COSTS = ('macs', 'time')
 QUESTIONED = 0.5  # a max_drop from which a number of points was probably meant
@@ -63,9 +67,10 @@ class Dial:
         reference: str | None = None,
         cost: str = 'macs',
         setup: Setup | None = None,
+        measure: Measure | None = None,
     ) -> OperatingPoint:
         """Thresholds for an accuracy that may be given up; see `CascadeModel.set_max_drop`."""
-        source = self._source(cost, setup)
+        source = self._source(cost, setup, measure)
         if isinstance(max_drop, (int, float)) and QUESTIONED <= max_drop <= 1:
             warnings.warn(
                 f'max_drop={max_drop:g} allows {100 * max_drop:g} percentage points of accuracy to be lost; did you '
@@ -75,11 +80,21 @@ class Dial:
         return source.point(max_drop, rule=rule, level=level, reference=_reference(source, reference), scope=scope)
 
     def choose_by_cost(
-        self, fraction: float, reference: str | None = None, cost: str = 'macs', setup: Setup | None = None
+        self,
+        fraction: float,
+        reference: str | None = None,
+        cost: str = 'macs',
+        setup: Setup | None = None,
+        measure: Measure | None = None,
     ) -> OperatingPoint:
         """Thresholds for a share of the backbone's cost; see `CascadeModel.set_cost`."""
-        source = self._source(cost, setup)
+        source = self._source(cost, setup, measure)
         return source.at_cost(fraction, reference=_reference(source, reference))
+
+    def add_profile(self, profile: Profile) -> None:
+        """Keeps a profile, in place of one of the same setup and batch size."""
+        others = [p for p in self.profiles if _kind(p) != _kind(profile)]
+        self.profiles = [*others, profile]
 
     def profile_for(self, setup: Setup | None) -> Profile | None:
         """The latest profile that was measured with this setup."""
@@ -98,7 +113,24 @@ class Dial:
             if s.macs > 0 >= s.seconds
         ]
 
-    def _source(self, cost: str, setup: Setup | None) -> Calibration | ThresholdTable:
+    def _measured(self, setup: Setup, measure: Measure) -> Profile:
+        """A profile of this machine, stored by an earlier process or measured now."""
+        assert self.calibration is not None
+        key = profile_key(self.calibration, setup)
+        profile = load_profile(key)
+        if profile is None or (profile.device, profile.dtype, profile.compiled) != setup:
+            profile = Profile(**measure())
+            store_profile(key, profile)
+            warnings.warn(
+                f'the cascade was not profiled on this machine, so it was measured now, with batches of '
+                f'{profile.batch_size}, and the result is stored. For another batch size run '
+                f'timm_cascade.profile(model, batch_size=...).',
+                stacklevel=6,
+            )
+        self.add_profile(profile)
+        return profile
+
+    def _source(self, cost: str, setup: Setup | None, measure: Measure | None) -> Calibration | ThresholdTable:
         if cost not in COSTS:
             raise ValueError(f'cost is {cost!r}; expected {" or ".join(COSTS)}.')
         source = self.calibration if self.calibration is not None else self.table
@@ -110,6 +142,8 @@ class Dial:
         if cost == 'macs':
             return source
         profile = self.profile_for(setup)
+        if profile is None and self.calibration is not None and setup is not None and measure is not None:
+            profile = self._measured(setup, measure)
         if profile is None or self.calibration is None:
             missing = 'calibration; its table was made for MACs' if profile is not None else 'profile of this machine'
             raise NotCalibratedError(
@@ -128,3 +162,7 @@ def _reference(source: Calibration | ThresholdTable, asked: str | None) -> str:
             'the full network. Use reference="backbone", or calibrate with labels.'
         )
     return asked or ('labels' if labelled else 'backbone')
+
+
+def _kind(p: Profile) -> tuple[str, str, int, bool]:
+    return p.device, p.dtype, p.batch_size, p.compiled
