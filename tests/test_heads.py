@@ -227,6 +227,24 @@ def test_the_inference_form_follows_the_weights(change, inference_mode):
         assert near(head(features), as_trained(head, features))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('side', [8, 6])  # cells of one size, and cells that overlap
+@pytest.mark.parametrize('layout, prefix', [('NCHW', 0), ('NHWC', 0), ('NLC', 2)])
+@pytest.mark.parametrize('hidden', [0, 5])
+def test_the_mean_beside_the_grid_is_read_from_equal_cells(side, layout, prefix, hidden):
+    head = ExitHead(3, (side, side), 5, layout, prefix, hidden=hidden, mean=True, tokens=prefix > 0).eval()
+    features = torch.randn(7, 3, prefix + side * side) + torch.arange(3)[:, None]
+    head.norm.running_mean.normal_(), head.norm.running_var.uniform_(0.5, 2)
+    if layout != 'NLC':
+        features = features.unflatten(2, (side, side))
+    features = {'NCHW': features, 'NHWC': features.movedim(1, -1), 'NLC': features.mT}[layout]
+    assert near(head(features), as_trained(head, features))
+    pooled, without_mean = head.read(features)
+    assert without_mean == (side == 8) and pooled.shape[1] == head.in_features - 3 * without_mean
+    head.norm.running_mean.add_(1)  # noticed in both forms
+    assert near(head(features), as_trained(head, features))
+
+
 @torch.inference_mode()
 def test_weights_made_in_inference_mode_have_no_version_and_are_read_every_time():
     head, features = used()

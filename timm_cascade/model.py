@@ -192,6 +192,7 @@ class CascadeModel(nn.Module):
         batch_sizes: Sequence[int] = (),
         channels_last: bool | None = None,
         fold: bool = False,
+        choose: bool = True,
         backend: str = 'inductor',
     ) -> CascadeModel:
         """Compiles each stage between the exits, with the heads of open exits, and the networks in front.
@@ -205,9 +206,10 @@ class CascadeModel(nn.Module):
             batch_sizes: Batch sizes to compile for at once; others are compiled when they come.
             channels_last: Convolutions in channels-last memory; by default where features are feature maps.
             fold: Fold batch norms into convolutions while compiling; slower to compile and no faster on a CPU.
+            choose: Measure each stage, and run it eagerly where that is faster; the log says what was chosen.
             backend: Backend of torch.compile.
         """
-        self._router.compile(enabled, backend, mode, channels_last, fold)
+        self._router.compile(enabled, backend, mode, channels_last, fold, choose)
         for front in self.fronts:
             front.run = CompiledNetwork(front.inner, self._router.options) if self.compiled else None
         for n in (batch_sizes or (2,)) if enabled else ():
@@ -343,8 +345,7 @@ class CascadeModel(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """The backbone's parameters without weight decay, under their names here."""
-        names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else set()
-        return {f'backbone.{name}' for name in names}
+        return {f'backbone.{name}' for name in getattr(self.backbone, 'no_weight_decay', set)()}
 
     @property
     def group_matcher(self) -> Callable[..., Any]:

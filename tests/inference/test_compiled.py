@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 import warnings
 
 import pytest
@@ -140,6 +141,40 @@ def test_padding_to_a_few_batch_sizes_changes_nothing(cascade, static):
     same(list(model.stream(x.split(5))), want)
     assert {size for size, _ in stages_of(model)[0].forms} <= ({1, 2, 6, 12} if static else {1, 2})
     assert [bucket(n) for n in (1, 2, 3, 5, 7, 12, 13, 64, 65, 97)] == [1, 2, 3, 6, 8, 12, 16, 64, 96, 128]
+
+
+@torch.no_grad()
+def test_a_stage_that_is_faster_as_exported_runs_so(cascade, caplog):
+    model, x = cascade
+    want = model.predict(x)
+
+    def slow(gm, example_inputs):
+        return lambda *args: time.sleep(0.02) or gm(*args)
+
+    with caplog.at_level('INFO', 'timm_cascade'):
+        model.compile(backend=slow)
+    assert 'compiled 3 stages' in caplog.text and 'eager is faster here for stages 0, 1, 2' in caplog.text
+    agree(model.predict(x), want)
+    assert all(stage.chose_eager() for stage in stages_of(model))
+    model.compile(backend=slow, choose=False)
+    assert not any(stage.chose_eager() for stage in stages_of(model))
+    agree(model.predict(x), want)
+
+
+@torch.no_grad()
+def test_one_image_that_is_left_of_a_batch_compiles_nothing(cascade):
+    model, x = cascade
+    order = model.forward_exits(x)[0].softmax(-1).amax(-1).argsort()
+    pair = x[order[[0, -1]]]
+    thresholds = [between(confidence(model.forward_exits(pair)[0])), None]
+    want = model.predict(pair, thresholds=thresholds)
+    assert sorted(want.exit.tolist()) == [0, 2]
+    model.compile(backend='eager')
+    agree(model.predict(pair, thresholds=thresholds), want)
+    assert not any(size == 1 for stage in stages_of(model) for size, _ in stage.forms)
+    one = type(want)(*(t[:1] for t in want))
+    agree(model.predict(pair[:1], thresholds=thresholds), one)
+    assert any(size == 1 for size, _ in stages_of(model)[0].forms)
 
 
 @torch.no_grad()
@@ -417,10 +452,13 @@ def test_inductor(cascade, fold):
     want = model.predict(x)
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
-        model.compile(fold=fold)
+        model.compile(fold=fold, choose=False)
         agree(model.predict(x), want)
-        agree(model.predict(x[:1]), type(want)(*(t[:1] for t in want)))
-    assert model.compiled
+        for i in range(12):
+            agree(model.predict(x[i : i + 1]), type(want)(*(t[i : i + 1] for t in want)))
+        with torch.inference_mode():
+            agree(model.predict(x[:1]), type(want)(*(t[:1] for t in want)))
+    assert model.compiled and (fold or all(stage.direct for stage in stages_of(model)))
     model.backbone.get_classifier().weight.mul_(2)
     model.thresholds = None
-    assert near(model(x), model.backbone(x))
+    assert near(model(x), model.backbone(x)) and near(model(x[:1]), model.backbone(x[:1]))

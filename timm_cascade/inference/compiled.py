@@ -7,7 +7,10 @@ needed. Where compiling fails, the stage runs as exported, and a warning says wh
 
 from __future__ import annotations
 
+import logging
+import math
 import operator
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +23,18 @@ from torch import Tensor, fx, nn
 
 from ..backbone import select_rows
 from ..heads import ExitHead, classify_with
+from ..utils.clock import clock
 from ..utils.snapshot import Snapshot, places_of
 from .batch import confidence
 from .cuda_graphs import replaying
-from .engine import Answer
+from .engine import Answer, OnExit
 from .graph import Stage, StagedBackbone
 
 __all__ = ['CompileOptions', 'CompiledBackbone']
 
+_logger = logging.getLogger(__name__)
+REPEATS = 5  # of a stage, compiled and not, in turns
+CLEARLY = 0.97  # of the compiled stage's time: from there on it runs as exported
 GRAPHS = ('reduce-overhead', 'max-autotune')  # modes of torch.compile that replay CUDA graphs
 
 
@@ -42,6 +49,7 @@ class CompileOptions:
         fold: Let the compiler fold weights: batch norms into convolutions, and packed weights on a CPU.
         buckets: Pad to a few batch sizes; None where CUDA graphs need it.
         static: Compile each of these batch sizes by itself, instead of one form for all, of which each has its graph.
+        choose: Run a stage as exported where that is faster; not where CUDA graphs are replayed.
     """
 
     backend: str = 'inductor'
@@ -50,6 +58,7 @@ class CompileOptions:
     fold: bool = False
     buckets: bool | None = None
     static: bool = False
+    choose: bool = True
 
 
 class CompiledBackbone(StagedBackbone):
@@ -81,6 +90,7 @@ class CompiledBackbone(StagedBackbone):
         mode = options.mode or ('max-autotune' if images.is_cuda else None)
         self.buckets = options.buckets if options.buckets is not None else images.is_cuda and mode in GRAPHS
         self.static = self.buckets and options.static
+        choose, began = options.choose and not self.buckets, time.perf_counter()
         kwargs: dict[str, Any] = dict(backend=options.backend, dynamic=False if self.static else None, mode=mode)
         if options.backend == 'inductor' and options.fold:
             # torch.compile takes a mode or options, so the mode's options are spelled out
@@ -92,11 +102,26 @@ class CompiledBackbone(StagedBackbone):
             if index < len(heads) and stage.features in stage.outputs:
                 answering = _with_head(plain, stage.outputs.index(stage.features), heads[index])
             stage.module = CompiledStage(
-                plain, answering, kwargs, [self._rows(n) for n in stage.inputs], [self._rows(n) for n in stage.outputs]
+                plain,
+                answering,
+                kwargs,
+                [self._rows(n) for n in stage.inputs],
+                [self._rows(n) for n in stage.outputs],
+                choose,
+                direct=options.backend == 'inductor' and not self.buckets,
             )
         self.run(backbone, images, lambda index, boundary: None, wanted=wanted)  # at once, so that errors show here
         for stage in self.stages:
             stage.module.settled = True
+        eager = [str(i) for i, stage in enumerate(self.stages) if stage.module.chose_eager()]
+        _logger.info(
+            'compiled %d stages in %.1f s (mode %s%s); %s',
+            len(self.stages),
+            time.perf_counter() - began,
+            mode or 'default',
+            ', channels-last' if options.channels_last else '',
+            f'eager is faster here for stages {", ".join(eager)}' if eager else 'each is faster than eager',
+        )
 
     def stale(self, backbone: nn.Module, heads: Sequence[nn.Module]) -> bool:
         """Whether weights or modules were written to, moved or replaced."""
@@ -105,6 +130,18 @@ class CompiledBackbone(StagedBackbone):
             or not all(map(operator.is_, heads, self.heads))
             or next(backbone.parameters()).data_ptr() != self.memory
         )
+
+    @torch.no_grad()
+    def run(
+        self,
+        backbone: nn.Module,
+        images: Tensor,
+        on_exit: OnExit,
+        start: int = 0,
+        tensors: list[Tensor] | None = None,
+        wanted: Callable[[int], bool] | None = None,
+    ) -> Tensor:
+        return super().run(backbone, images, on_exit, start, tensors, wanted)
 
     def _rows(self, node: fx.Node) -> int:
         value = node.meta['val']
@@ -129,7 +166,7 @@ class CompiledBackbone(StagedBackbone):
         return fx.GraphModule(root, graph)
 
     def compute(
-        self, stage: Stage, values: Mapping[fx.Node, Tensor], backbone: nn.Module, alive: int, asked: bool
+        self, stage: Stage, values: Mapping[fx.Node, Tensor], backbone: nn.Module, alive: int, asked: bool, single: bool
     ) -> tuple[Sequence[Tensor], Answer | None]:
         size = bucket(alive) if self.buckets else alive
         form: CompiledStage = stage.module
@@ -140,15 +177,15 @@ class CompiledBackbone(StagedBackbone):
             padding = torch.arange(size, device=device).clamp_(max=alive - 1)
             inputs = [select_rows(t, padding, r) if r else t for t, r in zip(inputs, form.input_rows, strict=True)]
         key = size if self.static else min(size, 2)
-        with torch.no_grad():
-            if not self.buckets:
+        if not self.buckets:
+            # one image that is left of a batch is not worth compiling for
+            outputs = form(inputs, key, asked, alive > 1 or single)
+        else:
+            rows = [*form.output_rows, *([1, 1] if asked else [])]
+            with replaying(next(t.device for t in inputs if isinstance(t, Tensor))):
                 outputs = form(inputs, key, asked)
-            else:
-                rows = [*form.output_rows, *([1, 1] if asked else [])]
-                with replaying(next(t.device for t in inputs if isinstance(t, Tensor))):
-                    outputs = form(inputs, key, asked)
-                    # CUDA graphs write to the same memory every time, so outputs are copied
-                    outputs = [(t[: alive * r] if r else t).clone() for t, r in zip(outputs, rows, strict=True)]
+                # CUDA graphs write to the same memory every time, so outputs are copied
+                outputs = [(t[: alive * r] if r else t).clone() for t, r in zip(outputs, rows, strict=True)]
         return (outputs[:-2], (outputs[-2], outputs[-1])) if asked else (outputs, None)
 
 
@@ -195,6 +232,8 @@ class CompiledStage:
         answering: The stage with its exit's head; None if that is not part of it.
         kwargs: Arguments of torch.compile.
         input_rows, output_rows: Rows of each input and output that belong to one sample.
+        choose: Whether the stage runs as exported where that is faster for the first inputs.
+        direct: Whether inductor compiles the form for a single sample, without torch.compile around it.
     """
 
     def __init__(
@@ -204,31 +243,38 @@ class CompiledStage:
         kwargs: Mapping[str, Any],
         input_rows: Sequence[int],
         output_rows: Sequence[int],
+        choose: bool,
+        direct: bool,
     ) -> None:
         self.plain = plain
         self.answering = answering
         self.kwargs = kwargs
         self.input_rows = input_rows
         self.output_rows = output_rows
+        self.choose = choose
         self.forms: dict[tuple[int, bool], Callable[..., Sequence[Tensor]]] = {}
+        self.direct = direct  # until inputs come that differ in more than their values
         self.settled = self.failed = False
 
-    def __call__(self, inputs: Sequence[Any], size: int, asked: bool) -> Sequence[Tensor]:
-        """Outputs of the form that was compiled for `size` samples, with `asked` also those of the exit's head."""
+    def __call__(self, inputs: Sequence[Any], size: int, asked: bool, compiles: bool = True) -> Sequence[Tensor]:
+        """Outputs of the form that was compiled for `size` samples, with `asked` also those of the exit's head.
+
+        Where there is none, it is compiled now, or without `compiles` the stage runs as exported.
+        """
         plain = self.answering if asked else self.plain
         assert plain is not None
-        if self.failed:
-            return plain(*inputs)
         form = self.forms.get((size, asked))
-        if form is None:
-            # a copy has its own code, and so its own entries in the compiler's cache
-            form = self.forms[size, asked] = torch.compile(fx.GraphModule(plain, plain.graph), **self.kwargs)
-            for tensor, rows in zip(inputs, self.input_rows, strict=True):
-                if rows and size == 2 and self.kwargs['dynamic'] is None:  # any number of samples but one
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        if self.failed or (form is None and not compiles):
+            return plain(*inputs)
         try:
+            if form is None:
+                form = self.forms[size, asked] = self._compile(plain, inputs, size)
             return form(*inputs)
         except Exception as e:  # a compiler may raise anything
+            if self.direct and size == 1:
+                self.direct = False
+                self.forms = {key: form for key, form in self.forms.items() if key[0] != 1}
+                return self(inputs, size, asked, compiles)
             if not self.settled:
                 raise
             outputs = plain(*inputs)  # raises too if the inputs are at fault
@@ -239,6 +285,40 @@ class CompiledStage:
                 stacklevel=2,
             )
             return outputs
+
+    def chose_eager(self) -> bool:
+        """Whether a form is the stage as exported."""
+        return any(form in (self.plain, self.answering) for form in self.forms.values())
+
+    def _compile(self, plain: fx.GraphModule, inputs: Sequence[Any], size: int) -> Callable[..., Sequence[Tensor]]:
+        # a copy has its own code, and so its own entries in the compiler's cache
+        module, form = fx.GraphModule(plain, plain.graph), None
+        with torch.inference_mode(False), torch.no_grad():
+            # copies, because some stages write to what they are given
+            spare = [t.clone() if isinstance(t, Tensor) else t for t in inputs]
+            if self.direct and size == 1:
+                # nothing about a single sample varies, so there is nothing that torch.compile would have to check at
+                # every call; the compiler's own code checks sizes and strides
+                options = dict(self.kwargs.get('options') or {})
+                if self.kwargs['mode']:
+                    options.update(torch._inductor.list_mode_options(self.kwargs['mode']))
+                form = torch._inductor.compile(module, spare, options)
+        if form is None:
+            form = torch.compile(module, **self.kwargs)
+            for tensor, rows in zip(inputs, self.input_rows, strict=True):
+                if rows and size == 2 and self.kwargs['dynamic'] is None:  # any number of samples but one
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        if not self.choose:
+            return form
+        form(*inputs)
+        device = next((t.device for t in spare if isinstance(t, Tensor)), torch.device('cpu'))
+        best = dict.fromkeys((form, plain), math.inf)
+        for _ in range(REPEATS):
+            for call in best:
+                began = clock(device)
+                call(*spare)
+                best[call] = min(best[call], clock(device) - began)
+        return plain if best[plain] < CLEARLY * best[form] else form
 
 
 def bucket(n: int) -> int:

@@ -182,33 +182,39 @@ class StagedBackbone:
             alive = len(images)
         else:
             values, alive = self._crossed(start - 1, tensors)
+        single = start == 0 and alive == 1
         for index in range(start, len(self.stages)):
             stage, last = self.stages[index], index == len(self.stages) - 1
-            answer = None
+            asked, answer = not last and wanted is not None and wanted(index), None
             if stage.outputs:  # in front of the backbone nothing is computed but the exit's head
-                asked = not last and wanted is not None and wanted(index)
-                outputs, answer = self.compute(stage, values, backbone, alive, asked)
+                outputs, answer = self.compute(stage, values, backbone, alive, asked, single)
                 values.update(zip(stage.outputs, outputs, strict=True))
             assert stage.features is not None
             if last:
                 break
-            boundary = Boundary(values[stage.features], [values[node] for node in stage.live], stage.rows, answer)
-            values, alive = self._crossed(index, on_exit(index, boundary) or boundary.tensors)
+            tensors = [values[node] for node in stage.live]
+            if asked or wanted is None:
+                changed = on_exit(index, Boundary(values[stage.features], tensors, stage.rows, answer))
+                if changed is not None:
+                    values, alive = self._crossed(index, changed)
+                    continue
+            values = dict(zip(stage.live, tensors, strict=True))  # what no later stage needs is freed
         return values[stage.features]
 
     def compute(
-        self, stage: Stage, values: Mapping[fx.Node, Tensor], backbone: nn.Module, alive: int, asked: bool
+        self, stage: Stage, values: Mapping[fx.Node, Tensor], backbone: nn.Module, alive: int, asked: bool, single: bool
     ) -> tuple[Sequence[Tensor], Answer | None]:
         """A stage's outputs for `alive` samples, from the tensors that came to it.
 
-        With `asked` also what the head of its exit says, if stages hold their heads.
+        With `asked` also what the head of its exit says, if stages hold their heads; `single` if the forward began with
+        one sample.
         """
         return stage.module(*(self._value(node, values, backbone, alive) for node in stage.inputs)), None
 
     def _crossed(self, index: int, tensors: list[Tensor] | None) -> tuple[dict[fx.Node, Tensor], int]:
         stage = self.stages[index]
         assert tensors is not None
-        alive = next(len(t) // r for t, r in zip(tensors, stage.rows, strict=True) if r)
+        alive = next(t.shape[0] // r for t, r in zip(tensors, stage.rows, strict=True) if r)
         return dict(zip(stage.live, tensors, strict=True)), alive
 
     def _value(self, node: fx.Node, values: Mapping[fx.Node, Any], backbone: nn.Module, alive: int) -> Any:
