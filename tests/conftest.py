@@ -1,23 +1,36 @@
 from __future__ import annotations
 
+import copy
 import os
+import socket
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # tiny networks: more threads only wait for each other
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # the default tests need no network, and must not wait for one
 
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
 from helpers import ROOT
+from interpreter import Interpreter
 
 import timm_cascade
 from timm_cascade.data import ImageData
 
 sys.path.insert(0, str(ROOT))  # for scripts.*
 FAMILIES = ['test_resnet', 'test_vit', 'test_convnext', 'mobilenetv3_small_050']
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each worker gets a contiguous half: what a directory's tests share is made once, and the balance is as good."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getvalue('dist') == 'load' else None
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +45,9 @@ def family(request: pytest.FixtureRequest) -> timm_cascade.CascadeModel:
     return timm.create_model(f'cascade_{request.param}', num_classes=7, exits=3).eval()
 
 
-@pytest.fixture
-def small() -> timm_cascade.CascadeModel:
-    """cascade_cifar_resnet20 with two exits for grey 16x16 images."""
+@pytest.fixture(scope='session')
+def _small() -> timm_cascade.CascadeModel:
+    torch.manual_seed(0)
     return timm.create_model(
         'cascade_cifar_resnet20',
         in_chans=1,
@@ -42,6 +55,34 @@ def small() -> timm_cascade.CascadeModel:
         exits=['layer1', 'layer2'],
         pretrained_cfg_overlay=dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,)),
     ).eval()
+
+
+@pytest.fixture
+def small(_small: timm_cascade.CascadeModel) -> timm_cascade.CascadeModel:
+    """cascade_cifar_resnet20 with two exits for grey 16x16 images."""
+    return copy.deepcopy(_small)
+
+
+@pytest.fixture(scope='session')
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreter]:
+    """Fresh processes, cheaply; their Hub is at one address, and has its cache behind one link (see tests/hub)."""
+    folder = tmp_path_factory.mktemp('interpreter')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith('HF_')} | dict(
+        HF_ENDPOINT=f'http://127.0.0.1:{port}',
+        HF_HOME=str(folder / 'home'),
+        HF_HUB_DISABLE_XET='1',
+        HF_HUB_ETAG_TIMEOUT='30',
+        HF_HUB_DOWNLOAD_TIMEOUT='30',
+        HF_HUB_DISABLE_TELEMETRY='1',
+        OMP_NUM_THREADS='1',
+        PYTHONPATH=os.pathsep.join(p for p in sys.path if p),
+    )
+    started = Interpreter(folder, environment)
+    yield started
+    started.close()
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_a_second_import_and_a_name_clash_do_no_harm():
     assert timm.model_entrypoint('cascade_resnet18') is before
 
 
-def test_a_name_that_is_taken_stays_what_it_is():
+def test_a_name_that_is_taken_stays_what_it_is(interpreter, tmp_path):
     code = textwrap.dedent("""
         import sys, types, timm
         from timm.models import register_model
@@ -51,7 +51,8 @@ def test_a_name_that_is_taken_stays_what_it_is():
         assert timm.model_entrypoint("cascade_resnet18")() == "mine"
         assert timm.is_model("cascade_resnet34")
     """)
-    subprocess.run([sys.executable, '-c', code], check=True)
+    done = interpreter.run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

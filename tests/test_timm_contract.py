@@ -1,10 +1,6 @@
 """What a timm user and timm's own scripts expect of a model."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -214,7 +210,7 @@ for bench in ('inference', 'train'):
 """
 
 
-def test_scripts_in_the_manner_of_timm_s_own_run_unchanged(tmp_path):
+def test_scripts_in_the_manner_of_timm_s_own_run_unchanged(interpreter, tmp_path):
     """timm's validate, train and benchmark scripts are not in its wheel: these call what they call, in the same way."""
     name = 'cascade_test_vit'
     for label in 'ab':
@@ -229,14 +225,9 @@ def test_scripts_in_the_manner_of_timm_s_own_run_unchanged(tmp_path):
     (tmp_path / 'benchmark.py').write_text(BENCHMARK)
 
     def run(*arguments):
-        root = str(Path(timm_cascade.__file__).parent.parent)
-        return subprocess.run(
-            [sys.executable, '-m', 'timm_cascade.run', *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, 'PYTHONPATH': root},
-        )
+        argv = ['timm_cascade.run', *map(str, arguments)]
+        code = f'import runpy, sys; sys.argv = {argv!r}; runpy.run_module("timm_cascade.run", run_name="__main__")'
+        return interpreter.run(code, tmp_path)
 
     out = run('train.py', '--model', name, '--output', tmp_path)
     assert out.returncode == 0, out.stderr

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import datasets
 import numpy as np
 import pytest
@@ -184,7 +180,7 @@ def test_files_that_are_no_data_set(tmp_path, name, content):
         load_data(tmp_path / 's', label_column='label')
 
 
-def test_a_pipe_gets_no_bars_and_folders_do_without_the_library_for_data_sets(tmp_path):
+def test_a_pipe_gets_no_bars_and_folders_do_without_the_library_for_data_sets(interpreter, tmp_path):
     for name in 'cd':
         (tmp_path / 'set' / name).mkdir(parents=True)
         Image.fromarray(np.full((4, 4), ord(name), np.uint8)).save(tmp_path / 'set' / name / '1.png')
@@ -194,6 +190,5 @@ def test_a_pipe_gets_no_bars_and_folders_do_without_the_library_for_data_sets(tm
         f'd.name_of(0); assert "datasets" not in sys.modules; '
         f'print(len(timm_cascade.load_data({str(tmp_path / "a.parquet")!r})))'
     )
-    env = {**os.environ, 'HF_HOME': str(tmp_path / 'hf')}
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, check=True)
-    assert done.stdout == '8\n' and 'split' not in done.stderr and 'it/s' not in done.stderr
+    done = interpreter.run(code, tmp_path)
+    assert done.returncode == 0 and done.stdout == '8\n' and 'split' not in done.stderr and 'it/s' not in done.stderr

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -38,37 +36,24 @@ def error(call, *args, **kwargs):
 
 
 @pytest.fixture
-def server():
-    with TestHub() as hub:
+def server(interpreter):
+    with TestHub(port=urlsplit(interpreter.env['HF_ENDPOINT']).port) as hub:
         yield hub
 
 
 @pytest.fixture
-def client(server, tmp_path):
+def client(server, interpreter, tmp_path):
     """Runs code in a fresh process with its own cache; what it leaves in `result` (JSON) comes back."""
 
-    def run(*code: str, cache: str = 'cache', token: str | None = 'owner-token', timeout: float = 300, **env: str):
-        environment = {k: v for k, v in os.environ.items() if not k.startswith('HF_')} | dict(
-            HF_ENDPOINT=server.url,
-            HF_HOME=str(tmp_path / cache),
-            HF_HUB_DISABLE_XET='1',
-            HF_HUB_ETAG_TIMEOUT='30',
-            HF_HUB_DOWNLOAD_TIMEOUT='30',
-            HF_HUB_DISABLE_TELEMETRY='1',
-            OMP_NUM_THREADS='1',
-            **env,
-        )
-        if token is not None:
-            environment['HF_TOKEN'] = token
+    def run(*code: str, cache: str = 'cache', offline: bool = False):
+        home = Path(interpreter.env['HF_HOME'])
+        (tmp_path / cache).mkdir(exist_ok=True)
+        home.unlink(missing_ok=True)
+        home.symlink_to(tmp_path / cache)
         script = '\n'.join([PRELUDE, *map(textwrap.dedent, code)]) + '\nprint("RESULT" + json.dumps(result))\n'
-        done = subprocess.run(
-            [sys.executable, '-c', script],
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd=tmp_path,
-            timeout=timeout,
-        )
+        # what HF_HUB_OFFLINE=1 says to a client that is imported later
+        said = 'import huggingface_hub.constants\nhuggingface_hub.constants.HF_HUB_OFFLINE = True\n' if offline else ''
+        done = interpreter.run(said + script, tmp_path, dict(HF_TOKEN='owner-token'))
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.rpartition('RESULT')[2])
 

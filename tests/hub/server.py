@@ -85,14 +85,14 @@ class Repository:
 class TestHub:
     __test__ = False  # no test class, whatever its name
 
-    def __init__(self, tokens: dict[str, str] | None = None) -> None:
+    def __init__(self, tokens: dict[str, str] | None = None, port: int = 0) -> None:
         self.tokens = tokens or {'owner-token': 'owner', 'reader-token': 'reader'}
         self.repos: dict[str, Repository] = {}
         self.uploads: dict[str, bytes] = {}
         self.log: list[str] = []
         self.faults: list[dict[str, Any]] = []
         self.lock = threading.RLock()
-        self.server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), {'hub': self}))
+        self.server = ThreadingHTTPServer(('127.0.0.1', port), type('Handler', (_Handler,), {'hub': self}))
         self.server.daemon_threads = True
         self.port = self.server.server_address[1]
         self.url = f'http://127.0.0.1:{self.port}'

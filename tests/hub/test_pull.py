@@ -114,7 +114,7 @@ def test_heads_only(server, client, published):
         result = [check('owner/heads'), error(timm_cascade.load, 'owner/never')]
     """,
         cache='fresh',
-        HF_HUB_OFFLINE='1',
+        offline=True,
     )
     assert offline[0] is True and offline[1][0] == 'HubUnavailableError'
     assert client(check, "result = check('owner/heads')", cache='fresh') is True  # without being told so
@@ -178,6 +178,6 @@ def test_what_timm_pushes_and_damage_on_the_way(server, client, release):
         """
         result = error(timm.create_model, 'hf-hub:owner/cached', pretrained=True)
     """,
-        HF_HUB_OFFLINE='1',
+        offline=True,
     )
     assert damaged[0] == 'ReleaseError' and result['blob'] in damaged[1] and 'Delete the file' in damaged[1]

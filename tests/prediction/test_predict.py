@@ -2,17 +2,13 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import ROOT, as_png, near, write_idx
+from helpers import as_png, near, write_idx
 
 import timm_cascade
 from timm_cascade.data.views import eval_transform
@@ -245,37 +241,36 @@ def test_a_link_in_a_circle(cascade, folder, tmp_path):
 
 
 KILLED = """
-import sys, torch, timm, timm_cascade
-torch.manual_seed(0)
+import os, signal, time, torch, timm, timm_cascade
 torch.set_num_threads(1)
+torch.manual_seed(0)
 model = timm.create_model('cascade_cifar_resnet20', in_chans=1, num_classes=4, exits=['layer1', 'layer2'],
                           pretrained_cfg_overlay=dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,))).eval()
 model.thresholds = [0.3, 0.3]
-print('ready', flush=True)
-timm_cascade.predict(model, sys.argv[1], sys.argv[2], batch_size=4, unit=4)
+predict = timm_cascade.predict
+
+def start(out):
+    process = os.fork()
+    if not process:
+        predict(model, FOLDER, out, batch_size=4, unit=4)
+        os._exit(0)
+    return process
+
+whole = os.waitpid(start('whole'), 0)[1]
+for moment in MOMENTS:
+    process = start('out')
+    time.sleep(moment)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+print(whole, os.waitpid(start('out'), 0)[1])
 """
 
 
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
 @pytest.mark.parametrize('kills', [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_times_nothing_is_lost_or_doubled(folder, tmp_path, kills):
-    def start(out):
-        return subprocess.Popen(
-            [sys.executable, '-c', KILLED, str(folder), str(out)],
-            stdout=subprocess.PIPE,
-            env={**os.environ, 'PYTHONPATH': str(ROOT)},
-            text=True,
-        )
-
-    whole = start(tmp_path / 'whole')
-    whole.communicate(timeout=120)
-    generator = np.random.default_rng(0)
-    for _ in range(kills):
-        run = start(tmp_path / 'out')
-        run.stdout.readline()
-        time.sleep(float(generator.uniform(0, 0.3)))
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-    last = start(tmp_path / 'out')
-    assert last.communicate(timeout=120) and last.returncode == 0
+def test_killed_at_random_times_nothing_is_lost_or_doubled(interpreter, folder, tmp_path, kills):
+    moments = np.random.default_rng(0).uniform(0, 0.3, kills).tolist()
+    done = interpreter.run(f'FOLDER, MOMENTS = {str(folder)!r}, {moments}\n{KILLED}', tmp_path)
+    assert done.returncode == 0 and done.stdout.split() == ['0', '0'], done.stderr
     assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
     assert json.loads((tmp_path / 'out' / PLAN).read_text())['units'] == len(contents(tmp_path / 'out')) == 24

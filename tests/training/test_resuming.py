@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -26,7 +27,7 @@ class Slow(ImageData):
     """Takes its time, so that there is time to be killed in."""
 
     def __getitem__(self, index):
-        time.sleep(0.01)
+        time.sleep(0.004)
         return super().__getitem__(index)
 
     def with_transform(self, transform):
@@ -121,6 +122,28 @@ def test_the_state_of_another_training_is_not_continued(small, images, tmp_path,
     assert all(torch.equal(found[k], expected[k]) for k in found)
 
 
+# what torchrun sets, and does when a process ends in another way than it should
+LAUNCH = """
+    import os, signal, sys
+    processes = []
+    for rank in '01':
+        processes.append(os.fork())
+        if not processes[-1]:
+            os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE='2', LOCAL_WORLD_SIZE='2',
+                              MASTER_ADDR='127.0.0.1', MASTER_PORT=PORT)
+            signal.alarm(300)
+            break
+    else:
+        status = os.wait()[1]
+        if status:
+            for process in processes:
+                try:
+                    os.kill(process, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+        status = max(status, os.wait()[1])
+        sys.exit('SIGKILL' if status == signal.SIGKILL else status)
+"""
 TWO = """
     import os, signal, sys
     from pathlib import Path
@@ -158,15 +181,32 @@ TWO = """
 """
 
 
-def test_two_processes_killed_and_continued_are_as_one(tmp_path):
-    """torchrun, gloo, data that two do not divide: as one process up to rounding, as without the kill to the bit."""
-    script = tmp_path / 'work.py'
-    script.write_text(textwrap.dedent(TWO))
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(script)]
-    first = subprocess.run([*launch, str(tmp_path), 'start'], capture_output=True, text=True)
+@pytest.fixture(params=['forks', pytest.param('torchrun', marks=pytest.mark.slow)])
+def two_processes(request, interpreter, tmp_path):
+    """Runs TWO with an argument in two processes; what they wrote to stderr comes back, their status too."""
+
+    def run(argument):
+        if request.param == 'torchrun':
+            script = tmp_path / 'work.py'
+            script.write_text(textwrap.dedent(TWO))
+            torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+            return subprocess.run([*torchrun, script, tmp_path, argument], capture_output=True, text=True)
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            port = str(free.getsockname()[1])
+        given = f'import sys; sys.argv = ["work.py", {str(tmp_path)!r}, {argument!r}]; PORT = {port!r}\n'
+        return interpreter.run(given + textwrap.dedent(LAUNCH) + textwrap.dedent(TWO), tmp_path)
+
+    return run
+
+
+def test_two_processes_killed_and_continued_are_as_one(two_processes, tmp_path):
+    """gloo, data that two do not divide: as one process up to rounding, as without the kill to the bit."""
+    first = two_processes('start')
     assert 'SIGKILL' in first.stderr and (tmp_path / 'whole.pt').exists() and not (tmp_path / 'killed.pt').exists()
     assert len(torch.load(tmp_path / 'killed' / 'heads.pt', weights_only=True)['history']) == 2
-    subprocess.run([*launch, str(tmp_path), 'resume'], check=True, capture_output=True)
+    again = two_processes('resume')
+    assert again.returncode == 0, again.stderr
     whole, killed = (torch.load(tmp_path / f'{n}.pt', weights_only=True) for n in ('whole', 'killed'))
     assert all(torch.equal(whole[k], killed[k]) for k in whole)
 
