@@ -57,7 +57,7 @@ class Steps:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.done: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+        self.done: dict[str, str] = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
         self.before = ''
 
     def due(self, name: str, *parts: Any) -> bool:
@@ -141,7 +141,7 @@ def build(recipe: dict[str, Any], work: Path, workers: int = 0) -> dict[str, Any
         report = test(hub.load(staged), load(recipe['data']['test']), dial)
         write_text(work / 'report.json', json.dumps(report, indent=1))
         steps.finish('test')
-    return json.loads((work / 'report.json').read_text())
+    return json.loads((work / 'report.json').read_text(encoding='utf-8'))
 
 
 def test(model: timm_cascade.CascadeModel, data: timm_cascade.data.ImageData, dial: dict[str, Any]) -> dict[str, Any]:

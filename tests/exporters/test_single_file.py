@@ -70,7 +70,7 @@ def test_later_stages_do_not_run(name, exported, calibrated, tmp_path):
             graph_optimization_level=ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
         )
         single.run(None, {'images': images, 'thresholds': np.float32(values)})
-        with open(single.end_profiling()) as file:
+        with open(single.end_profiling(), encoding='utf-8') as file:
             events = json.load(file)
         ran = [e['args'] for e in events if e.get('cat') == 'Node' and 'kernel_time' in e['name']]
         return sum(a['op_name'] == 'Conv' for a in ran)

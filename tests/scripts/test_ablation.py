@@ -159,7 +159,7 @@ def test_a_tiny_pair_from_backbone_to_page(images, tmp_path, monkeypatch):
     ablation.main()
     log = tmp_path / 'runs' / 'ablation' / 'results.jsonl'
     first = log.read_text()
-    with open(log, 'a') as f:
+    with open(log, 'a', encoding='utf-8') as f:
         f.write('{"pair": "ti')  # a kill in the middle of a line
     page = (tmp_path / 'docs' / 'pages' / 'evidence' / 'ablation.md').read_text()
     ablation.main()

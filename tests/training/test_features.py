@@ -225,7 +225,11 @@ def test_views_are_taken_in_turn(small, images, accelerator, tmp_path, monkeypat
 
 
 def anonymous_memory():
-    line = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('RssAnon'))
+    line = next(
+        line
+        for line in Path('/proc/self/status').read_text(encoding='utf-8').splitlines()
+        if line.startswith('RssAnon')
+    )
     return int(line.split()[1]) * 1024
 
 

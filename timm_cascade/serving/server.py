@@ -121,7 +121,7 @@ def claim(names: Sequence[str]) -> str:
     import fcntl
 
     for number, name in enumerate(names):
-        file = Path(folder, f'claim-{number}').open('w')
+        file = Path(folder, f'claim-{number}').open('w', encoding='utf-8')
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

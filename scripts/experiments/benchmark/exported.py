@@ -85,7 +85,7 @@ def prepare(name: str, folder: Path, exits: int = 3) -> dict[str, Any]:
     target = folder / f'{name}_{exits}'
     kept = target / 'took.json'
     if kept.exists():
-        return dict(json.loads(kept.read_text()))
+        return dict(json.loads(kept.read_text(encoding='utf-8')))
     if name == 'release':
         model = timm.create_model(f'local-dir:{RELEASE}', pretrained=True).eval()
         model.set_max_drop(MAX_DROP)
@@ -110,7 +110,7 @@ def prepare(name: str, folder: Path, exits: int = 3) -> dict[str, Any]:
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     stages = sum(p.stat().st_size for p in target.glob('stage_*.onnx'))
     took = dict(network=name, exits=len(model.exits), seconds=seconds, weights=weights, bytes=stages)
-    kept.write_text(json.dumps(took))
+    kept.write_text(json.dumps(took), encoding='utf-8')
     return took
 
 

@@ -269,7 +269,9 @@ def _relative(path: Path) -> Path:
 def measure(whole: Calibration, cache: Path, log: Path, sizes: Sequence[int], draws: int, processes: int) -> list[Any]:
     """The lines of all draws, those that `log` has included."""
     # a line that was cut off by a kill is not a result
-    kept = [json.loads(x) for x in log.read_text().splitlines() if x.endswith('}')] if log.exists() else []
+    kept = (
+        [json.loads(x) for x in log.read_text(encoding='utf-8').splitlines() if x.endswith('}')] if log.exists() else []
+    )
     kept = [x for x in kept if x['heads'] == whole.heads_hash and x['version'] == timm_cascade.__version__]
     done = {(x['n'], x['draw']) for x in kept}
     jobs = [(n, d) for d in range(draws) for n in sizes if (n, d) not in done]

@@ -206,7 +206,7 @@ def all_names() -> list[str]:
 def sizes(names: list[str]) -> dict[str, Any]:
     """Parameters and MACs of each name, as published; asked once, kept in runs/sizes.json."""
     cache = ROOT / 'runs' / 'sizes.json'
-    known = json.loads(cache.read_text()) if cache.exists() else {}
+    known = json.loads(cache.read_text(encoding='utf-8')) if cache.exists() else {}
     missing = [n for n in names if n not in known]
     for name in tqdm(missing, desc='sizes', disable=None if missing else True):
         try:
@@ -215,7 +215,7 @@ def sizes(names: list[str]) -> dict[str, Any]:
             known[name] = (0, 0)
     if missing:
         cache.parent.mkdir(exist_ok=True)
-        cache.write_text(json.dumps(known))
+        cache.write_text(json.dumps(known), encoding='utf-8')
     return {name: known[name] for name in names}
 
 
