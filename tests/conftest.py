@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import atexit
 import copy
 import os
+import shutil
 import socket
+import tempfile
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # tiny networks: more threads only wait for each other
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # the default tests need no network, and must not wait for one
+
+# they do not depend on what is in the user's own cache, nor on whether it can be written to
+os.environ['HF_HOME'] = tempfile.mkdtemp(prefix='timm-cascade-tests-')
 
 import sys
 from collections.abc import Iterator
@@ -21,6 +27,7 @@ from interpreter import Interpreter
 import timm_cascade
 from timm_cascade.data import ImageData
 
+atexit.register(shutil.rmtree, os.environ['HF_HOME'], ignore_errors=True)
 sys.path.insert(0, str(ROOT))  # for scripts.*
 FAMILIES = ['test_resnet', 'test_vit', 'test_convnext', 'mobilenetv3_small_050']
 

@@ -138,12 +138,17 @@ class Repository:
         _check_size(f'{name} of {self}', size, limit)
         return self._download(name, revision)
 
-    def _download(self, name: str, revision: str | None, force: bool = False, damaged: Path | None = None) -> Path:
+    def _download(
+        self, name: str, revision: str | None, force: bool = False, damaged: Path | None = None, resume: bool = True
+    ) -> Path:
         try:
             path = Path(
                 hf_hub_download(self.repo, name, revision=revision, cache_dir=self.cache_dir, force_download=force)
             )
         except (HTTPError, OSError, ValueError) as e:  # ValueError: a new download while offline
+            if resume and isinstance(e, HTTPError) and not isinstance(e, HfHubHTTPError):
+                # the connection ended half-way; newer clients go on by themselves
+                return self._download(name, revision, force, damaged, resume=False)
             if damaged is not None:
                 raise ReleaseError(
                     f'{damaged} ({name} of {self}) is damaged: its hash is not the one the Hub gave. Delete the file '
