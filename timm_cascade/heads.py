@@ -87,19 +87,16 @@ class ExitHead(nn.Module):
 
     def pool(self, features: Tensor) -> Tensor:
         """Features (N, ...) in this head's layout to (N, in_features)."""
-        return self._pool(*self._maps(features), self.mean)
+        return self._pool(features, False)[0]
 
     def read(self, features: Tensor) -> tuple[Tensor, bool]:
         """What the first of the layers for inference reads, and whether that is without the mean.
 
         Where all cells of the pooled grid are of one size, the mean is that of the cells, and need not be computed.
         """
-        maps, beside = self._maps(features)
-        without = self.mean and maps.shape[2] % self.grid[0] == maps.shape[3] % self.grid[1] == 0
-        return self._pool(maps, beside, self.mean and not without), without
+        return self._pool(features, self.mean)
 
-    def _maps(self, features: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Features as (N, C, H, W), and the prefix tokens (N, C, K) where they are read."""
+    def _pool(self, features: Tensor, may_leave_out: bool) -> tuple[Tensor, bool]:
         beside = []
         if self.layout == 'NHWC':
             features = features.permute(0, 3, 1, 2)
@@ -108,13 +105,13 @@ class ExitHead(nn.Module):
             beside = [features[..., : self.prefix_tokens]] if self.tokens else []
             features = features[..., self.prefix_tokens :]
             features = features.unflatten(2, (self._rows(features.shape[2]), -1))
-        return features, beside
-
-    def _pool(self, maps: Tensor, beside: list[Tensor], mean: bool) -> Tensor:
-        pooled = F.adaptive_avg_pool2d(maps, self.grid)
-        if mean:
-            beside = [maps.mean((2, 3))[..., None], *beside]
-        return torch.cat([pooled.flatten(2), *beside], 2).flatten(1) if beside else pooled.flatten(1)
+        (rows, columns), leaves_out = self.grid, False
+        if self.mean:
+            leaves_out = may_leave_out and features.shape[2] % rows == features.shape[3] % columns == 0
+            if not leaves_out:
+                beside = [features.mean((2, 3))[..., None], *beside]
+        pooled = F.adaptive_avg_pool2d(features, self.grid)
+        return (torch.cat([pooled.flatten(2), *beside], 2) if beside else pooled).flatten(1), leaves_out
 
     def _rows(self, tokens: int) -> int:
         """Rows of the grid that the tokens form, for images of any size with the aspect ratio of `size`."""
@@ -153,7 +150,7 @@ class ExitHead(nn.Module):
         layers = self.inference_layers(features)
         if layers is None:
             return self.fc(self.hidden(self.norm(self.pool(features))))
-        pooled, without_mean = self.read(features)
+        pooled, without_mean = self._pool(features, self.mean)
         return classify_with(layers.without_mean if without_mean else layers.whole, pooled)
 
 

@@ -114,7 +114,7 @@ class ActiveBatch:
         Raises:
             RoutingError: The features do not have one row per remaining sample.
         """
-        if not self.is_open(index):
+        if self.thresholds[index] == math.inf:
             return None
         rows = self.ids.numel()  # not len(), which goes through Python: that would cost single images time
         if features.shape[0] != rows:

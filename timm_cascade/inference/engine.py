@@ -54,8 +54,8 @@ class Runner(Protocol):
 
     With `start` = k > 0 the forward begins after exit k-1 with `tensors`, as they passed that boundary before;
     `images` is then any single image of the same kind. `wanted` says of an exit, when its stage is about to run,
-    whether its head will be asked: a runner whose stages include the heads then gives the boundary an answer, and one
-    may pass over an exit that is not.
+    whether its head will be asked: a runner whose stages include the heads then gives the boundary an answer, and no
+    runner calls `on_exit` where it will not.
     """
 
     def __call__(

@@ -155,8 +155,6 @@ class Router:
 
         def on_exit(index: int, boundary: Boundary) -> list[Tensor] | None:
             nonlocal reached
-            if not batch.is_open(index):
-                return None
             reached += 1
             remaining = batch.exit_confident(index, boundary.features, boundary.answer)
             if remaining is None:

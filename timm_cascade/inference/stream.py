@@ -129,8 +129,6 @@ class _Stages:
         batch = ActiveBatch(ids, self.heads, self.thresholds if limits is None else limits)
 
         def on_exit(index: int, boundary: Boundary) -> list[Tensor] | None:
-            if not batch.is_open(index):
-                return None
             remaining = batch.exit_confident(index, boundary.features, boundary.answer)
             waiting = self.waiting[index + 1]
             if remaining is None or len(remaining):
