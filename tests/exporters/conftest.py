@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 
 import timm_cascade
 
@@ -22,3 +25,12 @@ def calibrated():
 @pytest.fixture(scope='session')
 def exported(calibrated, tmp_path_factory):
     return timm_cascade.export(calibrated, tmp_path_factory.mktemp('export') / 'cascade', single_file='batch')
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 7):
+        return
+    here = str(Path(__file__).parent)
+    for item in items:
+        if str(item.path).startswith(here):
+            item.add_marker(pytest.mark.skip(reason="torch 2.6's ONNX exporter fails with the onnxscript of today"))

@@ -83,6 +83,10 @@ def write_stage(stage: StageModule, path: Path, opset: int | None, batch_size: i
         ExportError: An operator that ONNX does not have, or an opset that the exporter cannot write.
     """
     require('onnx', 'onnxscript')
+    if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 7):
+        raise ExportError(
+            f'torch {torch.__version__} does not write ONNX with the onnxscript of today; export with a newer torch.'
+        )
     if opset is not None and not 7 <= opset <= 100:
         raise ExportError(f'opset is {opset}; expected a version of the ONNX operators, such as {DEFAULT_OPSET}.')
     wanted = opset or DEFAULT_OPSET
