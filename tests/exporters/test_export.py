@@ -103,6 +103,17 @@ def test_a_model_that_is_not_calibrated_says_so(tmp_path, empty_stages, exported
         cascade.set_max_drop(0.01)
 
 
+def test_thresholds_that_the_table_does_not_have_are_told(tmp_path, empty_stages, recwarn):
+    model = calibrate_by_hand(small_model())
+    model.set_max_drop(0.05)
+    timm_cascade.export(model, tmp_path / 'chosen', single_file=None)
+    assert not [w for w in recwarn if 'no point in the table' in str(w.message)]
+    model.thresholds = [0.31, 0.77]
+    with pytest.warns(UserWarning, match='no point in the table.*set_max_drop'):
+        timm_cascade.export(model, tmp_path / 'set', single_file=None)
+    assert json.loads((tmp_path / 'set' / 'cascade.json').read_text())['thresholds'] == pytest.approx([0.31, 0.77])
+
+
 def change(folder, **entries):
     manifest = json.loads((folder / 'cascade.json').read_text())
     (folder / 'cascade.json').write_text(json.dumps(manifest | entries))

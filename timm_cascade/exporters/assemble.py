@@ -248,6 +248,12 @@ def describe(
             'from. Calibrate the model, or the folder: timm-cascade calibrate FOLDER --data DATA.',
             stacklevel=3,
         )
+    elif any(t is not None for t in thresholds) and not _in_table(model):
+        warnings.warn(
+            'the active thresholds are those of no point in the table, so the folder does not say what they promise. '
+            'Choose some with set_max_drop, in the model or in the folder.',
+            stacklevel=3,
+        )
     return Manifest(
         kind=kind,
         architecture=str(model.pretrained_cfg['architecture']),
@@ -276,6 +282,13 @@ def describe(
             torch=str(torch.__version__),
             **({'onnx': version('onnx'), 'onnxscript': version('onnxscript')} if kind == 'onnx' else {}),
         ),
+    )
+
+
+def _in_table(model: CascadeModel) -> bool:
+    active = model.thresholds.float().cpu()
+    return model.table is not None and any(
+        torch.equal(torch.tensor(point.thresholds, dtype=torch.float32), active) for point in model.table.points
     )
 
 

@@ -102,12 +102,13 @@ class Cascade:
         for (_, k), session in self._sessions.items():
             found = session.run(None, {value.name: values[value.name] for value in session.get_inputs()})
             logits, confidence = found[-2][: len(ids)], found[-1][: len(ids)]
-            leaves = confidence >= self.thresholds[k] if k < len(self.thresholds) else np.full(len(ids), True)
-            if len(ids) == n and leaves.all():
+            final = k == len(self.thresholds)  # where a NaN leaves, too
+            if len(ids) == n and (final or confidence.min(initial=math.inf) >= self.thresholds[k]):
                 return Output(logits, np.full(n, k), confidence)
             values.update(zip((value.name for value in session.get_outputs()), found, strict=True))
-            if not leaves.any():
+            if not final and confidence.max() < self.thresholds[k]:
                 continue
+            leaves = np.full(len(ids), True) if final else confidence >= self.thresholds[k]
             gone, keep = ids[leaves], np.flatnonzero(~leaves)
             out.logits[gone], out.exit[gone], out.confidence[gone] = logits[leaves], k, confidence[leaves]
             if not len(keep):

@@ -94,9 +94,9 @@ def prepare(name: str, folder: Path, exits: int = 3) -> dict[str, Any]:
         model = build(name, pictures(16, size), exits=exits)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # not calibrated
-        began = time.perf_counter()
+        began = time.process_time()
         timm_cascade.export(model, target, single_file='batch' if name == 'release' else None)
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         write_plain(bare(model).eval(), target / 'plain.onnx')
         if name == 'release':
             from earlyon.onnx import export_to_onnx
@@ -322,7 +322,7 @@ def markdown(section: dict[str, Any]) -> list[str]:
     if section['sizes']:
         text += [
             '',
-            '| network | exits | export, s | stage files, MB | over the weights |',
+            '| network | exits | export, CPU s | stage files, MB | over the weights |',
             '| --- | --- | --- | --- | --- |',
         ]
     for r in section['sizes']:
