@@ -74,6 +74,8 @@ def small(_small: timm_cascade.CascadeModel) -> timm_cascade.CascadeModel:
 def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreter]:
     """Fresh processes, cheaply; their Hub is at one address, and has its cache behind one link (see tests/hub)."""
     folder = tmp_path_factory.mktemp('interpreter')
+    (folder / 'cache').mkdir()
+    (folder / 'home').symlink_to(folder / 'cache')
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
