@@ -99,6 +99,8 @@ def markdown(section: dict[str, Any]) -> list[str]:
         limit = 1.15 if (r['mode'], r['state']) == ('compiled', 'open') else None
         beside = cell(r['to_compiled']) if 'to_compiled' in r else ''
         text.append(f'| {r["mode"]} | all {r["state"]} | {verdict(r["to_eager"], limit)} | {beside} |')
+    if not section['shares']:
+        return text
     text += [
         '',
         "**Heads with their decisions**, share of the network's time, five exits, the network's own size of images, "
