@@ -10,7 +10,7 @@ from helpers import ROOT
 
 COMMANDS = """
 demo.py datasets/emoji.py releases/release.py releases/publish.py
-experiments/ablation experiments/benchmark experiments/coverage experiments/every_backbone
+experiments/ablation experiments/benchmark experiments/coverage experiments/every_backbone experiments/fronts
 """.split()
 # as `python PLACE --help` runs it: the folder of the script stands first on the path
 CODE = """

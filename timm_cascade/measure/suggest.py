@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,7 +138,9 @@ def suggest(
     _check_labelled(labels, title)
 
     def build(candidate: Any) -> Front:
-        named = partial(_named, backbone=model.backbone, pretrained=pretrained, cache_dir=cache_dir)
+        def named(name: str, size: tuple[int, int] | None) -> Any:
+            return network_named(name, model.backbone, size, pretrained, cache_dir)
+
         (front,) = create_fronts([candidate], model.backbone, named)
         check_names(front, model.label_names or getattr(held_out, 'class_names', None), title)
         return front
@@ -188,7 +189,8 @@ class _Candidate:
         front = build(given)
         self.given, self.build = given, build
         self.name, self.macs = front.name, front.macs()
-        self.identity = [front.digest(), *front.size, front.interpolation, front._scale, front._shift]
+        images = [*front.size, front.interpolation, front.scale.flatten().tolist(), front.shift.flatten().tolist()]
+        self.identity = [front.digest(), *images]
 
     def forward_on(self, model: CascadeModel) -> Callable[[torch.Tensor], list[torch.Tensor]]:
         """Images to its logits, on the model's device and in its precision; the network is built at the first call."""
@@ -243,12 +245,6 @@ class _Store:
             with replacing(path) as temporary, open(temporary, 'wb') as file:
                 np.savez(file, **found._asdict())
         return found
-
-
-def _named(
-    name: str, size: tuple[int, int] | None, backbone: Any, pretrained: bool, cache_dir: str | Path | None
-) -> Any:
-    return network_named(name, backbone, size, pretrained, cache_dir)
 
 
 def _chosen(model: CascadeModel, exits: Sequence[str] | None) -> tuple[int, ...]:
