@@ -45,7 +45,7 @@ def measure(members: Members, args: argparse.Namespace) -> dict[str, Any]:
     images = images.contiguous(memory_format=torch.channels_last)
     batches: dict[int | None, list[Tensor]] = {None: []}
     cost: dict[int | None, list[float]] = {None: [float(m) for m in members.macs]}
-    for size, count in BATCHES.items():
+    for size, count in BATCHES.items() if not args.untimed else ():
         batches[size] = [b for b in images[:count].split(size) if len(b) == size]
         cost[size] = _seconds(members, batches[size], args)
     rows = [

@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--runs', type=Path, default=ROOT / 'runs', help='where the networks were trained')
     parser.add_argument('--docs', type=Path, default=ROOT / 'docs', help='where page and results are written')
     parser.add_argument('--prepare', action='store_true', help='run the networks over all images, and measure nothing')
+    parser.add_argument('--untimed', action='store_true', help='accuracy and MACs alone')
     parser.add_argument('--seconds', type=float, default=4.0, help='per comparison, at least')
     parser.add_argument('--repetitions', type=int, default=5, help='per comparison, at least')
     parser.add_argument('--epochs', type=int, default=10, help="of static networks that lack the recipe's epochs")
@@ -49,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
             if args.prepare:
                 continue
             found = measure(members, args)
-            sections[name] = dict(found, machine=machine(), repetitions=args.repetitions, seconds=args.seconds)
+            settings = dict(repetitions=args.repetitions, seconds=args.seconds, untimed=args.untimed)
+            sections[name] = dict(found, machine=machine(), **settings)
         write(args.docs, sections)
 
 
@@ -74,6 +76,9 @@ def write(docs: Path, sections: dict[str, Any]) -> None:
         text += ['', f'## {name}', '', *_section(name, s)]
     if 'equality' in sections:
         text += ['', '## equality', '', *_equality(sections['equality'])]
+    untimed = [name for name, s in sets.items() if s.get('untimed')]
+    if untimed:
+        text += ['', '## Not timed', '', f'No time has been measured on {", ".join(untimed)}: their targets are open.']
     if missing := [name for name in SETS if name not in sets]:
         text += ['', '## Not measured', '', f'Nothing has been measured on {", ".join(missing)} yet.']
     write_text(pages / 'fronts.md', '\n'.join([*text, '']))
@@ -83,7 +88,8 @@ def _section(name: str, s: dict[str, Any]) -> list[str]:
     m = s['machine']
     efficient = any('efficientnet' in n['network'] for n in s['networks'])
     text = [
-        f'    python scripts/experiments/fronts {name} --seconds {s["seconds"]:g} --repetitions {s["repetitions"]}',
+        f'    python scripts/experiments/fronts {name} '
+        + ('--untimed' if s.get('untimed') else f'--seconds {s["seconds"]:g} --repetitions {s["repetitions"]}'),
         '',
         f'{m["device"]}, torch {m["torch"]}, timm {m["timm"]}. {s["calibrated_on"]:,} calibration images, {s["n"]:,} '
         'test images. In brackets after an accuracy: the change from the static network in points, and half its 95 % '
