@@ -199,14 +199,16 @@ def gpu_trial(tmp_path, *argv):
     return content, (tmp_path / 'pages' / 'evidence' / 'gpu.md').read_text()
 
 
+@pytest.mark.slow
 def test_a_tiny_run_of_the_gpu_s_cells(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_cells, 'SHARES', (0.0, 0.4))
+    cells = [gpu.Cell(kind, 'test_resnet', 'float32', 2, ['graphs']) for kind in ('compare', 'regroup')]
+    monkeypatch.setattr(gpu, 'plan', lambda args: cells)
     content, page = gpu_trial(tmp_path)
-    done = {(c['kind'], *c['modes']): c for c in content['cells']}
     assert not [c for c in content['cells'] if 'error' in c] and content['missing'] == []
-    compared, streamed = done['compare', 'compiled', 'graphs', 'static'], done['regroup', 'graphs']
-    assert compared['still_compiled'] == dict(graphs=True, static=True)
-    assert {r['mode'] for r in compared['rows']} >= {'graphs', 'static'} and len(streamed['rows']) == 2
+    compared, streamed = content['cells']
+    assert compared['still_compiled'] == dict(graphs=True)
+    assert 'graphs' in {r['mode'] for r in compared['rows']} and {r['share'] for r in streamed['rows']} == {0.4}
     assert 'a trial on a CPU' in page and '| test_resnet | float32 | 2 | graphs | 40% |' in page
     assert str(tmp_path) not in page
 
@@ -215,8 +217,9 @@ def test_what_the_time_does_not_suffice_for_and_what_fails_is_named(tmp_path, mo
     def fail(*args):
         raise OSError('no such kernel')
 
+    monkeypatch.setattr(gpu, 'Subject', lambda *args: None)
     monkeypatch.setattr(gpu, 'compare', fail)
     monkeypatch.setattr(gpu, 'regroup', lambda *args: time.sleep(60))
-    content, page = gpu_trial(tmp_path, '--minutes', '0.2')
+    content, page = gpu_trial(tmp_path, '--minutes', '0.02')
     assert 'OSError: no such kernel' in page and 'The time did not suffice for' in page
     assert content['missing'][0].startswith('regroup')
