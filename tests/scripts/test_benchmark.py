@@ -220,6 +220,6 @@ def test_what_the_time_does_not_suffice_for_and_what_fails_is_named(tmp_path, mo
     monkeypatch.setattr(gpu, 'Subject', lambda *args: None)
     monkeypatch.setattr(gpu, 'compare', fail)
     monkeypatch.setattr(gpu, 'regroup', lambda *args: time.sleep(60))
-    content, page = gpu_trial(tmp_path, '--minutes', '0.02')
+    content, page = gpu_trial(tmp_path, '--minutes', '0.1')
     assert 'OSError: no such kernel' in page and 'The time did not suffice for' in page
     assert content['missing'][0].startswith('regroup')
