@@ -1,8 +1,9 @@
-"""How fast and how large `timm_cascade.predict` is: python scripts/experiments/prediction [speed|memory|ray]
+"""How fast and how large predictions are: python scripts/experiments/prediction [speed|memory|ray|kills|serve|hostile]
 
 The release in the repository labels the repository's test images of Fashion-MNIST, repeated. `speed` compares rows per
 second with `model.stream` over a loader that decodes the same rows, `memory` the peak at ten times as many rows, `ray`
-the cost per row of an engine on this machine's cores with that of local shards.
+the cost per row of an engine on this machine's cores with that of local shards, `kills` the parts of a run that is
+killed again and again with those of a calm one. `serve` and `hostile` are about the server (serve.py).
 """
 
 import argparse
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader
 
 import timm_cascade
 from scripts import ROOT
+from scripts.experiments.prediction import serve
 from timm_cascade.data import eval_transform
 from timm_cascade.prediction.inputs import open_sources
 from timm_cascade.prediction.local import DecodedChunks
@@ -168,15 +170,20 @@ def shard(args: argparse.Namespace) -> dict:
     return dict(parts=done.parts_written)
 
 
+MEASURES = dict(speed=speed, memory=memory, ray=ray, kills=serve.kills, serve=serve.serve, hostile=serve.hostile)
+
+
 def main() -> None:
     """Runs one of the measurements and prints its result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=['speed', 'memory', 'ray', 'peak', 'shard'])
+    parser.add_argument('what', choices=[*MEASURES, 'peak', 'shard'])
     parser.add_argument('--rows', type=int, default=20_000)
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--workers', type=int, default=1)
+    parser.add_argument('--seconds', type=float, default=10.0, help='of a round of `serve`')
     parser.add_argument('--path', help='of `shard`, which `ray` starts')
     parser.add_argument('--out', help='of `shard`')
     parser.add_argument('--shard', help='of `shard`')
     args = parser.parse_args()
-    print(json.dumps(globals()[args.what](args)))
+    measures = {**MEASURES, 'peak': peak, 'shard': shard}
+    print(json.dumps(measures[args.what](args)))
