@@ -80,7 +80,9 @@ class Server:
 
     def mebibytes(self) -> float:
         """Resident memory."""
-        line = next(x for x in Path(f'/proc/{self.process.pid}/status').read_text().splitlines() if 'VmRSS' in x)
+        line = next(
+            x for x in Path(f'/proc/{self.process.pid}/status').read_text(encoding='utf-8').splitlines() if 'VmRSS' in x
+        )
         return int(line.split()[1]) / 1024
 
     def stop(self) -> int:
