@@ -32,7 +32,7 @@ from PIL import Image
 
 import timm_cascade
 from scripts import ROOT
-from timm_cascade.inference.batch import confidence
+from scripts.experiments.benchmark.plain import forced, observe
 from timm_cascade.serving.service import Service
 
 RELEASE = ROOT / 'hub' / 'releases' / 'cascade_cifar_resnet20.fashion_mnist'
@@ -112,20 +112,9 @@ def large_release(folder: Path) -> tuple[Path, list[bytes]]:
     random_pictures = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
     pictures = [Image.fromarray(p).resize((256, 256), Image.Resampling.BILINEAR) for p in random_pictures]
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-    model.thresholds = leaving(model, torch.stack([transform(p) for p in pictures]), 0.4)
+    model.thresholds = forced(observe(model, [torch.stack([transform(p) for p in pictures])]), 0.4)
     timm_cascade.save(model, folder)
     return folder, [encoded(p, 'JPEG', quality=90) for p in pictures]
-
-
-@torch.no_grad()
-def leaving(model: timm_cascade.CascadeModel, images: torch.Tensor, share: float) -> list[float]:
-    """Thresholds with which `share` of the images that come to an exit leave there."""
-    here, thresholds = torch.ones(len(images), dtype=torch.bool), []
-    for logits in model.forward_exits(images)[:-1]:
-        found = confidence(logits)
-        thresholds.append(float(found[here].quantile(1 - share)))
-        here &= found < thresholds[-1]
-    return thresholds
 
 
 def closed(folder: Path, out: Path) -> Path:
@@ -154,8 +143,7 @@ def load(server: Server, pictures: list[bytes], seconds: float) -> tuple[float, 
 
     began = time.perf_counter()
     with ThreadPoolExecutor(CLIENTS) as pool:
-        for each in pool.map(client, range(CLIENTS)):
-            assert each is None
+        list(pool.map(client, range(CLIENTS)))
     return sum(map(len, taken)) / (time.perf_counter() - began), [t for each in taken for t in each]
 
 
