@@ -51,7 +51,7 @@ class Suggestion:
         exits: Modules of the exits behind them.
         macs: MACs of each network in front, for one image.
         backbone_macs: MACs of the large network.
-        accuracy: Of each network in front, each exit and the large network on all images, fractions.
+        accuracy: Share of all images that each network in front, each exit and the large network get right.
         saved: (rule, max_drop) to the share of the large network's MACs that is saved on average.
         drop: (rule, max_drop) to the loss of accuracy to be expected, a fraction.
     """

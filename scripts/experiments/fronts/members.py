@@ -37,8 +37,8 @@ class Members:
 
     Attributes:
         name: The data set's, as in the recipes' names.
-        networks: By label, in evaluation mode and channels-last.
-        macs: Of each network, for one image.
+        networks: The networks by their labels, in evaluation mode and channels-last.
+        macs: MACs that each network takes for one image.
         calibration, test: The images that settings are chosen on, and those that they are judged on.
         seen: What all networks say about the two (`record`): a column per network.
     """
@@ -83,7 +83,7 @@ def load_members(name: str, runs: Path, epochs: int) -> Members:
     Args:
         name: Data set, as in the recipes' names.
         runs: Folder that `scripts/releases/release.py` worked in.
-        epochs: Of static networks that lack the recipe's.
+        epochs: Epochs of static networks that were not trained for as many as the recipe has.
 
     Raises:
         FileNotFoundError: Fewer than two of them are trained; the message says what to run.
@@ -171,7 +171,7 @@ def cheapest(members: Members, accuracy: float, cost: list[float]) -> Setting | 
     Args:
         members: The networks.
         accuracy: Fraction to reach.
-        cost: Of each network for one image, in any unit.
+        cost: What one image costs each network, in any unit.
     """
     best: Setting | None = None
     for subset in members.subsets():
