@@ -38,9 +38,10 @@ def test_predict_gives_the_same_results_with_a_watch_and_counts_images(model):
     model.predict(x[:1], watch=watch)
     model.predict(x[:0], watch=watch)
     seen = watch.compute()
-    assert seen['images'] == 41 and seen['shadowed'] == 40
+    assert seen['images'] == 41 and seen['shadowed'] == 32  # two groups of 16; the others wait
     full = model.backbone(x).argmax(1)
-    assert seen['disagreement'] == pytest.approx((model.predict(x).logits.argmax(1) != full).float().mean().item())
+    differs = (model.predict(x).logits.argmax(1) != full)[:32]
+    assert seen['disagreement'] == pytest.approx(differs.float().mean().item())
     assert not watch.warning_detected and not watch.drift_detected
 
 
@@ -56,6 +57,22 @@ def test_other_images_are_noticed_and_the_thresholds_chosen_again(model):
     assert point.reference == 'backbone' and model.calibration.provenance['labelled'] is False
     if model.any_open:
         assert not watch.warning_detected and watch.compute()['images'] == 0
+
+
+@pytest.mark.parametrize('sizes', [[1] * 90, [64, 26], [1, 31, 1, 40, 17]])
+def test_the_same_is_found_whatever_the_batches(model, sizes):
+    def seen(sizes):
+        watch = DriftWatch(model, shadow=0.3, shadow_alert=0.9)
+        x = torch.cat([images(30), images(60, scale=30.0, seed=2)])  # the change comes within a batch
+        for part in x.split(sizes):
+            model.predict(part, watch=watch)
+        rows = [agrees.tolist() for _, agrees in watch._rows]
+        state = watch.state_dict()
+        return watch.compute(), rows, [number for number, _ in watch._waiting], {**state, 'rows': None}
+
+    found = seen(sizes)
+    assert found == seen([90])
+    assert found[0]['changed_at'] in range(31, 90) and 0 < found[0]['shadowed'] and found[1]
 
 
 def test_update_takes_results_alone_but_not_in_turn_with_predict(model):

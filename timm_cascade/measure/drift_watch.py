@@ -21,7 +21,7 @@ from ..thresholds.drift import ConfidenceShift, DisagreementRise, bins_of, histo
 __all__ = ['DriftWatch']
 
 STATE_VERSION = 1
-TOGETHER = 16  # shadowed images wait until there are this many, and run together
+TOGETHER = 16  # shadowed images wait until there are this many, and are compared together
 KEPT = 20_000  # shadowed images that `recalibrate` can use
 
 
@@ -44,7 +44,8 @@ class DriftWatch:
     each is false with probability at least 1 - false_alarm, for ever. Neither being set is not an all-clear: a change
     that leaves the first exit's confidences alone, or labels that have changed their meaning, are not seen.
 
-    Safe for use from several threads. If the model's thresholds change, both comparisons start again for the new ones.
+    Safe for use from several threads. What is found does not depend on how the images are split into batches. If the
+    model's thresholds change, both comparisons start again for the new ones.
 
     Example:
         >>> watch = timm_cascade.DriftWatch(model)
@@ -88,7 +89,8 @@ class DriftWatch:
         """Starts again, with the model's present calibration and thresholds."""
         reference = _reference(self.model)
         with self._lock:
-            self._rng = np.random.default_rng(self.seed)
+            # one for ties, one for which images are shadowed: each gives a number per image, however they come
+            self._rng, self._draws = np.random.default_rng(self.seed), np.random.default_rng([self.seed, 1])
             self.warning_detected = self.drift_detected = False
             self._images = self._shadowed = 0
             self._changed_at: int | None = None
@@ -102,7 +104,7 @@ class DriftWatch:
         self._rise = None if known is None else DisagreementRise(known, reference.n, self.false_alarm)
         self._evidence = [1.0, 1.0]
         self._exited_only: bool | None = None
-        self._waiting: list[Tensor] = []
+        self._waiting: list[tuple[int, Tensor]] = []  # number of the image, the image
         self._rows: list[tuple[np.ndarray, np.ndarray]] = []
 
     def begin(self, own_thresholds: bool) -> list[Tensor]:
@@ -133,14 +135,19 @@ class DriftWatch:
             images: (N, C, H, W).
             first: (N,) confidences of the first open exit.
         """
-        values = first.detach().float().cpu().numpy()
+        values = first.tolist()
         with self._lock:
-            self._update(values, exited_only=False)
-            share = self.shadow_alert if self.warning_detected else self.shadow
-            if self._rise is not None and share > 0:
-                drawn = np.flatnonzero(self._rng.random(len(values)) < share)
-                self._waiting += [images[i].detach().clone() for i in drawn]
-            ready, self._waiting = (self._waiting, []) if len(self._waiting) >= TOGETHER else ([], self._waiting)
+            before = self._images
+            quiet = self._update(values, exited_only=False)
+            if self._rise is None:
+                return
+            numbers = [self._draws.random()] if len(values) == 1 else self._draws.random(len(values)).tolist()
+            drawn = [i for i, u in enumerate(numbers) if u < (self.shadow if i < quiet else self.shadow_alert)]
+            if not drawn:
+                return
+            self._waiting += [(before + i + 1, images[i].detach().clone()) for i in drawn]
+            whole = len(self._waiting) // TOGETHER * TOGETHER
+            ready, self._waiting = self._waiting[:whole], self._waiting[whole:]
         if ready:
             self._run_to_the_end(ready)
 
@@ -158,9 +165,10 @@ class DriftWatch:
         exited = output.exit.cpu().numpy() == self._reference.exit
         values = np.where(exited, output.confidence.detach().float().cpu().numpy(), np.nan)
         with self._lock:
-            self._update(values, exited_only=True)
+            self._update(values.tolist(), exited_only=True)
 
-    def _update(self, values: np.ndarray, exited_only: bool) -> None:
+    def _update(self, values: list[float], exited_only: bool) -> int:
+        """Compares the first exit's confidences; returns how many of the images came before "changed"."""
         if self._exited_only is None:
             self._exited_only = exited_only
             if exited_only:  # the threshold's own bin is known in part only
@@ -168,18 +176,21 @@ class DriftWatch:
                 self._shift = ConfidenceShift(self._reference.histogram, self._rng, floor)
         elif self._exited_only is not exited_only:
             raise ValueError('this watch was used with the other of update(output) and predict(images, watch=watch).')
-        evidence = self._shift.update(values)
-        alarms = np.flatnonzero(evidence >= 1 / self.false_alarm)
-        if len(alarms) and not self.warning_detected:
-            self.warning_detected, self._changed_at = True, self._images + int(alarms[0]) + 1
+        count = len(values)
+        evidence = [self._shift.update_one(values[0])] if count == 1 else self._shift.update(values).tolist()
+        quiet = 0 if self.warning_detected else count
+        if quiet and max(evidence) >= 1 / self.false_alarm:
+            quiet = next(i for i, e in enumerate(evidence) if e >= 1 / self.false_alarm)
+            self.warning_detected, self._changed_at = True, self._images + quiet + 1
             self._rows.clear()  # recalibrate takes images that came after it
-        self._images += len(values)
-        if len(evidence):
-            self._evidence[0] = float(evidence[-1])
+        self._images += count
+        if count:
+            self._evidence[0] = evidence[-1]
+        return quiet
 
     @torch.no_grad()
-    def _run_to_the_end(self, waiting: list[Tensor]) -> None:
-        logits = self.model.forward_exits(self.model.as_images(torch.stack(waiting)))
+    def _run_to_the_end(self, ready: list[tuple[int, Tensor]]) -> None:
+        logits = self.model.forward_exits(self.model.as_images(torch.stack([image for _, image in ready])))
         answer = torch.stack([x.argmax(1) for x in logits], 1)
         confident = torch.stack([confidence(x) for x in logits], 1).cpu().numpy()
         agrees = (answer == answer[:, -1:]).cpu().numpy()
@@ -187,12 +198,16 @@ class DriftWatch:
             if self._rise is None:
                 return
             exits = route(confident, self._reference.thresholds)
-            evidence = self._rise.update(~agrees[np.arange(len(exits)), exits])
-            self._shadowed += len(exits)
-            self._evidence[1] = float(evidence[-1])
-            if not self.drift_detected and evidence.max() >= 2 / self.false_alarm:
-                self.drift_detected, self._broken_at = True, self._images
-            self._rows.append((confident, agrees))
+            disagrees = ~agrees[np.arange(len(exits)), exits]
+            for at in range(0, len(ready), TOGETHER):
+                group, last = slice(at, at + TOGETHER), ready[at + TOGETHER - 1][0]
+                evidence = self._rise.update(disagrees[group])
+                self._shadowed += TOGETHER
+                self._evidence[1] = float(evidence[-1])
+                if not self.drift_detected and evidence.max() >= 2 / self.false_alarm:
+                    self.drift_detected, self._broken_at = True, last
+                if self._changed_at is None or last >= self._changed_at:
+                    self._rows.append((confident[group], agrees[group]))
             while sum(len(c) for c, _ in self._rows) > KEPT:
                 self._rows.pop(0)
 
@@ -273,6 +288,7 @@ class DriftWatch:
                 evidence=list(self._evidence),
                 exited_only=self._exited_only,
                 rng=self._rng.bit_generator.state,
+                draws=self._draws.bit_generator.state,
                 shift=self._shift.state(),
                 rise=None if self._rise is None else self._rise.state(),
                 rows=[[c.tolist(), a.tolist()] for c, a in self._rows],
@@ -301,13 +317,16 @@ class DriftWatch:
                 rise.load(state['rise'])
             (warned, drifted), (images, shadowed, changed_at, broken_at) = state['flags'], state['counts']
             false_alarm, shadow, shadow_alert, seed = state['settings']
+            draws = np.random.default_rng([seed, 1])
+            if 'draws' in state:  # earlier versions had one generator for both
+                draws.bit_generator.state = state['draws']
             evidence, exited_only = [float(e) for e in state['evidence']], state['exited_only']
             rows = [(np.array(c, dtype=np.float32), np.array(a, dtype=np.bool_)) for c, a in state['rows']]
         except (KeyError, TypeError, ValueError) as error:
             raise TableFormatError(f'this is not the state of a watch on this model: {error}.') from error
         with self._lock:
             self._start(reference)
-            self._rng, self._shift, self._rise, self._rows = rng, shift, rise, rows
+            self._rng, self._draws, self._shift, self._rise, self._rows = rng, draws, shift, rise, rows
             self.warning_detected, self.drift_detected = bool(warned), bool(drifted)
             self._images, self._shadowed, self._changed_at, self._broken_at = images, shadowed, changed_at, broken_at
             self.false_alarm, self.shadow, self.shadow_alert, self.seed = false_alarm, shadow, shadow_alert, seed
