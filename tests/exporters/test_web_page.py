@@ -22,9 +22,24 @@ FLAGS = """
 """.split()
 REPORT = """
 <script>
-window.ready.then(() => Promise.all(samples.map(s => predict(s.tensor, settings.at(-1).thresholds))))
-  .then(r => fetch('report', {method: 'POST', body: JSON.stringify(r)}))
-  .catch(e => fetch('report', {method: 'POST', body: JSON.stringify({error: String(e)})}));
+const onPhone = () => new Promise(done => {
+  const frame = document.createElement('iframe');
+  frame.style.width = '390px';
+  frame.onload = () => frame.contentWindow.ready.then(() => {
+    const {scrollWidth, clientWidth} = frame.contentDocument.documentElement;
+    done({scrollWidth, clientWidth});
+  });
+  frame.src = location.href;
+  document.body.append(frame);
+});
+if (window.top === window) window.ready
+  .then(async () => ({
+    answers: await Promise.all(samples.map(s => predict(s.tensor, settings.at(-1).thresholds))),
+    savings: [0.6, -0.004, -0.012].map(v => saving(v)),
+    phone: await onPhone(),
+  }))
+  .catch(e => ({error: String(e)}))
+  .then(r => fetch('report', {method: 'POST', body: JSON.stringify(r)}));
 </script>
 """
 
@@ -79,11 +94,14 @@ def test_the_browser_answers_as_the_runner_does(page, tmp_path):
         browser.kill()
         browser.wait()
         server.shutdown()
-    assert isinstance(server.report, list), server.report
+    assert 'answers' in server.report, server.report
+    assert server.report['savings'] == ['60 % of MACs saved', '0 % of MACs saved', '1 % more MACs']
+    phone = server.report['phone']
+    assert phone['scrollWidth'] == phone['clientWidth'] > 300, 'a phone would scroll sideways'
     cascade = load_runner(folder).Cascade(folder)
     point = cascade.set_max_drop(1.0)
     assert point['max_drop'] == max(p['max_drop'] for p in cascade.manifest['table']['points'])
-    for i, got in enumerate(server.report):
+    for i, got in enumerate(server.report['answers']):
         want = cascade.predict(cascade.preprocess(Image.open(images / f'{i}.png'))[None])
         assert got['exit'] == want.exit[0] and got['best'] == want.logits[0].argmax()
         assert abs(got['confidence'] - want.confidence[0]) < 0.01  # the two resize alike, up to rounding
