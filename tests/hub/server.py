@@ -22,7 +22,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LARGE = ('.safetensors', '.bin', '.png')  # kept as the Hub keeps large files: under their sha256, behind a redirect
+LARGE = (
+    '.safetensors',
+    '.bin',
+    '.png',
+    '.parquet',
+)  # kept as the Hub keeps large files: under their sha256, behind a redirect
 
 
 @dataclass
@@ -90,6 +95,7 @@ class TestHub:
         self.repos: dict[str, Repository] = {}
         self.uploads: dict[str, bytes] = {}
         self.log: list[str] = []
+        self.ranges: list[tuple[int, int]] = []  # of stored files that were asked for in part
         self.faults: list[dict[str, Any]] = []
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(('127.0.0.1', port), type('Handler', (_Handler,), {'hub': self}))
@@ -190,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
         raise Refusal(404, f'this Hub does not know {request}')
 
     def repository(self, name: str, write: bool = False) -> Repository:
-        repo, owner = self.hub.repos.get(name), name.partition('/')[0]
+        repo, owner = self.hub.repos.get(name), name.removeprefix('datasets/').partition('/')[0]
         if repo is None or (repo.private and self.user != owner):
             raise Refusal(404 if self.user else 401, 'Repository not found', 'RepoNotFound')
         if write and (self.user != owner or repo.read_only):
@@ -270,10 +276,39 @@ def resolve(h: _Handler, body: bytes, name: str, revision: str, path: str) -> No
 
 def storage(h: _Handler, body: bytes, sha: str) -> None:
     content, start = h.hub.uploads[sha], 0
-    if part := re.fullmatch(r'bytes=(\d+)-.*', h.headers.get('Range', '')):
-        start = int(part[1])
-        return h._send(206, content[start:], {'Content-Range': f'bytes {start}-{len(content) - 1}/{len(content)}'})
+    if part := re.fullmatch(r'bytes=(\d+)-(\d*)', h.headers.get('Range', '')):
+        start, stop = int(part[1]), int(part[2] or len(content)) + 1
+        headers = {'Content-Range': f'bytes {start}-{min(stop, len(content)) - 1}/{len(content)}'}
+        h.hub.ranges.append((start, stop))
+        return h._send(206, content[start:stop], headers)
     h._send(200, content)
+
+
+def entry(path: str, file: File) -> dict[str, Any]:
+    large = dict(lfs=dict(oid=file.sha256, size=len(file.content), pointerSize=130)) if file.large else {}
+    return dict(type='file', path=path, oid=file.oid, size=len(file.content), **large)
+
+
+def tree(h: _Handler, body: bytes, name: str, revision: str, path: str = '') -> None:
+    """What lies in a folder: everything below it if `recursive` is asked for."""
+    _, files = h.repository(name).at(revision)
+    below = {n[len(path) :].lstrip('/'): f for n, f in files.items() if not path or n.startswith(f'{path}/')}
+    if path and not below:
+        raise Refusal(404, f'{path} does not exist', 'EntryNotFound')
+    prefix = f'{path}/' if path else ''
+    folders = {n[:i] for n in below for i, letter in enumerate(n) if letter == '/'}
+    deep = h.query.get('recursive', ['false'])[0].lower() == 'true'
+    found = [dict(type='directory', path=prefix + n, oid='0' * 40, size=0) for n in folders if deep or '/' not in n]
+    found += [entry(prefix + n, f) for n, f in below.items() if deep or '/' not in n]
+    h._send(200, found)
+
+
+def paths_info(h: _Handler, body: bytes, name: str, revision: str) -> None:
+    _, files = h.repository(name).at(revision)
+    asked = parse_qs(body.decode())['paths'] if not body.startswith(b'{') else json.loads(body)['paths']
+    found = [entry(path, files[path]) for path in asked if path in files]
+    folders = [p for p in asked if any(n.startswith(f'{p}/') for n in files)]
+    h._send(200, found + [dict(type='directory', path=p, oid='0' * 40, size=0) for p in folders])
 
 
 def preupload(h: _Handler, body: bytes, name: str, revision: str) -> None:
@@ -361,6 +396,7 @@ def add_ref(h: _Handler, body: bytes, name: str, revision: str, branch: str | No
 
 
 MODEL = '/api/models/(?P<name>[^/]+/[^/]+)'
+DATA = '/api/(?P<name>datasets/[^/]+/[^/]+)'  # a data set's name begins with its kind, as its address does
 ROUTES: list[tuple[str, Callable[..., None]]] = [
     ('GET /api/whoami-v2', whoami),
     ('POST /api/repos/create', create),
@@ -374,6 +410,14 @@ ROUTES: list[tuple[str, Callable[..., None]]] = [
     ('POST /(?P<name>[^/]+/[^/]+)[.]git/info/lfs/objects/batch', lfs_batch),
     ('PUT /upload/(?P<sha>[0-9a-f]{64})', upload),
     ('GET /storage/(?P<sha>[0-9a-f]{64})', storage),
+    (f'GET {DATA}', info),
+    (f'GET {DATA}/revision/(?P<revision>.+)', info),
+    (
+        f'GET {DATA}/tree/(?P<revision>[^/]+)(/(?P<path>.+))?',
+        lambda h, body, path, **k: tree(h, body, path=path or '', **k),
+    ),
+    (f'POST {DATA}/paths-info/(?P<revision>.+)', paths_info),
+    ('GET /(?P<name>datasets/[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)', resolve),
     ('GET /(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>.+?)/(?P<path>[^/]+)', resolve),
 ]
 

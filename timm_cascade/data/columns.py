@@ -16,7 +16,15 @@ from .images import ImageData
 from .splits import canonical
 from .storage import Column
 
-__all__ = ['from_columns', 'is_saved_dataset', 'load_hub', 'load_parquet', 'load_saved', 'parquet_files']
+__all__ = [
+    'from_columns',
+    'hub_parquet_files',
+    'is_saved_dataset',
+    'load_hub',
+    'load_parquet',
+    'load_saved',
+    'parquet_files',
+]
 
 SHARD = re.compile(r'(?P<split>.+)-(?P<number>\d+)-of-(?P<count>\d+)$')
 NAMES = ('label', 'labels', 'target', 'class', 'category')
@@ -131,10 +139,41 @@ def load_hub(repo: str, split: str | None) -> tuple[Any, str]:
     """
     import datasets
 
+    return choose(_ask_hub(datasets.load_dataset, repo, split=split), split, repo)
+
+
+def hub_parquet_files(repo: str, split: str | None) -> list[str] | None:
+    """The parquet files of one split of a Hub data set, as `hf://` addresses of one commit, which may be streamed.
+
+    None where the data set is stored in another format, which `load_hub` fetches and converts.
+
+    Args:
+        repo: `user/name` or `user/name:configuration`.
+        split: Name of the split; may be left out where there is only one.
+
+    Raises:
+        FileNotFoundError, ValueError: See `load_hub`.
+
+    Example:
+        >>> hub_parquet_files('uoft-cs/cifar10', 'test')
+        ['hf://datasets/uoft-cs/cifar10@0b2714.../plain_text/test-00000-of-00001.parquet']
+    """
+    import datasets
+
+    builder = _ask_hub(datasets.load_dataset_builder, repo)
+    files: dict[str, list[str]] = {str(k): list(map(str, v)) for k, v in (builder.config.data_files or {}).items()}
+    if not files or not all(f.startswith('hf://') and f.endswith('.parquet') for v in files.values() for f in v):
+        return None
+    return choose(files, split, repo)[0]
+
+
+def _ask_hub(load: Callable[..., Any], repo: str, **kwargs: Any) -> Any:
+    import datasets
+
     name, _, configuration = repo.partition(':')
     try:
         with bars_on_terminal_only():
-            loaded = datasets.load_dataset(name, configuration or None, split=split)
+            return load(name, configuration or None, **kwargs)
     except (OSError, datasets.exceptions.DatasetsError) as e:
         raise FileNotFoundError(
             f'{name} is neither a folder nor a file here, and cannot be had from the Hub as a data set: {e}'
@@ -143,7 +182,6 @@ def load_hub(repo: str, split: str | None) -> tuple[Any, str]:
         if 'onfig' in str(e):
             raise ValueError(f'{e} (here: {name}:CONFIGURATION)') from e
         raise
-    return choose(loaded, split, repo)
 
 
 def _say(features: Any) -> str:

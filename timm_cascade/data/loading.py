@@ -14,7 +14,7 @@ from .idx import is_idx_folder, load_idx
 from .images import ImageData, join
 from .splits import parse_split
 
-__all__ = ['load_data']
+__all__ = ['hub_id', 'load_data']
 
 HUB = 'hf://datasets/'
 REPO = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?')
@@ -154,7 +154,7 @@ def _table(given: Sequence[Any], paths: list[Path], folder: Path | None, split: 
             f'files; unpack archives first.'
         )
     text = str(given[0])
-    if repo := _hub_id(given[0]):
+    if repo := hub_id(given[0]):
         return load_hub(repo, split)
     siblings = [p.name for p in paths[0].parent.iterdir()] if paths[0].parent.is_dir() else []
     alike = difflib.get_close_matches(paths[0].name, siblings, 1)
@@ -165,8 +165,8 @@ def _table(given: Sequence[Any], paths: list[Path], folder: Path | None, split: 
     )
 
 
-def _hub_id(source: Any) -> str | None:
-    """The id, where the source is written as one and not as a path."""
+def hub_id(source: Any) -> str | None:
+    """The id of a Hub data set, where the source is written as one and not as a path."""
     if not isinstance(source, str):
         return None
     if source.startswith(HUB):

@@ -18,6 +18,8 @@ from PIL import Image
 from timm.data.readers.img_extensions import IMG_EXTENSIONS
 
 from ..data import ImageData, load_data, upright
+from ..data.columns import hub_parquet_files
+from ..data.loading import HUB, hub_id
 
 __all__ = ['DataSource', 'FileSource', 'Item', 'ParquetSource', 'Source', 'open_sources']
 
@@ -95,20 +97,20 @@ class ParquetSource:
     """One parquet file with a column of encoded images; never more than a few rows of it are in memory.
 
     Args:
-        path: The file.
+        path: The file, or its `hf://` address on the Hub, of which only what is asked for is fetched.
         name: What it is called in the results.
-        column: The column of images; found by itself where there is only one.
+        column: The column of images.
     """
 
-    path: Path
+    path: str
     name: str
     column: str
 
     def __len__(self) -> int:
-        return _open_parquet(str(self.path)).metadata.num_rows
+        return _open_parquet(self.path).metadata.num_rows
 
     def read(self, start: int, stop: int) -> Iterator[Item]:
-        file = _open_parquet(str(self.path))
+        file = _open_parquet(self.path)
         first = 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
@@ -128,7 +130,11 @@ class ParquetSource:
             first += rows
 
     def identity(self) -> Any:
-        return dict(name=self.name, column=self.column, file=_size_and_time(self.path))
+        return dict(
+            name=self.name,
+            column=self.column,
+            file=self.path if _remote(self.path) else _size_and_time(Path(self.path)),
+        )
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,8 @@ def open_sources(
 
     Args:
         data: An ImageData; or one or several of: image files, folders of them (with all below), globs, parquet files,
-            folders of IDX files, Hub data set ids.
+            folders of IDX files, Hub data set ids. Parquet files of a Hub data set are streamed: a part of the file is
+            fetched when its images are read, and nothing is stored. Other formats are fetched first.
         split: Split of a Hub data set or IDX folder.
         image_column: Column with the images, where a parquet file has several.
 
@@ -185,8 +192,8 @@ def open_sources(
             found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
             if not found:
                 raise FileNotFoundError(f'{text} matches no file.')
-        elif text.count('/') <= 1 and not text.startswith(('.', '~', '/')) and not path.suffix:
-            sources.append(DataSource(load_data(text, split, labels=False)))
+        elif hub_id(text):
+            sources += _on_hub(text, split, image_column)
             continue
         else:
             raise FileNotFoundError(f'{text} does not exist.')
@@ -202,9 +209,9 @@ def open_sources(
                         f'.parquet.'
                     )
                 files += [(p, prefix + p.relative_to(each).as_posix()) for p in images]
-                sources += [_parquet(p, prefix + p.relative_to(each).as_posix(), image_column) for p in tables]
+                sources += [_parquet(str(p), prefix + p.relative_to(each).as_posix(), image_column) for p in tables]
             elif each.suffix.lower() == '.parquet':
-                sources.append(_parquet(each, str(each), image_column))
+                sources.append(_parquet(str(each), str(each), image_column))
             else:
                 files.append((each, str(each)))
     if files:
@@ -233,12 +240,36 @@ def _below(folder: Path) -> tuple[list[Path], list[Path]]:
     return images, tables
 
 
-def _parquet(path: Path, name: str, column: str | None) -> ParquetSource:
+def _on_hub(text: str, split: str | None, column: str | None) -> list[Source]:
+    """A Hub data set: its parquet files where it consists of them, otherwise what `datasets` makes of it."""
+    repo = hub_id(text)
+    assert repo is not None
+    sliced = split is not None and not split.isidentifier()  # a slice of a split, or several, is read as one data set
+    files = None if sliced else hub_parquet_files(repo, split)
+    if files is None:
+        return [DataSource(load_data(text, split, labels=False, image_column=column))]
+    return [_parquet(f, f.removeprefix(HUB).partition('@')[0] + '/' + _inner(f), column) for f in files]
+
+
+def _inner(address: str) -> str:
+    """`data/test.parquet` of `hf://datasets/user/name@commit/data/test.parquet`."""
+    return address.rpartition('@')[2].partition('/')[2]
+
+
+def _remote(path: str) -> bool:
+    return path.startswith('hf://')
+
+
+def _parquet(path: str, name: str, column: str | None) -> ParquetSource:
     import pyarrow as pa
 
     try:
-        schema = _open_parquet(str(path)).schema_arrow
-    except (pa.ArrowInvalid, OSError) as e:
+        schema = _open_parquet(path).schema_arrow
+    except OSError as e:
+        if _remote(path):
+            raise OSError(f'{path} cannot be read from the Hub ({e}); parts that are done stay, try again.') from e
+        raise ValueError(f'{path} is not a parquet file that can be read ({e}); fetch it again.') from e
+    except pa.ArrowInvalid as e:
         raise ValueError(f'{path} is not a parquet file that can be read ({e}); fetch it again.') from e
     found = [f.name for f in schema if _holds_images(f)]
     if column is None and len(found) == 1:
@@ -260,11 +291,20 @@ def _holds_images(field: Any) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-@lru_cache(maxsize=4)
 def _open_parquet(path: str) -> Any:
+    return _opened_parquet(path, os.getpid())
+
+
+@lru_cache(maxsize=4)
+def _opened_parquet(path: str, process: int) -> Any:
+    """An open file belongs to one process: a worker that shared its parent's would move the place where it reads."""
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(path)
+    if not _remote(path):
+        return pq.ParquetFile(path)
+    from huggingface_hub import HfFileSystem
+
+    return pq.ParquetFile(HfFileSystem().open(path), pre_buffer=True)  # one request for what lies side by side
 
 
 def _size_and_time(path: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""Runs the experiment: python scripts/experiments/benchmark --help"""
+"""Runs the experiment: python scripts/experiments/prediction --help"""
 
 import sys
 from pathlib import Path
