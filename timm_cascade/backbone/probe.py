@@ -7,8 +7,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from ..errors import BackboneError
 
@@ -16,6 +19,39 @@ __all__ = ['PROBE_BATCH', 'backbone_macs', 'check_classifier', 'meta_pass']
 
 # images in a meta pass: a number that divides no other size of a network by accident
 PROBE_BATCH = 11
+
+
+# on the meta device torch runs these step by step, in Python
+KEEPS_SHAPE = (F.batch_norm, F.layer_norm, F.group_norm, F.gelu, F.hardswish, F.hardsigmoid)
+
+
+class _Shapes(TorchFunctionMode):
+    """Norms and activations give a tensor like the one they are given."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in KEEPS_SHAPE:
+            return torch.empty_like(args[0] if args else kwargs['input'])
+        return func(*args, **(kwargs or {}))
+
+
+class _Counter(TorchDispatchMode):
+    """Floating-point operations, as torch's FlopCounterMode has them but for its account of every module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, packet = kwargs or {}, getattr(func, '_overloadpacket', None)
+        if packet is not None and packet not in flop_registry:
+            with self:
+                found = func.decompose(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        output = func(*args, **kwargs)
+        if packet in flop_registry:
+            self.total += int(flop_registry[packet](*args, **kwargs, out_val=output))
+        return output
 
 
 @contextmanager
@@ -60,10 +96,10 @@ def meta_pass(
     Returns:
         The model's output, and its MACs for one image; norms and activations count 0.
     """
-    counter = FlopCounterMode(display=False) if count else None
+    counter = _Counter() if count else None
 
     def macs() -> int:
-        return counter.get_total_flops() // 2 // PROBE_BATCH if counter else 0
+        return counter.total // 2 // PROBE_BATCH if counter else 0
 
     def registered(hook: Callable) -> Callable:
         return lambda module, args, output: hook(macs(), output)
@@ -72,7 +108,7 @@ def meta_pass(
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     images = torch.empty(PROBE_BATCH, *input_size, device='meta', dtype=dtype)
     try:
-        with torch.no_grad(), _eval_mode(model), _on_meta(model), counter or nullcontext():
+        with torch.no_grad(), _eval_mode(model), _on_meta(model), counter or nullcontext(), _Shapes():
             output = model(images)
         return output, macs()
     finally:
