@@ -9,6 +9,7 @@ from helpers import batch_for, between, near, split_thresholds
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_cascade.errors import RoutingError
+from timm_cascade.inference import router
 from timm_cascade.inference.batch import confidence
 from timm_cascade.model import MIN_LEAVE
 
@@ -279,3 +280,15 @@ def test_a_sample_exits_once_though_its_row_goes_on(small):
     first = small.forward_exits(x)[0]
     assert set(out.exit.tolist()) == {0, 1}
     assert near(out.logits[out.exit == 0], first[out.exit == 0])
+
+
+@torch.no_grad()
+def test_that_compiling_pays_is_said_once_after_many_images(small, caplog, monkeypatch):
+    monkeypatch.setattr(router, 'MANY', 70)
+    model, x = copy.deepcopy(small), torch.zeros(32, 1, 16, 16)
+    model._router = router.Router(model.backbone, model.exits)
+    model.predict(x)  # all exits are closed: the plain network
+    model.thresholds = [0.0, None]
+    for n, said in ((31, 0), (32, 0), (32, 0), (32, 1), (32, 1)):
+        model.predict(x[:n])
+        assert len([r for r in caplog.records if 'model.compile()' in r.getMessage()]) == said

@@ -6,6 +6,7 @@ the backbone runs as the stages that its exported graph is split into.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import warnings
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 
 __all__ = ['CompiledNetwork', 'Router']
 
+_logger = logging.getLogger(__name__)
+COMPILE_PAYS = (
+    32  # images in a batch from which convolutional networks are faster compiled, docs/pages/how-to/save-time.md
+)
+MANY = 5000  # images in such batches, for which compiling is worth its time
 MAX_EXPORTS = 4  # kinds of images (size, dtype, device) whose exported backbone is kept
 _export_lock = threading.Lock()
 
@@ -50,6 +56,8 @@ class Router:
         self.points = tuple(points)
         self.cuts = not any(p.cut == 'export' for p in points)
         self.options: CompileOptions | None = None
+        convolutional = any(p.layout == 'NCHW' and p.cut != 'input' for p in points)
+        self._until_advice = MANY if convolutional else 0  # images; 0 once it has been said
         self._hooks = HookRunner(backbone, points)
         self._exported: dict[tuple, StagedBackbone] = {}
 
@@ -103,7 +111,19 @@ class Router:
                     raise
                 self.fall_back_to_eager(str(e))
                 return self.runner(backbone, images, heads, thresholds, early_exit)
+        if self._until_advice and early_exit and images.shape[0] >= COMPILE_PAYS and not backbone.training:
+            self._advise(images.shape[0])
         return partial(self._hooks.run, backbone)
+
+    def _advise(self, count: int) -> None:
+        """Says once, after many images, that compiling pays."""
+        self._until_advice = max(0, self._until_advice - count)
+        if not self._until_advice:
+            _logger.warning(
+                '%d images ran eagerly in batches: a convolutional network is often faster compiled, with exits or '
+                'without. Try model.compile() (--compile), and compare with timm_cascade.profile.',
+                MANY,
+            )
 
     def fall_back_to_eager(self, reason: str) -> None:
         """Stops compiling, and warns with the reason."""
