@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import pytest
 import timm
 import torch
 from PIL import Image
@@ -25,6 +26,12 @@ def batch_for(model: torch.nn.Module, n: int = 6) -> torch.Tensor:
     """Random images of the size the model wants; of different contrast, so that confidences differ."""
     size = timm.data.resolve_model_data_config(model)['input_size']
     return torch.randn(n, *size) * torch.linspace(0.2, 3, n)[:, None, None, None]
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    """Skips a test of models that this version of timm does not have yet."""
+    missing = [name for name in names if not timm.is_model(name)]
+    return pytest.mark.skipif(bool(missing), reason=f'timm {timm.__version__} has no {", ".join(missing)}')
 
 
 def as_png(array: np.ndarray, path: Path) -> None:

@@ -25,6 +25,7 @@ from .inference.stream import StreamedModel, StreamOutput, stream
 from .inference.weights import CalibrationGuard, calibrated_as, dtype_of, setup_of
 from .thresholds.dial import Dial, Setup
 from .thresholds.operating_point import OperatingPoint
+from .utils.timm_models import kept_args
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -85,7 +86,6 @@ class CascadeModel(nn.Module):
         self.dial = Dial()
         self.published: Any = None  # hub.published.Published: the checkpoint the backbone was loaded from, unadapted
         self.base_model: str | None = None  # Hub id of what the backbone was made from, for model cards
-        self._factory_args: dict[str, Any] = {}
         self._head_macs: list[int] | None = None
         self._router = Router(backbone, self._points)
         self._thresholds, self._open = [math.inf] * len(self._points), False
@@ -365,9 +365,9 @@ class CascadeModel(nn.Module):
 
     @property
     def _model_args(self) -> dict[str, Any]:
-        """Written to config.json by timm, and passed to the entrypoint again."""
+        """Written to config.json by timm, and passed to the entrypoint again: the backbone's, and the cascade's own."""
         return {
-            **self._factory_args,
+            **kept_args(self.backbone),
             **({'front': [f.name for f in self.fronts]} if self.fronts else {}),
             'exits': [p.module for p in self._points if p.cut != 'input'],
             'head': self._head_configs,
@@ -377,7 +377,7 @@ class CascadeModel(nn.Module):
     @_model_args.setter
     def _model_args(self, args: Mapping[str, Any]) -> None:
         own = ('exits', 'head', 'thresholds', 'front', 'front_pretrained')
-        self._factory_args = {k: v for k, v in args.items() if k not in own}
+        self.backbone._model_args = {k: v for k, v in args.items() if k not in own}
 
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
         """New classifier and new heads for `num_classes`; all exits are closed. Refused where there is a front."""

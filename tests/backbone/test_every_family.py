@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from helpers import needs
 from timm.models import model_entrypoint
 from timm.models._manipulate import group_with_matcher
 
@@ -79,13 +80,14 @@ def module_file(name):
     return model_entrypoint(name).__module__.rpartition('.')[2]
 
 
+@needs(*FAMILIES)
 def test_the_list_has_every_module_file():
     known = {module_file(name) for name in timm.list_models() if not name.startswith(('cascade_', 'cifar_'))}
     assert {module_file(name) for name in FAMILIES} == known and len(FAMILIES) == len(known)
 
 
 @pytest.mark.parametrize(
-    'name', [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in sorted(FAMILIES)]
+    'name', [pytest.param(n, marks=[needs(n), *([pytest.mark.slow] if n in SLOW else [])]) for n in sorted(FAMILIES)]
 )
 def test_remaining_samples_get_the_logits_they_get_in_the_whole_batch(name):
     torch.manual_seed(0)

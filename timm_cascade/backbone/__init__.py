@@ -1,8 +1,9 @@
 """timm models as backbones: where exits may sit, the layout of their features, MACs; and the paper's CIFAR ResNets."""
 
 from ..errors import BackboneError, ExitError
+from ..utils.timm_models import input_size_of
 from . import cifar_resnet
-from .exits import ExitPoint, candidates, cut, features_of, input_point, input_size_of, pre_logits_of, resolve_exits
+from .exits import ExitPoint, candidates, cut, features_of, input_point, pre_logits_of, resolve_exits
 from .groups import nested_groups
 from .probe import backbone_macs, check_classifier, meta_pass
 from .rows import merge_rows, select_rows

@@ -9,25 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import ExitError
+from ..utils.timm_models import input_size_of
 from .layouts import find_layout
 from .probe import PROBE_BATCH, check_classifier, meta_pass
 from .rows import select_rows
 
-__all__ = [
-    'ExitPoint',
-    'candidates',
-    'cut',
-    'features_of',
-    'input_point',
-    'input_size_of',
-    'pre_logits_of',
-    'resolve_exits',
-]
+__all__ = ['ExitPoint', 'candidates', 'cut', 'features_of', 'input_point', 'pre_logits_of', 'resolve_exits']
 
 # an exit that hooks can cut is preferred to one that needs the exported graph, unless its share of the cost is
 # farther from the requested one by this much
@@ -96,11 +87,6 @@ def cut(output: Any, keep: Tensor, point: ExitPoint) -> Any:
     """A module's output for the samples `keep` (indices) alone; tensors that all samples share stay as they are."""
     rows = iter(point.rows)
     return tree_map(lambda t: select_rows(t, keep, next(rows)) if isinstance(t, Tensor) else t, output)
-
-
-def input_size_of(backbone: nn.Module) -> tuple[int, ...]:
-    """(C, H, W) of the images that the backbone was built for."""
-    return tuple(get_model_input_config(backbone)['input_size'])
 
 
 def input_point(backbone: nn.Module, name: str, total: int | None = None) -> ExitPoint:

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms
 from timm.data import create_transform
-from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..errors import BadImageError
+from ..utils.timm_models import resolve_input_data_config
 from .classes import match_classes
 from .images import UNLABELLED, ImageData
 from .items import Items, ItemStream, collate, resolve

@@ -18,12 +18,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.data.model_config import resolve_input_data_config
 
 from ..backbone import input_size_of
 from ..data import ImageData
 from ..errors import ExportError
 from ..model import CascadeModel
+from ..utils.timm_models import resolve_input_data_config
 from ..version import __version__
 from .layout import lay_out
 from .manifest import MANIFEST, LiveTensor, Manifest, Preprocessing, StageEntry

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
 from ..backbone import backbone_macs, input_size_of
 from ..utils.digest import state_digest
+from ..utils.timm_models import resolve_input_data_config
 
 __all__ = ['Front']
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import nn
 
 from ..backbone import check_classifier, input_size_of, meta_pass
 from ..errors import BackboneError, FrontError
+from ..utils.timm_models import create_model
 from .front import Front, name_of, shown
 
 __all__ = ['FrontSpec', 'check_names', 'create_fronts', 'network_named', 'refuse_classes', 'split_size']
@@ -67,7 +67,7 @@ def network_named(
     if size is not None:
         kwargs['pretrained_cfg_overlay'] = dict(input_size=(channels, *size))
     try:
-        return timm.create_model(name, pretrained=pretrained or stored, cache_dir=cache_dir, **kwargs)
+        return create_model(name, pretrained=pretrained or stored, cache_dir=cache_dir, **kwargs)
     except Exception as e:  # an unknown name, no connection, a damaged file: timm and its Hub client raise many kinds
         raise FrontError(
             f'front={name!r} in front of {name_of(backbone)} cannot be loaded: {type(e).__name__}: {e}. Expected a '

@@ -19,6 +19,7 @@ from ..heads import HeadSpec
 from ..model import CascadeModel
 from ..thresholds import ThresholdTable
 from ..utils.digest import state_digest
+from ..utils.timm_models import create_model
 from .config import OWN_ARGS, SOURCE_KEYS
 from .described import bounded, described_by, plan
 from .download import Folder, Repository
@@ -72,7 +73,7 @@ def create_cascade(
         request = dict(kwargs, exits=exits, head=head, thresholds=thresholds, front=front)
         return _load_release(Release(source), base, pretrained, pretrained_cfg_overlay, cache_dir, request)
 
-    backbone = timm.create_model(
+    backbone = create_model(
         base,
         pretrained,
         pretrained_cfg=cfg,
@@ -134,7 +135,7 @@ def _load_release(
     cfg = {**config.pretrained_cfg, 'architecture': base}
     if not pretrained:
         with described_by(str(release)), bounded():
-            backbone = timm.create_model(base, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, **request)
+            backbone = create_model(base, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, **request)
             fronts = released_fronts(config.fronts, config.layout, backbone, False, cache_dir)
             return CascadeModel(backbone, own['exits'], own['head'], front=fronts)
 
@@ -149,7 +150,7 @@ def _load_release(
     else:
         source = config.published.source
     with described_by(str(release)), bounded():
-        backbone = timm.create_model(
+        backbone = create_model(
             base,
             pretrained=True,
             pretrained_cfg=cfg,

@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 from ..backbone import ExitPoint, resolve_exits
 from ..errors import ReleaseError
 from ..heads import create_heads, head_configs
+from ..utils.timm_models import on_meta
 from .config import ReleaseConfig
 
 __all__ = ['Plan', 'bounded', 'described_by', 'difference', 'plan']
@@ -52,7 +53,7 @@ def plan(config: ReleaseConfig, source: str, size: int | None = None) -> Plan:
     """
     published, args = config.published, config.model_args
     cfg = {**config.pretrained_cfg, 'architecture': config.base}
-    with described_by(source), bounded(size or MAX_NUMBERS), torch.device('meta'):
+    with described_by(source), bounded(size or MAX_NUMBERS), on_meta():
         backbone: Any = None
         if not (published and published.is_plain(config.backbone_args, config.num_classes, config.input_size)):
             backbone = timm.create_model(config.base, pretrained_cfg=cfg, **config.backbone_args)
@@ -62,7 +63,7 @@ def plan(config: ReleaseConfig, source: str, size: int | None = None) -> Plan:
     modules = {f'heads.{len(config.fronts) + i}': head for i, head in enumerate(heads)}
     if config.layout == 'full':
         modules['backbone'] = backbone
-    with described_by(source), bounded(), torch.device('meta'):
+    with described_by(source), bounded(), on_meta():
         modules |= {f'heads.{k}.network': front.build() for k, front in config.stored_fronts.items()}
     tensors = {
         f'{g}.{name}': t for g, module in modules.items() for name, t in module.state_dict(keep_vars=True).items()

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
-from timm.data.model_config import resolve_input_data_config
-from timm.models import get_model_args
 from torch import nn
 
 from ..backbone import input_size_of
 from ..errors import ReleaseError
 from ..fronts import Front, FrontSpec, create_fronts, network_named
+from ..utils.timm_models import create_model, model_args_of, resolve_input_data_config
 from .pretrained import Published, fetch_published, identify
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class FrontConfig:
         cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in self.cfg.items()}
         if pretrained and self.published is not None:
             cfg |= self.published.source
-        return timm.create_model(
+        return create_model(
             self.architecture, pretrained=pretrained, pretrained_cfg_overlay=cfg, cache_dir=cache_dir, **self.args
         )
 
@@ -103,7 +102,7 @@ def describe_fronts(fronts: Sequence[Front], layout: str) -> list[FrontConfig]:
                 name=f.name,
                 shared=f.shared,
                 architecture=architecture,
-                args={} if f.shared else get_model_args(f.inner),
+                args={} if f.shared else model_args_of(f.inner),
                 cfg=dict(
                     input_size=list(input_size_of(f.inner)),
                     mean=list(cfg['mean']),

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ..errors import ReleaseError
@@ -21,6 +20,7 @@ from ..thresholds import Calibration, Profile, ThresholdTable, profiles_to_json
 from ..thresholds.path import path_to_json
 from ..utils.digest import state_digest
 from ..utils.files import replacing
+from ..utils.timm_models import save_config
 from .card import GENERATED, PICTURE, render
 from .config import LAYOUTS, cascade_entry, parse_config
 from .described import Plan, difference, plan
@@ -195,7 +195,7 @@ def _config(
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / CONFIG
         try:
-            save_config_for_hf(model, str(path), model_config=extra)
+            save_config(model, path, extra)
         except (TypeError, ValueError) as e:  # timm's own: an argument that JSON does not hold
             raise ReleaseError(f'timm cannot describe this model in {CONFIG}: {e} Nothing was saved.') from e
         config = json.loads(path.read_text(encoding='utf-8'))

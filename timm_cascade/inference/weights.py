@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
 from ..errors import TableMismatchError
 from ..utils.clock import device_name
 from ..utils.digest import state_digest
 from ..utils.snapshot import Snapshot, places_of
+from ..utils.timm_models import resolve_input_data_config
 
 __all__ = ['CalibrationGuard', 'WeightWatch', 'calibrated_as', 'differences', 'dtype_of', 'setup_of']
 

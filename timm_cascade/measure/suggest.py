@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import timm
 import torch
-from timm.data.model_config import resolve_input_data_config
 from torch.utils.data import Dataset
 
 from ..data import UNLABELLED, ImageData, fingerprint_of, prepare_data
@@ -29,6 +28,7 @@ from ..thresholds.samples import FloatArray, Samples, check_max_drop
 from ..utils.distributed import create_accelerator, on_main
 from ..utils.files import replacing
 from ..utils.progress import progress
+from ..utils.timm_models import resolve_input_data_config
 from .calibrate import Observed, observe
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import timm
 import torch
-from timm.data.model_config import resolve_input_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -30,6 +29,7 @@ from ..model import CascadeModel
 from ..utils.digest import state_digest
 from ..utils.distributed import on_main
 from ..utils.progress import progress
+from ..utils.timm_models import resolve_input_data_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
