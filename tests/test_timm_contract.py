@@ -135,7 +135,7 @@ model = model.to('cpu', memory_format=torch.channels_last).eval()
 loader = create_loader(
     create_dataset(root=args.data, name='', split=''), input_size=config['input_size'], batch_size=4,
     use_prefetcher=False, interpolation=config['interpolation'], mean=config['mean'], std=config['std'],
-    num_workers=0, crop_pct=config['crop_pct'], device=torch.device('cpu'))
+    num_workers=0, persistent_workers=False, crop_pct=config['crop_pct'], device=torch.device('cpu'))
 top1 = AverageMeter()
 with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16):
     for images, target in loader:

@@ -123,8 +123,10 @@ def test_heads_only(server, client, published):
 def test_what_timm_pushes_and_damage_on_the_way(server, client, release):
     client(f"""
         model = timm_cascade.load({str(release)!r}).eval()
-        timm.models.push_to_hf_hub(model, 'owner/foreign')
-        timm.models.push_to_hf_hub(model, 'owner/pickle', safe_serialization=False)
+        from timm_cascade.utils import timm_models
+        args = dict() if timm_models.newer else dict(model_args=model._model_args)  # before 1.0.31 timm has to be told
+        timm.models.push_to_hf_hub(model, 'owner/foreign', **args)
+        timm.models.push_to_hf_hub(model, 'owner/pickle', safe_serialization=False, **args)
         for name in ('good', 'flipped', 'once', 'cut', 'large', 'flaky', 'cached'):
             timm_cascade.push_to_hub(model, f'owner/{{name}}', tag='v1')
         with torch.no_grad():

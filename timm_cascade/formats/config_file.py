@@ -261,6 +261,16 @@ class ConfigFile(BaseModel):
     label_descriptions: Labels = None
     cascade: Annotated[FullEntry | HeadsEntry, Field(discriminator='layout')] | None = None
 
+    @model_validator(mode='before')
+    @classmethod
+    def _has_arguments(cls, values: Any) -> Any:
+        if isinstance(values, dict) and 'architecture' in values and 'model_args' not in values:
+            raise ValueError(
+                'model_args is missing; before 1.0.31 timm writes it only where it is given, so save the cascade with '
+                'timm_cascade.save, or push it with timm_cascade.push_to_hub'
+            )
+        return values
+
     @model_validator(mode='after')
     def _agrees(self) -> ConfigFile:
         names = self.label_names or self.pretrained_cfg.label_names or []

@@ -39,8 +39,8 @@ __all__ = [
     'save_config',
 ]
 
-_OF_THE_FACTORY = 'pretrained_cfg pretrained_cfg_overlay checkpoint_path cache_dir scriptable exportable no_jit'.split()
-_NOT_KEPT = (*_OF_THE_FACTORY, 'device', 'dtype')
+# arguments of create_model itself
+_NOT_KEPT = 'pretrained_cfg pretrained_cfg_overlay checkpoint_path cache_dir scriptable exportable no_jit'.split()
 
 
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
@@ -48,6 +48,7 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
     if newer is not None:
         return timm.create_model(name, pretrained, **kwargs)
     kwargs.pop('pretrained_model_args', None)
+    place = {key: kwargs.pop(key) for key in ('device', 'dtype') if key in kwargs}  # few models take them
     cfg, overlay = kwargs.get('pretrained_cfg'), dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
     described = {**cfg, **overlay} if isinstance(cfg, dict) else overlay
     channels = described.get('input_size', (3,))[0]
@@ -56,6 +57,8 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
         state = _with_channels(described, channels, kwargs.get('in_chans') or channels)
         overlay |= dict(state_dict=state, first_conv=None)
     model = timm.create_model(name, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
+    if any(value is not None for value in place.values()):
+        model.to(**place)
     if adapts:
         model.pretrained_cfg['first_conv'] = described.get('first_conv')
     if ':' not in name:  # a stored model has further arguments, which timm read by itself
@@ -106,7 +109,8 @@ def input_size_of(backbone: Any) -> tuple[int, ...]:
         return tuple(newer.get_model_input_config(backbone)['input_size'])
     cfg, args = _cfg(backbone), _kept(backbone)
     sizes = [getattr(layer, 'img_size', None) for layer in (getattr(backbone, 'patch_embed', None), backbone)]
-    size = next(filter(None, sizes if _is_fixed(backbone) else []), None)
+    # where timm passes on no size of the checkpoint's, a layer that was not told of one has a default of its own
+    size = next(filter(None, sizes if cfg.get('fixed_input_size') else []), None)
     size = size or args.get('img_size') or cfg.get('input_size', (3, 224, 224))[-2:]
     return (_channels(backbone), *((size, size) if isinstance(size, int) else size))
 
@@ -146,7 +150,7 @@ def model_args_of(model: nn.Module) -> dict[str, Any]:
     args |= dict(in_chans=_channels(model), num_classes=model.num_classes)
     if (pool := _pool_of(model)) is not None:
         args['global_pool'] = pool
-    if _is_fixed(model) or 'img_size' in args:
+    if _cfg(model).get('fixed_input_size') or 'img_size' in args:
         args['img_size'] = input_size_of(model)[1:]
     if kept is None:
         _check_arguments(model, args)
@@ -167,6 +171,7 @@ def save_config(model: nn.Module, path: Path, extra: Mapping[str, Any]) -> None:
     size = tuple(cfg.get('input_size', ()))
     cfg |= resolve_input_data_config(model)
     cfg |= dict(num_classes=model.num_classes, fixed_input_size=fixed, custom_load=False)
+    cfg['first_conv'] = _cfg(model).get('first_conv')
     if size[1:] != tuple(cfg['input_size'][1:]):
         cfg['pool_size'] = None
     for key in ('test_input_size', 'min_input_size'):
