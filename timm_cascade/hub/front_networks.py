@@ -85,7 +85,8 @@ def describe_fronts(fronts: Sequence[Front], layout: str) -> list[FrontConfig]:
     """What a release of this layout says about a model's fronts.
 
     Raises:
-        ReleaseError: A front that is not a timm model, so that nothing could build it again.
+        ReleaseError: A front that is not a timm model, or one whose arguments are not known (see `model_args_of`), so
+            that nothing could build it again.
     """
     found = []
     for f in fronts:
@@ -96,13 +97,17 @@ def describe_fronts(fronts: Sequence[Front], layout: str) -> list[FrontConfig]:
                 f'front {f.name} is not a timm model ({type(f.inner).__name__}), so a release could not build it '
                 f'again; nothing was saved. Register it with timm.models.register_model.'
             )
+        try:
+            args = {} if f.shared else model_args_of(f.inner)
+        except ValueError as e:
+            raise ReleaseError(f'front {f.name} cannot be described: {e} Nothing was saved.') from e
         published = f.published if layout == 'heads' and f.published and f.published.digest == digest else None
         found.append(
             FrontConfig(
                 name=f.name,
                 shared=f.shared,
                 architecture=architecture,
-                args={} if f.shared else model_args_of(f.inner),
+                args=args,
                 cfg=dict(
                     input_size=list(input_size_of(f.inner)),
                     mean=list(cfg['mean']),
