@@ -54,6 +54,10 @@ def test_a_model_whose_arguments_are_not_known_is_not_described_as_another(older
     ):
         timm_cascade.save(model, tmp_path / 'release')
     assert not (tmp_path / 'release').exists()
+    backbone._model_args = dict(act_layer='gelu')
+    again = timm_cascade.load(timm_cascade.save(model.eval(), tmp_path / 'release')).eval()
+    x = torch.randn(2, 3, 160, 160)
+    assert torch.equal(again.backbone(x), backbone(x))
 
 
 @pytest.mark.parametrize(

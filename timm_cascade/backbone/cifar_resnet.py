@@ -18,6 +18,8 @@ from timm.models._manipulate import checkpoint_seq
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
+from ..utils.timm_models import keep_args
+
 __all__ = ['CifarResNet']
 
 
@@ -168,7 +170,9 @@ default_cfgs = generate_default_cfgs({f'cifar_resnet{layers}': dict(_cfg) for la
 
 def _create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     depth = (int(variant.removeprefix('cifar_resnet')) - 2) // 6
-    return build_model_with_cfg(CifarResNet, variant, pretrained, **dict(dict(depth=depth), **kwargs))
+    model = build_model_with_cfg(CifarResNet, variant, pretrained, **dict(dict(depth=depth), **kwargs))
+    keep_args(model, kwargs)
+    return model
 
 
 @register_model

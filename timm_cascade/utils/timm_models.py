@@ -32,6 +32,7 @@ newer: Any = _input  # timm's own functions, or None
 __all__ = [
     'create_model',
     'input_size_of',
+    'keep_args',
     'kept_args',
     'model_args_of',
     'on_meta',
@@ -39,8 +40,11 @@ __all__ = [
     'save_config',
 ]
 
-# arguments of create_model itself
-_NOT_KEPT = 'pretrained_cfg pretrained_cfg_overlay checkpoint_path cache_dir scriptable exportable no_jit'.split()
+# what create_model takes for itself, and what changes no architecture
+_NOT_KEPT = """
+    pretrained_cfg pretrained_cfg_overlay checkpoint_path cache_dir scriptable exportable no_jit
+    device dtype
+""".split()
 
 
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
@@ -62,8 +66,14 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
     if adapts:
         model.pretrained_cfg['first_conv'] = described.get('first_conv')
     if ':' not in name:  # a stored model has further arguments, which timm read by itself
-        model._model_args = {k: v for k, v in kwargs.items() if v is not None and k not in _NOT_KEPT}
+        keep_args(model, kwargs)
     return model
+
+
+def keep_args(model: nn.Module, args: Mapping[str, Any]) -> None:
+    """Keeps what a model was built with where timm does not."""
+    if newer is None:
+        model._model_args = {k: v for k, v in args.items() if v is not None and k not in _NOT_KEPT}  # type: ignore
 
 
 @contextmanager
@@ -237,8 +247,8 @@ def _check_arguments(model: nn.Module, args: Mapping[str, Any]) -> None:
         wrong = next((pair for pair in zip(mine, again, strict=False) if pair[0] != pair[1]), ('more', 'fewer layers'))
         raise ValueError(
             f'{name} with {dict(args)} is not this model ({wrong[0][:100]}, not {wrong[1][:100]}), and timm '
-            f'{timm.__version__} does not keep what else it was built with; timm 1.0.31 does. Upgrade timm, or build '
-            f'the cascade itself with these arguments: timm.create_model("cascade_{name}", ...).'
+            f'{timm.__version__} does not keep what else it was built with; timm 1.0.31 does. Upgrade timm, or say it: '
+            f'network._model_args = dict(NAME=VALUE), with the arguments of timm.create_model.'
         )
 
 
