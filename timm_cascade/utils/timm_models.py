@@ -41,10 +41,10 @@ __all__ = [
 ]
 
 # what create_model takes for itself, and what changes no architecture
-_NOT_KEPT = """
-    pretrained_cfg pretrained_cfg_overlay checkpoint_path cache_dir scriptable exportable no_jit
-    device dtype
-""".split()
+_NOT_KEPT = (
+    *('pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir'),
+    *('scriptable', 'exportable', 'no_jit', 'device', 'dtype'),
+)
 
 
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
