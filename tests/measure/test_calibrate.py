@@ -9,6 +9,7 @@ from torch.utils.data import TensorDataset
 import timm_cascade
 from timm_cascade.inference.batch import confidence
 from timm_cascade.measure.calibrate import record
+from timm_cascade.measure.evaluate import report_of
 
 
 @pytest.fixture
@@ -84,6 +85,15 @@ def test_evaluate_counts_what_happened(trained, images):
     assert report.change_interval[0] <= report.change <= report.change_interval[1]
     assert report.time_share > 0
     assert None in timm_cascade.Report(**{**report.__dict__, 'thresholds': (0.5, float('inf'))}).to_dict()['thresholds']
+
+
+def test_a_report_from_one_pass_is_that_of_running_the_cascade(trained, images):
+    seen = record(trained, images)
+    for thresholds in ([0.9, 0.8], [None, 0.5], None):
+        trained.thresholds = thresholds
+        run, computed = (r.to_dict() for r in (timm_cascade.evaluate(trained, images), report_of(trained, seen)))
+        assert run.pop('time_share') > 0 and computed.pop('time_share') is None
+        assert computed == run
 
 
 def test_closed_exits_cost_no_head(trained, images):

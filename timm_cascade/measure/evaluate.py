@@ -14,12 +14,13 @@ from torch.utils.data import Dataset
 from ..data import UNLABELLED, create_loader, prepare_data
 from ..inference.request import unwrap
 from ..model import CascadeModel
+from ..thresholds import route
 from ..thresholds.samples import exit_costs
 from ..utils.clock import clock
 from ..utils.progress import progress
 from .calibrate import record
 
-__all__ = ['EveryExit', 'Report', 'evaluate']
+__all__ = ['EveryExit', 'Report', 'evaluate', 'every_exit_of', 'report_of']
 
 _logger = logging.getLogger(__name__)
 
@@ -135,21 +136,47 @@ def evaluate(
             weights.append(len(images))
     finally:
         model.train(training)
-    exit_of, correct, full_correct = (np.concatenate(a) for a in (exits, right, full_right))
     # batches that are not full (the last one) are no fair sample of the time
     whole = [r for r, w in zip(ratios, weights, strict=True) if w == max(weights)]
+    exit_of, correct, full_correct = (np.concatenate(a) for a in (exits, right, full_right))
+    report = _report(
+        model,
+        exit_of,
+        correct,
+        full_correct,
+        time_share=float(np.median(whole)),
+        every_exit=every_exit_of(model, record(model, data, batch_size, workers)) if every_exit else None,
+    )
+    if report.change_interval[0] > 0:
+        _logger.warning(
+            'The cascade is right on %.1f %% of these images, the backbone alone on %.1f %%: its own classifier is the '
+            'weaker part. timm-cascade train --classifier train (train_heads(..., classifier=True)) trains it too.',
+            100 * report.accuracy,
+            100 * report.full_accuracy,
+        )
+    return report
+
+
+def report_of(model: CascadeModel, seen: dict[str, np.ndarray]) -> Report:
+    """The report at the active thresholds from what `calibrate.record` measured once, without times; see `evaluate`."""
+    exits, correct = route(seen['confidence'], model.thresholds.numpy()), seen['correct']
+    return _report(model, exits, correct[np.arange(len(exits)), exits], correct[:, -1])
+
+
+def _report(
+    model: CascadeModel,
+    exit_of: np.ndarray,
+    correct: np.ndarray,
+    full_correct: np.ndarray,
+    time_share: float = float('nan'),
+    every_exit: EveryExit | None = None,
+) -> Report:
+    """The figures of images that left at `exit_of`; all three arrays are (n,)."""
     paired = correct.astype(float) - full_correct
     half = float(1.96 * paired.std() / np.sqrt(len(paired)))
     closed = np.isinf(model.thresholds.numpy())
     macs = exit_costs(model.stage_macs(), model.head_macs(), closed)[exit_of].mean()
     count = len(model.exits) + 1
-    if paired.mean() > half:
-        _logger.warning(
-            'The cascade is right on %.1f %% of these images, the backbone alone on %.1f %%: its own classifier is the '
-            'weaker part. timm-cascade train --classifier train (train_heads(..., classifier=True)) trains it too.',
-            100 * correct.mean(),
-            100 * full_correct.mean(),
-        )
     return Report(
         n=len(correct),
         thresholds=tuple(model.thresholds.tolist()),
@@ -159,13 +186,13 @@ def evaluate(
         change_interval=(float(paired.mean()) - half, float(paired.mean()) + half),
         macs=float(macs),
         macs_share=float(macs / model.exits[-1].total),
-        time_share=float(np.median(whole)),
+        time_share=time_share,
         exit_shares=tuple(float((exit_of == m).mean()) for m in range(count)),
         exit_accuracy=tuple(
             float(correct[exit_of == m].mean()) if (exit_of == m).any() else float('nan') for m in range(count)
         ),
         survivors=tuple(float((exit_of >= m).mean()) for m in range(count)),
-        every_exit=_every_exit(model, data, batch_size, workers) if every_exit else None,
+        every_exit=every_exit,
     )
 
 
@@ -183,8 +210,8 @@ def _check_labels(target: Tensor, num_classes: int) -> None:
         )
 
 
-def _every_exit(model: CascadeModel, data: Dataset, batch_size: int, workers: int) -> EveryExit:
-    seen = record(model, data, batch_size, workers)
+def every_exit_of(model: CascadeModel, seen: dict[str, np.ndarray]) -> EveryExit:
+    """What each exit does on all images, from what `calibrate.record` measured."""
     correct = seen['correct']
     # the first exit that is right; argmax of a row without any is 0, the cheapest way to be wrong
     leaves = correct.argmax(1)
