@@ -9,8 +9,8 @@ from helpers import near
 from torch import nn
 from torch.nn.utils import prune
 
-import timm_cascade  # noqa: F401  registers the models
-from timm_cascade.heads import MAX_SHARE, ExitHead, head_configs
+import timm_cascade
+from timm_cascade.heads import MAX_SHARE, ExitHead, create_heads, head_configs
 
 
 @pytest.mark.parametrize('grid', [1, 2, 4])
@@ -63,18 +63,63 @@ def points(*channels, total=10**9, size=(7, 7), prefix_tokens=0):
 
 
 def test_descriptions():
-    three, one = points(8, 8, 8), points(8)
+    three, one = points(8, 8, 8, total=10**7), points(8)
     assert [c['hidden'] for c in head_configs('linear', three, 5)] == [0, 0, 0]
     assert [c['grid'] for c in head_configs('paper', three, 5)] == [4, 2, 2]
     # what releases of version 0.1 say means what it meant then
-    assert head_configs(dict(grid=2), one, 5) == [dict(grid=2, hidden=64, norm=True, mean=False, tokens=False)]
+    assert head_configs(dict(grid=2), one, 5) == [
+        dict(grid=2, hidden=64, norm=True, mean=False, tokens=False, hidden_norm=False)
+    ]
     with pytest.raises(ValueError, match='2 head descriptions for 1'):
         head_configs([dict(grid=4), dict(grid=2)], one, 5)
-    for wrong in (dict(grid=0), dict(hidden=-1)):
+    for wrong in (dict(grid=0), dict(hidden=-1), dict(grid=(1, 0)), dict(grid=[2]), dict(grid=(1, 2, 3))):
         with pytest.raises(ValueError, match='at least 1'):
             head_configs(wrong, one, 5)
-    with pytest.raises(ValueError, match='expected grid, hidden, norm, mean, tokens'):
+    with pytest.raises(ValueError, match='expected grid, hidden, norm, mean, tokens, hidden_norm'):
         head_configs(dict(grids=4), one, 5)
+
+
+def test_the_paper_has_other_heads_for_networks_of_imagenet_s_size():
+    resnet50 = points(512, 1024, total=4_089_184_256, size=(14, 14))  # 0.13 % of it, for a thousand classes
+    large = head_configs('paper', resnet50, 1000)
+    rest = dict(hidden=1024, norm=True, hidden_norm=True, mean=False, tokens=False)
+    assert large == [dict(grid=(2, 2), **rest), dict(grid=(1, 2), **rest)]
+    heads = create_heads([SimpleNamespace(**vars(p), layout='NCHW') for p in resnet50], 1000, large)
+    assert [h.in_features for h in heads] == [2048, 2048]
+    kinds = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
+    assert all([type(m) for m in h.hidden] == kinds and isinstance(h.norm, nn.BatchNorm1d) for h in heads)
+    # one per cent of the backbone for all of them together decides
+    cost = 2 * (2048 + 1000) * 1024
+    for total, hidden in ((100 * cost, 1024), (100 * cost - 100, 64)):
+        assert {c['hidden'] for c in head_configs('paper', points(512, 1024, total=total), 1000)} == {hidden}
+    wide = points(16, 768, 4096, total=10**12, size=(28, 28))
+    assert [c['grid'] for c in head_configs('paper', wide, 10)] == [(8, 16), (1, 2), (1, 1)]
+
+
+def test_a_network_of_cifar_s_size_keeps_the_paper_s_small_heads():
+    model = timm.create_model('cascade_cifar_resnet110', exits=['layer1', 'layer2'], head='paper', num_classes=10)
+    assert [(c['grid'], c['hidden'], c['norm']) for c in model._model_args['head']] == [(4, 64, False), (2, 64, False)]
+
+
+def test_a_grid_has_rows_and_columns():
+    features = torch.randn(2, 3, 6, 6)
+    head = ExitHead(3, (6, 6), 5, grid=(1, 2))
+    assert near(head.pool(features), features.unflatten(3, (2, 3)).mean((2, 4)).flatten(1))
+    assert head_configs(dict(grid=[1, 2]), points(8), 5)[0]['grid'] == (1, 2)  # as JSON has it
+
+
+def test_the_paper_s_heads_train_and_travel(images, tmp_path):
+    head = dict(grid=(1, 2), hidden=8, hidden_norm=True)
+    create = dict(num_classes=4, pretrained_cfg_overlay=dict(input_size=[1, 32, 32], mean=[0.5], std=[0.25]))
+    model = timm.create_model('cascade_test_resnet', in_chans=1, exits=['layer1', 'layer2'], head=head, **create).eval()
+    inner = [h.hidden[1] for h in model.heads]
+    timm_cascade.train_heads(model, images, epochs=2, batch_size=95)  # the last batch of an epoch is a single image
+    assert all(n.num_batches_tracked == 2 and not n.training and n.running_mean.any() for n in inner)
+    timm_cascade.save(model, tmp_path / 'release')
+    loaded, x = timm_cascade.load(tmp_path / 'release').eval(), torch.randn(3, 1, 32, 32)
+    assert loaded._model_args['head'] == model._model_args['head'] and loaded._model_args['head'][0]['grid'] == (1, 2)
+    with torch.no_grad():
+        assert all(near(a, b) for a, b in zip(loaded.forward_exits(x), model.forward_exits(x), strict=True))
 
 
 @pytest.mark.parametrize('classes, hidden', [(0, 64), (10, 64), (100, 96), (1000, 512)])
@@ -131,10 +176,10 @@ def test_an_explicit_description_is_used_unchanged():
 def used(**kwargs):
     """A head whose norm has statistics far from 0 and 1, and features for it."""
     head = ExitHead(8, (6, 6), 5, **kwargs).eval().requires_grad_(False)
-    if isinstance(head.norm, nn.BatchNorm1d):
-        for tensor in (head.norm.running_mean, head.norm.bias):
+    for norm in (m for m in head.modules() if isinstance(m, nn.BatchNorm1d)):
+        for tensor in (norm.running_mean, norm.bias):
             tensor.normal_(std=3)
-        for tensor in (head.norm.running_var, head.norm.weight):
+        for tensor in (norm.running_var, norm.weight):
             tensor.uniform_(0.3, 3)
     return head, 2 + torch.randn(9, 8, 6, 6)
 
@@ -145,7 +190,16 @@ def as_trained(head, features):
 
 
 @pytest.mark.parametrize(
-    'description', [dict(), dict(hidden=0), dict(norm=False), dict(grid=1, hidden=0), dict(hidden=0, norm=False)]
+    'description',
+    [
+        dict(),
+        dict(hidden=0),
+        dict(norm=False),
+        dict(grid=1, hidden=0),
+        dict(hidden=0, norm=False),
+        dict(hidden_norm=True),
+        dict(hidden_norm=True, norm=False),
+    ],
 )
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_the_inference_form_is_the_trained_head_within_rounding(description, dtype):
@@ -165,6 +219,12 @@ def change_in_place(head):
 
 def change_statistics(head):
     head.norm.running_mean.add_(5)
+
+
+def change_inner_statistics(head):
+    head.hidden.insert(1, nn.BatchNorm1d(64).eval())
+    head(torch.randn(2, 8, 6, 6))
+    head.hidden[1].running_mean.add_(5)
 
 
 def load_in_place(head):
@@ -201,12 +261,22 @@ def train_a_step(head):
     head.eval().requires_grad_(False)
 
 
+def train_a_fused_step_in_evaluation_mode(head):
+    head.requires_grad_(True)
+    optimizer = torch.optim.AdamW(head.parameters(), 0.5, fused=True)
+    with torch.enable_grad():
+        head(torch.randn(9, 8, 6, 6)).square().sum().backward()
+    optimizer.step()
+    head.requires_grad_(False)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     'change',
     [
         change_in_place,
         change_statistics,
+        change_inner_statistics,
         load_in_place,
         load_by_assigning,
         replace_a_layer,
@@ -214,6 +284,7 @@ def train_a_step(head):
         prune_weights,
         add_a_hook,
         train_a_step,
+        train_a_fused_step_in_evaluation_mode,
         lambda head: head.double().float(),
     ],
 )

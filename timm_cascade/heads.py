@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from .utils.snapshot import Snapshot, places_of
 
-__all__ = ['MAX_SHARE', 'PRESETS', 'ExitHead', 'classify_with', 'create_heads', 'head_configs']
+__all__ = ['MAX_SHARE', 'PRESETS', 'ExitHead', 'classify_with', 'create_heads', 'head_configs', 'scale_and_shift']
 
 # what a description leaves out
-DEFAULTS: dict[str, Any] = dict(grid=4, hidden=64, norm=True, mean=False, tokens=False)
+DEFAULTS: dict[str, Any] = dict(grid=4, hidden=64, norm=True, mean=False, tokens=False, hidden_norm=False)
 # None: as the number of classes, the features and MAX_SHARE allow
 PRESETS: dict[str, list[dict[str, Any]]] = {
     'linear': [dict(grid=1, hidden=0)],
     'enhanced': [dict(grid=None, hidden=None, mean=True, tokens=True)],
-    # Berestizshevsky & Even 2019, section 5: 4x4 at the first exit, 2x2 at the second, FC 64, FC C
+    # Berestizshevsky & Even 2019, section 5: 4x4 at the first exit, 2x2 at the second, FC 64, FC C; see _paper
     'paper': [dict(grid=4, hidden=64, norm=False), dict(grid=2, hidden=64, norm=False)],
 }
 
@@ -29,9 +29,11 @@ NARROWEST, WIDEST = 64, 512  # hidden units of the default preset, before MAX_SH
 # features of the default preset's pooled grid: weights for more take longer to read than the stage to run (batch 1)
 MAX_POOLED = 4096
 GRIDS = 4, 2, 1
+PAPER_FEATURES, PAPER_HIDDEN = 2048, 1024  # of the paper's heads for ImageNet
 LEAST = dict(grid=1, hidden=0)
 
 NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
+Grid = int | tuple[int, int]
 HeadSpec = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 Layers = Sequence[tuple[Tensor, Tensor | None]]  # weight and bias of linear layers
 
@@ -48,11 +50,13 @@ class ExitHead(nn.Module):
         num_classes: Number of classes; with 0 the head has no classifier, and its exit stays closed.
         layout: NCHW, NHWC or NLC.
         prefix_tokens: Tokens in front of the grid's in NLC.
-        grid: Side of the pooled grid, at most that of the features.
+        grid: Side of the pooled grid, or its rows and columns; at most those of the features.
         hidden: Width of the hidden layer, 0 for a linear head.
         norm: Standardise the pooled features (BatchNorm1d) first.
         mean: Read the mean over the whole grid beside the pooled grid.
         tokens: Read the prefix tokens (class token, registers) beside the pooled grid.
+        hidden_norm: Standardise the hidden layer (BatchNorm1d) before its ReLU; it trains with the statistics of each
+            batch, as is usual.
 
     Attributes:
         columns: What is read of each channel: the cells of the pooled grid row by row, the mean, the prefix tokens.
@@ -68,11 +72,12 @@ class ExitHead(nn.Module):
         num_classes: int,
         layout: str = 'NCHW',
         prefix_tokens: int = 0,
-        grid: int = 4,
+        grid: Grid = 4,
         hidden: int = 64,
         norm: bool = True,
         mean: bool = False,
         tokens: bool = False,
+        hidden_norm: bool = False,
     ) -> None:
         super().__init__()
         self.layout = layout
@@ -82,7 +87,9 @@ class ExitHead(nn.Module):
         self.columns = self.grid[0] * self.grid[1] + self.mean + self.tokens
         self.in_features = channels * self.columns
         self.norm = nn.BatchNorm1d(self.in_features) if norm else nn.Identity()
-        self.hidden = nn.Sequential(nn.Linear(self.in_features, hidden), nn.ReLU()) if hidden else nn.Identity()
+        between = [nn.BatchNorm1d(hidden)] if hidden and hidden_norm else []
+        first = [nn.Linear(self.in_features, hidden), *between, nn.ReLU()] if hidden else []
+        self.hidden = nn.Sequential(*first) if first else nn.Identity()
         self.fc = nn.Linear(hidden or self.in_features, num_classes) if num_classes else nn.Identity()
 
     def pool(self, features: Tensor) -> Tensor:
@@ -131,9 +138,16 @@ class ExitHead(nn.Module):
         if self.training or torch.compiler.is_compiling() or (inputs is not None and inputs.is_meta):
             return None  # meta tensors are lent, to count MACs
         watched = self._watched
-        if watched is None or watched.snapshot.changed():
+        if watched is not None and watched.snapshot.changed():
+            watched = None
+        if torch.is_grad_enabled() and (
+            any(p.requires_grad for p in self.parameters()) if watched is None else watched.trainable
+        ):
+            self._watched = None  # a step may come next, and that of a fused optimizer leaves no trace in the tensors
+            return None
+        if watched is None:
             watched = self._watched = _watch(self)
-        return None if torch.is_grad_enabled() and watched.trainable else watched.folded
+        return watched.folded
 
     def train(self, mode: bool = True) -> ExitHead:
         self._watched = None  # an optimizer may have written in ways that leave no trace
@@ -161,10 +175,11 @@ def classify_with(layers: Layers, pooled: Tensor) -> Tensor:
 
 
 def _columns(
-    size: Sequence[int], prefix_tokens: int, grid: int, mean: bool, tokens: bool
+    size: Sequence[int], prefix_tokens: int, grid: Grid, mean: bool, tokens: bool
 ) -> tuple[tuple[int, int], bool, int]:
     """The pooled grid, whether the mean stands beside it, and how many prefix tokens do."""
-    pooled = (min(grid, size[0]), min(grid, size[1]))
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    pooled = (min(rows, size[0]), min(columns, size[1]))
     return pooled, mean and pooled != (1, 1), prefix_tokens * tokens
 
 
@@ -193,24 +208,38 @@ def _watch(head: ExitHead) -> _Watched:
     return _Watched(_fold(head), Snapshot(tensors, places_of(head)))
 
 
+def scale_and_shift(norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What a batch norm in evaluation mode multiplies its input with, and what it adds then; both (C,)."""
+    scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().to(dtype)
+    shift = -norm.running_mean.to(dtype) * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.detach().to(dtype)
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def _fold(head: ExitHead) -> Folded | None:
     norm: Any = head.norm
     hidden, fc = head.hidden, head.fc
-    linear: list[Any] = [*hidden, fc] if isinstance(hidden, nn.Sequential) else [fc]
-    kinds = [type(m) for m in linear]
+    parts: list[Any] = [*hidden, fc] if isinstance(hidden, nn.Sequential) else [fc]
+    between: Any = next((m for m in parts[1:2] if type(m) in NORMS), None)
+    linear = [m for m in parts if m is not between]
+    kinds, norms = [type(m) for m in linear], [m for m in (norm, between) if type(m) in NORMS]
     known = kinds in ([nn.Linear], [nn.Linear, nn.ReLU, nn.Linear]) and type(norm) in (nn.Identity, *NORMS)
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (norm, hidden, *linear))
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (norm, hidden, *parts))
     single = all(p.dtype in (torch.float32, torch.float64) for p in head.parameters())
-    if not known or hooked or not single or (type(norm) in NORMS and norm.running_var is None):
+    if not known or hooked or not single or any(m.running_var is None for m in norms):
         return None
     layers: list[tuple[Tensor, Tensor | None]] = [(m.weight.detach(), m.bias) for m in linear[::2]]
-    if type(norm) in NORMS:
-        weight, bias = layers[0]
-        scale = (norm.running_var + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight)
-        shift = (0.0 if norm.bias is None else norm.bias) - norm.running_mean * scale
-        layers[0] = weight * scale, weight @ shift + (0.0 if bias is None else bias)
+    weight, bias = layers[0]
+    if norm in norms:
+        scale, shift = scale_and_shift(norm, weight.dtype)
+        weight, bias = weight * scale, weight @ shift + (0.0 if bias is None else bias)
+    if between is not None:
+        scale, shift = scale_and_shift(between, weight.dtype)
+        weight, bias = weight * scale[:, None], shift if bias is None else bias * scale + shift
+    layers[0] = weight, bias
     return Folded(layers, _without_mean(head, layers) if head.mean else layers)
 
 
@@ -223,13 +252,15 @@ def _without_mean(head: ExitHead, layers: Layers) -> Layers:
 
 
 def head_configs(head: HeadSpec, points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:
-    """A dict of ExitHead's grid, hidden, norm, mean and tokens for each exit.
+    """A dict of ExitHead's grid, hidden, norm, mean, tokens and hidden_norm for each exit.
 
     Args:
         head: Name of a preset, one dict for all exits, or a sequence of dicts, of which the last serves the remaining
             exits. What a dict leaves out is as in DEFAULTS. hidden=None is as wide as the number of classes and a
             share of MAX_SHARE of the backbone's MACs for all heads together allow; grid=None is 4, or less where the
-            pooled grid would have more than MAX_POOLED features.
+            pooled grid would have more than MAX_POOLED features. 'paper' are the heads of Berestizshevsky & Even 2019
+            (arXiv 1805.10982): those for ImageNet (2,048 pooled features, BN, FC 1,024, BN, ReLU, FC) where all of
+            them together cost at most MAX_SHARE of the backbone's MACs, or else those for CIFAR (FC 64, FC).
         points: The exits: their channels, size, prefix_tokens and total.
         num_classes: Number of classes.
 
@@ -238,23 +269,26 @@ def head_configs(head: HeadSpec, points: Sequence[Any], num_classes: int) -> lis
 
     Example:
         >>> head_configs(dict(grid=2), resolve_exits(backbone, 1), 10)
-        [{'grid': 2, 'hidden': 64, 'norm': True, 'mean': False, 'tokens': False}]
+        [{'grid': 2, 'hidden': 64, 'norm': True, 'mean': False, 'tokens': False, 'hidden_norm': False}]
     """
     count = len(points)
     if isinstance(head, str):
         if head not in PRESETS:
             raise ValueError(f'head is {head!r}; expected one of {sorted(PRESETS)} or a dict of {", ".join(DEFAULTS)}.')
-        configs: Sequence[Mapping[str, Any]] = PRESETS[head]
+        configs: Sequence[Mapping[str, Any]] = (_paper(points, num_classes) if head == 'paper' else PRESETS[head])[
+            :count
+        ]
     else:
         configs = [head] if isinstance(head, Mapping) else head
     for config in configs:
         unknown = set(config) - set(DEFAULTS)
         if unknown:
             raise ValueError(f'head has the keys {sorted(unknown)}; expected {", ".join(DEFAULTS)}.')
-        if any(config.get(key, low) is not None and int(config.get(key, low)) < low for key, low in LEAST.items()):
-            raise ValueError(f'head={dict(config)}: expected a grid of at least 1 and hidden of at least 0.')
-    if isinstance(head, str):
-        configs = configs[:count]
+        if any(config.get(key) is not None and _smallest(config[key]) < low for key, low in LEAST.items()):
+            raise ValueError(
+                f'head={dict(config)}: expected a grid of at least 1 (one number, or rows and columns) and hidden of '
+                f'at least 0.'
+            )
     if not 1 <= len(configs) <= count:
         raise ValueError(f'{len(configs)} head descriptions for {count} exits; expected one for all, or one per exit.')
     filled = [{**DEFAULTS, **configs[min(i, len(configs) - 1)]} for i in range(count)]
@@ -262,7 +296,33 @@ def head_configs(head: HeadSpec, points: Sequence[Any], num_classes: int) -> lis
         if config['grid'] is None:
             fits = (g for g in GRIDS if point.channels * min(g, point.size[0]) * min(g, point.size[1]) <= MAX_POOLED)
             config['grid'] = next(fits, GRIDS[-1])
+        elif not isinstance(config['grid'], int):
+            config['grid'] = tuple(config['grid'])
     return _with_widths(filled, points, num_classes)
+
+
+def _smallest(value: Any) -> int:
+    """The smallest of a head's numbers; -1 for a grid that has not two sides."""
+    if isinstance(value, (list, tuple)):
+        return min(value) if len(value) == 2 else -1
+    return int(value)
+
+
+def _paper(points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:
+    """The paper's heads for ImageNet where the backbone is so large that they cost next to nothing, or those for CIFAR.
+
+    In front of the pooling the paper names BN and ReLU too; its code has them only where the network's blocks begin
+    with them (github.com/AnonymousConferenceCode/Cascaded_Inference). Here the BN stands behind the pooling, through
+    which it passes unchanged, so that pooled features can be stored; there is no ReLU but the network's own.
+    """
+    cost, large = 0, []
+    for p in points:
+        cells = max(1, PAPER_FEATURES // p.channels).bit_length() - 1  # 512 channels to 2x2, 1,024 to 1x2
+        grid = (1 << cells // 2, 1 << cells - cells // 2)
+        large.append(dict(grid=grid, hidden=PAPER_HIDDEN, norm=True, hidden_norm=True))
+        (rows, columns), *_ = _columns(p.size, 0, grid, False, False)
+        cost += (p.channels * rows * columns + num_classes) * PAPER_HIDDEN
+    return large if cost <= MAX_SHARE * points[0].total else PRESETS['paper']
 
 
 def _with_widths(configs: list[dict[str, Any]], points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:

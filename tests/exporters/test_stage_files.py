@@ -64,8 +64,15 @@ def test_folded_heads_are_the_heads(layout, hidden, size, beside):
     assert near(FoldedHead(head, [1, *shape]).double()(features), head(features), 1e-6)
 
 
-def test_heads_without_a_norm_fold_too():
-    head = ExitHead(6, (8, 8), 4, grid=2, norm=False).double().eval()
+@torch.no_grad()
+@pytest.mark.parametrize(
+    'description', [dict(grid=2, norm=False), dict(grid=(1, 2), hidden=6, hidden_norm=True)], ids=str
+)
+def test_other_heads_fold_too(description):
+    head = ExitHead(6, (8, 8), 4, **description).double().eval()
+    for norm in (m for m in head.hidden if isinstance(m, torch.nn.BatchNorm1d)):
+        for tensor in (norm.running_mean, norm.weight, norm.bias):
+            tensor.normal_()
     features = torch.randn(3, 6, 8, 8, dtype=torch.float64)
     assert near(FoldedHead(head, [1, 6, 8, 8]).double()(features), head(features), 1e-6)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..errors import ExportError
-from ..heads import ExitHead
+from ..heads import ExitHead, scale_and_shift
 from ..inference.batch import confidence
 from ..inference.graph import StagedBackbone
 
@@ -42,11 +42,11 @@ class FoldedHead(nn.Module):
         assert isinstance(first, nn.Linear)
         weight, bias = first.weight.detach().double(), first.bias.detach().double()
         if isinstance(head.norm, nn.BatchNorm1d):
-            norm = head.norm
-            assert norm.running_mean is not None and norm.running_var is not None
-            scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-            bias = bias + weight @ (norm.bias.detach().double() - norm.running_mean.double() * scale)
-            weight = weight * scale
+            scale, shift = scale_and_shift(head.norm, torch.float64)
+            weight, bias = weight * scale, bias + weight @ shift
+        if isinstance(head.hidden, nn.Sequential) and isinstance(head.hidden[1], nn.BatchNorm1d):
+            scale, shift = scale_and_shift(head.hidden[1], torch.float64)
+            weight, bias = weight * scale[:, None], bias * scale + shift
         self.kernel: tuple[int, int] | None = None
         by_channel = weight.unflatten(1, (-1, head.columns))
         if head.layout == 'NCHW':

@@ -33,6 +33,7 @@ CONFIG_VERSION = 3  # written for releases with fronts; 2 without
 MAX_MACS = 1 << 60
 MAX_ITEMS = 64  # tensors in the output of a module
 MAX_FILE = 1 << 40  # bytes
+MAX_GRID = 1000
 # What a release must not decide: these are the caller's, or timm's own between its functions.
 NOT_ARGS = frozenset(
     'model_name pretrained pretrained_cfg pretrained_cfg_overlay pretrained_model_args cache_dir checkpoint_path '
@@ -69,6 +70,13 @@ def _labels(value: Any) -> Any:
     return value
 
 
+def _grid(value: Any) -> Any:
+    sides = value if isinstance(value, list) and len(value) == 2 else [value]
+    if not all(type(s) is int and 1 <= s <= MAX_GRID for s in sides):
+        raise ValueError(f'it should be a whole number from 1 to {MAX_GRID}, or two: rows and columns')
+    return value
+
+
 def _repository(value: str) -> str:
     from huggingface_hub.utils import validate_repo_id
 
@@ -86,11 +94,12 @@ Macs = Annotated[int, Field(ge=1, le=MAX_MACS)]
 class HeadEntry(Described):
     """One exit head."""
 
-    grid: Annotated[int, Field(ge=1, le=1000)]
+    grid: Annotated[Any, AfterValidator(_grid)]
     hidden: Annotated[int, Field(ge=0, le=1 << 16)]
     norm: bool
     mean: bool = False
     tokens: bool = False
+    hidden_norm: bool = False
 
 
 class ExitEntry(Described):

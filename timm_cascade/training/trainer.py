@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import UNLABELLED
+from ..heads import NORMS
 from ..utils.progress import progress
 from .features import Batch, FrozenFeatures, StoredFeatures
 from .work_dir import WorkDir
@@ -158,6 +159,8 @@ class Trainer:
     ) -> None:
         self.heads, self.views, self.held, self.accelerator = heads, views, held, accelerator
         self.epochs, self.batch_size, self.lr, self.seed = epochs, batch_size, lr, seed
+        hidden = [getattr(head, 'hidden', nn.Identity()) for head in heads]
+        self.norms: list[Any] = [m for layers in hidden for m in layers.modules() if type(m) in NORMS]
         self.n = len(views[0])
         self.step_size = batch_size * accelerator.gradient_accumulation_steps
         self.steps = -(-self.n // self.step_size)
@@ -233,6 +236,9 @@ class Trainer:
             self.schedule.step()
             self.optimizer.zero_grad()
             bar.update()
+        for norm in self.norms:  # each process saw its own part of the batches
+            for statistic in (norm.running_mean, norm.running_var):
+                statistic.copy_(sum_over_processes(accelerator, statistic) / processes)
         loss, *correct = (sum_over_processes(accelerator, totals) / self.n).tolist()
         if not np.isfinite(loss):
             raise ValueError(
@@ -249,8 +255,12 @@ class Trainer:
         """Gradients of this process's part of a step of `images` images; returns loss and correct answers."""
         accelerator = self.accelerator
         arrays, labels = [a.to(accelerator.device) for a in arrays], labels.to(accelerator.device)
+        for norm in self.norms:
+            norm.train(len(labels) > 1)  # a single sample has no variance
         with accelerator.autocast():
             logits = self._logits(arrays)
+        for norm in self.norms:
+            norm.eval()
         loss = torch.stack([_loss(x.float(), labels, arrays[-1]) for x in logits if x.requires_grad]).sum()
         # gradients add up to those of the mean over the step's images; Accelerate divides by the number of parts
         accelerator.backward(loss * (accelerator.gradient_accumulation_steps / images))
