@@ -6,7 +6,7 @@ Each step leaves its result in runs/NAME/ and is not repeated while the part of 
 the backbone continues at the epoch where it was stopped. The log is runs/NAME/release.log. `backbone` in a recipe says
 how to train one from nothing, with `finetune` how to fine-tune ImageNet weights (`efficientnet_lite`: which size), or
 `published: true`, which takes timm's weights as they are. Where a recipe holds the figures of the paper (`paper`), they
-are printed beside ours and written to runs/NAME/paper.md.
+are printed beside ours and written to runs/NAME/paper.md. `about` is text for the card.
 """
 
 from __future__ import annotations

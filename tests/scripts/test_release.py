@@ -89,12 +89,17 @@ def test_an_interrupted_release_continues_to_the_same_weights(recipe, tmp_path, 
 def test_a_backbone_is_fine_tuned_where_the_recipe_says_so(recipe, tmp_path, monkeypatch):
     recipe['data']['validation'] = 'd'
     recipe['backbone'] = dict(finetune=dict(epochs=2, batch_size=32, lr=5e-3), seed=0)
+    recipe['about'] = 'The weights are from elsewhere.\n'
     del recipe['model']['exits'], recipe['model']['head']
     folder = run(recipe, tmp_path, monkeypatch, 'tuned')
     model, work = timm_cascade.load(folder), tmp_path / 'tuned-work' / recipe['name']
     assert len((work / 'backbone.jsonl').read_text().splitlines()) == 2 and len(model.exits) == 5
     tuned = torch.load(work / 'finetuned.pt', weights_only=True)['model']
     assert all(torch.equal(t, tuned[name]) for name, t in model.backbone.state_dict().items())
+    card = (folder / 'README.md').read_text()
+    assert (
+        'backbone fine-tuned on\nme/quarters a' in card and 'calibrated on b. The weights are from elsewhere.\n' in card
+    )
     fresh = release.create_backbone(recipe).state_dict()
     assert not torch.equal(tuned['fc.weight'], fresh['fc.weight'])
 
