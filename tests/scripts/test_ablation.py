@@ -19,6 +19,8 @@ from scripts.experiments.ablation import features as ablation_features
 from scripts.experiments.ablation import heads as ablation_heads
 from scripts.experiments.ablation import page as ablation_page
 from scripts.experiments.ablation.heads import CarryHead, Heads, Row, fit, fit_weights
+from scripts.releases import release
+from timm_cascade.backbone.exits import resolve_exits
 from timm_cascade.data import create_loader
 from timm_cascade.heads import head_configs
 
@@ -122,8 +124,11 @@ def test_savings_are_read_where_the_realised_loss_is_what_was_said():
     assert len(pairs) == 14 and all(len(a[0]) == len(b[0]) == 1000 for a, b in pairs)
 
 
-def test_a_tiny_pair_from_backbone_to_page(images, tmp_path, monkeypatch):
+@pytest.fixture
+def recipe(images, tmp_path, monkeypatch):
+    """A recipe for tiny pairs, in a folder that takes the place of the repository."""
     recipe = dict(
+        name='cascade_cifar_resnet20.quarters',
         data=dict(name='quarters', train='a', calibration='b', test='c'),
         model=dict(
             base='cifar_resnet20',
@@ -136,6 +141,58 @@ def test_a_tiny_pair_from_backbone_to_page(images, tmp_path, monkeypatch):
         ),
     )
     (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
+    for module in (ablation, ablation_features):
+        monkeypatch.setattr(module, 'ROOT', tmp_path)
+    monkeypatch.setitem(ablation_features.DATA, 'quarters', lambda split: images)
+    monkeypatch.setattr(ablation_heads, 'EPOCHS', 2)
+    monkeypatch.setattr(ablation_page, 'SEEDS', (0, 1))
+    monkeypatch.setattr(ablation_features.load_features, '__defaults__', (tmp_path / 'runs' / 'ablation',))
+    return recipe
+
+
+def run(monkeypatch, tmp_path, name):
+    """The page that the experiment writes for one pair."""
+    monkeypatch.setattr('sys.argv', ['ablation.py', '--pairs', name, '--out', str(tmp_path / 'docs')])
+    ablation.main()
+    return (tmp_path / 'docs' / 'pages' / 'evidence' / 'ablation.md').read_text()
+
+
+def test_a_fine_tuned_pair_compares_the_default_with_one_change_at_a_time(recipe, tmp_path, monkeypatch):
+    recipe['backbone'] = dict(finetune=dict(epochs=3), seed=0)
+    recipe['model']['create']['num_classes'] = 4
+    (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
+    places = ['layer1.0', 'layer1.1', 'layer1', 'layer2.0', 'layer2.1', 'layer2', 'layer3.0', 'layer3.1']
+    pair = dict(recipe='recipe.yaml', finetuned=True, seeds=1, exits=places, stages=['layer1', 'layer2'])
+    monkeypatch.setitem(ablation_features.PAIRS, 'tuned', pair)
+    with pytest.raises(FileNotFoundError, match=r'release.py recipe.yaml first'):
+        run(monkeypatch, tmp_path, 'tuned')
+    weights = tmp_path / 'runs' / recipe['name'] / 'finetuned.pt'
+    weights.parent.mkdir(parents=True)
+    backbone = release.create_backbone(recipe)
+    torch.save(dict(model=backbone.state_dict()), weights)
+    page = run(monkeypatch, tmp_path, 'tuned')
+    features = ablation_features.load_features('tuned')
+    exits = [p.module for p in resolve_exits(backbone)]
+    rows = {r.name: r for r in ablation.DEFAULT_ROWS}
+    assert ablation.exits_of(rows[ablation_page.NEW], 'tuned', features) == features.defaults == exits
+    old = rows[ablation_page.OLD]
+    three = ablation.exits_of(old, 'tuned', features)
+    former = ablation.configs_of(old, three, features)
+    assert len(three) == 3 and not any(c['mean'] for c in former)
+    text, detail = page.split('## tuned')
+    assert f'| {ablation_page.NEW} |' in text and '| expected | ' in text and 'Which switch pays' not in text
+    assert 'fine-tuned for 3 epochs' in detail and '1 seed' in detail and '±' not in detail and exits[-1] in detail
+
+
+def test_the_heads_of_version_0_1_are_halved_until_they_cost_one_percent():
+    cost = 64 * (48 + 20 + 24 + 3 * 10)  # of 64 hidden units in each of three heads, before ten classes
+    for total, hidden in ((100 * cost, 64), (100 * cost - 100, 32), (26 * cost, 16), (1, 1)):
+        points = [SimpleNamespace(**s, prefix_tokens=0, total=total) for s in SHAPES]
+        configs = ablation.former_configs(points, 10)
+        assert {c['hidden'] for c in configs} == {hidden} and not any(c['mean'] for c in configs)
+
+
+def test_a_tiny_pair_from_backbone_to_page(recipe, images, tmp_path, monkeypatch):
     pair = dict(
         recipe=str(tmp_path / 'recipe.yaml'),
         input_size=[1, 16, 16],
@@ -144,24 +201,15 @@ def test_a_tiny_pair_from_backbone_to_page(images, tmp_path, monkeypatch):
         exits=['layer1.0', 'layer1', 'layer2', 'layer3.0'],
         stages=['layer1', 'layer2'],
     )
-    for module in (ablation, ablation_features):
-        monkeypatch.setattr(module, 'ROOT', tmp_path)
     monkeypatch.setitem(ablation_features.PAIRS, 'tiny', pair)
-    monkeypatch.setitem(ablation_features.DATA, 'quarters', lambda split: images)
-    monkeypatch.setattr(ablation_heads, 'EPOCHS', 2)
-    for module in (ablation, ablation_page):
-        monkeypatch.setattr(module, 'SEEDS', (0, 1))
     names = ablation_page.PAPER, ablation_page.BASE, ablation_page.THREE
     rows = [r for r in ablation.ROWS if r.name in names or r.combine]
     monkeypatch.setattr(ablation, 'ROWS', [*rows, Row('views', views=1), Row('more views', views=2)])
-    monkeypatch.setattr('sys.argv', ['ablation.py', '--pairs', 'tiny', '--out', str(tmp_path / 'docs')])
-    monkeypatch.setattr(ablation_features.load_features, '__defaults__', (tmp_path / 'runs',))
-    ablation.main()
+    page = run(monkeypatch, tmp_path, 'tiny')
     log = tmp_path / 'runs' / 'ablation' / 'results.jsonl'
     first = log.read_text()
     with open(log, 'a', encoding='utf-8') as f:
         f.write('{"pair": "ti')  # a kill in the middle of a line
-    page = (tmp_path / 'docs' / 'pages' / 'evidence' / 'ablation.md').read_text()
     ablation.main()
     assert log.read_text().startswith(first) and log.read_text().count('\n') == first.count('\n')
     assert (tmp_path / 'docs' / 'pages' / 'evidence' / 'ablation.md').read_text() == page

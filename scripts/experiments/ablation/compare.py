@@ -2,7 +2,8 @@
 
     python scripts/datasets/emoji.py --out runs/emoji && python scripts/experiments/ablation
 
-Pairs of backbone and data stand in pairs.yaml; backbones and pooled features are made once (features.py), rows train
+Pairs of backbone and data stand in pairs.yaml; backbones and pooled features are made once (features.py; those with
+ImageNet weights are what scripts/releases/release.py has fine-tuned), rows train
 from them (heads.py). Writes docs/pages/evidence/ablation.md and docs/results/ablation.json; pairs that are
 in them and not asked for (--pairs) stay. Runs that are done are kept in runs/ablation/results.jsonl and not repeated.
 """
@@ -13,7 +14,7 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -27,9 +28,9 @@ from torch import Tensor
 
 from scripts import ROOT, evidence
 from scripts.experiments.ablation.features import PAIRS, Features, load_features
-from scripts.experiments.ablation.heads import Heads, Row, fit, fit_weights
-from scripts.experiments.ablation.page import BASE, DROPS, METRICS, PAPER, SEEDS, THREE, markdown, summary
-from timm_cascade.heads import head_configs
+from scripts.experiments.ablation.heads import FORMER, Heads, Row, fit, fit_weights
+from scripts.experiments.ablation.page import BASE, DROPS, METRICS, NEW, OLD, PAPER, THREE, markdown, seeds_of, summary
+from timm_cascade.heads import MAX_SHARE, head_configs
 from timm_cascade.inference.batch import confidence
 from timm_cascade.thresholds import Samples as Calibrated
 from timm_cascade.thresholds.path import follow, nested_path
@@ -56,6 +57,26 @@ ROWS = (
     Row('three more views of each image', views=3),
     Row('samples weighted by the chance to get there', weigh=True),
 )
+# of pairs whose backbones had ImageNet weights: the library's default, and one change at a time
+WIDE: Mapping[str, Any] = dict(grid=None, mean=True, tokens=True)
+DEFAULT_ROWS = (
+    Row(PAPER, exits='paper', head='paper', recipe='paper'),
+    Row(OLD, exits=3, head=FORMER),
+    Row(NEW, exits='default'),
+    Row("version 0.1's exits, the default's heads", exits=3),
+    Row("the default's exits, version 0.1's heads", exits='default', head=FORMER),
+    Row('an exit at every place'),
+    Row('64 hidden units, whatever they cost', exits='default', head=({**WIDE, 'hidden': 64},)),
+    Row('256 hidden units', exits='default', head=({**WIDE, 'hidden': 256},)),
+    Row('512 hidden units', exits='default', head=({**WIDE, 'hidden': 512},)),
+    Row('without the mean beside the grid', exits='default', head=(dict(grid=None, hidden=None),)),
+    Row('linear heads', exits='default', head='linear'),
+)
+
+
+def rows_of(name: str) -> tuple[Row, ...]:
+    """The rows of a pair."""
+    return DEFAULT_ROWS if PAIRS[name].get('finetuned') else ROWS
 
 
 def exits_of(row: Row, name: str, features: Features) -> list[str]:
@@ -63,6 +84,8 @@ def exits_of(row: Row, name: str, features: Features) -> list[str]:
     every, stages = PAIRS[name]['exits'], PAIRS[name]['stages']
     if row.exits == 'all':
         return every
+    if row.exits == 'default':
+        return features.defaults
     offered, count = (stages, 2) if row.exits == 'paper' else (every, row.exits)
     picked: list[str] = []
     for i in range(count):  # as the library does where it is told how many
@@ -74,7 +97,16 @@ def exits_of(row: Row, name: str, features: Features) -> list[str]:
 def configs_of(row: Row, exits: list[str], features: Features) -> list[dict[str, Any]]:
     """The heads of a row, as a CascadeModel would make them."""
     points = [SimpleNamespace(**features.shapes[e], total=features.total) for e in exits]
-    return head_configs(row.head, points, features.logits['test'].shape[1])
+    classes = features.logits['test'].shape[1]
+    return former_configs(points, classes) if row.head == FORMER else head_configs(row.head, points, classes)
+
+
+def former_configs(points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:
+    """The default heads of version 0.1."""
+    hidden, cells = 64, [p.channels * min(4, p.size[0]) * min(4, p.size[1]) for p in points]
+    while hidden > 1 and hidden * sum(c + num_classes for c in cells) > MAX_SHARE * points[0].total:
+        hidden //= 2
+    return head_configs(dict(grid=4, hidden=hidden, norm=True), points, num_classes)
 
 
 def runs_of(rows: Sequence[Row], name: str, features: Features, seed: int) -> Iterable[dict[str, Any]]:
@@ -119,6 +151,7 @@ def runs_of(rows: Sequence[Row], name: str, features: Features, seed: int) -> It
             key=row.key,
             row=row.name,
             seed=seed,
+            exits=exits,
             seconds=round(seconds, 1),
             heads_share=sum(heads.macs()) / features.total,
             exit_accuracy=np.concatenate([h[1] for h in held]).mean(0).round(4).tolist(),
@@ -176,7 +209,7 @@ def measure(
 
 def _is_base(row: Row, name: str, features: Features) -> bool:
     """Whether a row of another name is the base row in this pair."""
-    base = next(r for r in ROWS if r.name == BASE)
+    base = next(r for r in rows_of(name) if r.name in (BASE, NEW))
     exits = exits_of(base, name, features)
     return (
         row != base
@@ -190,19 +223,19 @@ def _raise_everywhere(run: tuple[Row, int]) -> tuple[int, str]:
     return run[1], run[0].trained_as
 
 
-def results(names: Iterable[str], rows: Iterable[Row], log: Path) -> list[dict[str, Any]]:
+def results(names: Iterable[str], log: Path) -> list[dict[str, Any]]:
     """Every run, those that `log` has included."""
     lines = log.read_text(encoding='utf-8').splitlines() if log.exists() else []
     kept = [json.loads(x) for x in lines if x.endswith('}')]  # a line cut off by a kill is not a result
     done = {(x['pair'], x['key'], x['seed']) for x in kept}
     log.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
-        offered = [r for r in rows if r.views <= PAIRS[name].get('views', 0)]
-        if all((name, r.key, s) in done for r in offered for s in SEEDS):
+        offered, seeds = [r for r in rows_of(name) if r.views <= PAIRS[name].get('views', 0)], seeds_of(name)
+        if all((name, r.key, s) in done for r in offered for s in seeds):
             continue
         features = load_features(name)
         todo = [
-            (r, s) for r in offered for s in SEEDS if (name, r.key, s) not in done and not _is_base(r, name, features)
+            (r, s) for r in offered for s in seeds if (name, r.key, s) not in done and not _is_base(r, name, features)
         ]
         for (seed, _), alike in groupby(sorted(todo, key=_raise_everywhere), key=_raise_everywhere):
             for line in runs_of([r for r, _ in alike], name, features, seed):
@@ -233,10 +266,11 @@ def main() -> None:
             _logger.info('%s', name)
             load_features(name)
         return
-    runs = results(args.pairs, ROWS, ROOT / 'runs' / 'ablation' / 'results.jsonl')
+    runs = results(args.pairs, ROOT / 'runs' / 'ablation' / 'results.jsonl')
     results_folder, pages = evidence(args.out)
-    table, names = merged(results_folder / 'ablation.json', summary(runs, args.pairs, ROWS), args.pairs)
+    measured = [x for name in args.pairs for x in summary(runs, name, rows_of(name))]
+    table, names = merged(results_folder / 'ablation.json', measured, args.pairs)
     command = 'python scripts/datasets/emoji.py --out runs/emoji && python scripts/experiments/ablation'
     command += '' if names == list(PAIRS) else f' --pairs {" ".join(names)}'
     write_text(results_folder / 'ablation.json', json.dumps(dict(command=command, rows=table), indent=1))
-    write_text(pages / 'ablation.md', markdown(table, names, ROWS, command))
+    write_text(pages / 'ablation.md', markdown(table, names, rows_of, command))

@@ -24,6 +24,7 @@ import timm_cascade
 from scripts import ROOT
 from scripts.releases.backbones import augment, train_backbone
 from scripts.releases.release import DATA, create_backbone
+from timm_cascade.backbone.exits import resolve_exits
 from timm_cascade.data import create_loader
 from timm_cascade.heads import ExitHead
 from timm_cascade.utils.files import replacing, write_text
@@ -46,6 +47,7 @@ class Features:
         shapes: For each exit the arguments of ExitHead that describe its features.
         macs: For each exit, MACs of the backbone up to it.
         total: MACs of the backbone.
+        defaults: The exits that the library chooses where it is told nothing.
     """
 
     pooled: dict[tuple[str, str, int | str], np.ndarray]
@@ -54,6 +56,7 @@ class Features:
     shapes: dict[str, dict[str, Any]]
     macs: dict[str, int]
     total: int
+    defaults: list[str]
 
     def of(self, split: str, module: str, config: dict[str, Any], few: slice = slice(None)) -> np.ndarray:
         """What a head of this description reads at an exit, (n, in_features); see ExitHead."""
@@ -94,6 +97,14 @@ def cascade(pair: dict[str, Any], work: Path) -> timm_cascade.CascadeModel:
     if 'release' in pair:
         model.backbone.load_state_dict(timm_cascade.load(ROOT / pair['release']).backbone.state_dict())
         return model.eval()
+    if pair.get('finetuned'):
+        weights = ROOT / 'runs' / recipe['name'] / 'finetuned.pt'
+        if not weights.is_file():
+            raise FileNotFoundError(
+                f'{weights} is not there; run python scripts/releases/release.py {pair["recipe"]} first.'
+            )
+        model.backbone.load_state_dict(torch.load(weights, map_location='cpu', weights_only=True)['model'])
+        return model.eval()
     train, watch = (DATA[recipe['data']['name']](recipe['data'][split]) for split in ('train', 'calibration'))
     backbone = train_backbone(create_backbone(recipe), train, watch, work / 'backbone.pt', recipe['backbone'])
     model.backbone.load_state_dict(backbone.state_dict())
@@ -127,11 +138,13 @@ def _write(pair: dict[str, Any], work: Path) -> None:
         _logger.info('%s: %d images, backbone %.2f %%, %.0f s', split, len(data), 100 * correct, time.time() - began)
         with replacing(work / f'{split}.npz') as temporary, open(temporary, 'wb') as f:  # last: then the split is done
             np.savez(f, logits=torch.cat(logits).numpy(), labels=data.labels)
+    defaults = {p.module for p in resolve_exits(model.backbone)}
     points = {
         p.module: dict(
             shape=dict(channels=p.channels, size=p.size, layout=p.layout, prefix_tokens=p.prefix_tokens),
             macs=p.macs,
             total=p.total,
+            default=p.module in defaults,
         )
         for p in model.exits
     }
@@ -163,4 +176,5 @@ def load_features(name: str, runs: Path = ROOT / 'runs' / 'ablation') -> Feature
         shapes={e: p['shape'] for e, p in points.items()},
         macs={e: p['macs'] for e, p in points.items()},
         total=next(iter(points.values()))['total'],
+        defaults=[e for e, p in points.items() if p['default']],
     )

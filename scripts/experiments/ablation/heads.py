@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from timm_cascade.heads import ExitHead, HeadSpec
 
 EPOCHS, BATCH = 20, 256
+FORMER = 'version 0.1'  # its default heads: a 4x4 grid, 64 hidden units, halved until all heads cost 1 %
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class Row:
 
     Attributes:
         name: What the table calls it.
-        exits: `all`, how many of them (spread over the cost), or `paper` (the two of the paper's recipe).
-        head: What the library takes as `head=`.
+        exits: `all`, how many of them (spread over the cost), `paper` (the two of the paper's recipe), or `default`
+            (the library's own choice).
+        head: What the library takes as `head=`, or FORMER.
         recipe: `paper` (SGD) or `ours` (AdamW, as `train_heads`).
         distil: Share of the loss that is the distance to the frozen network's answer; the labels have the rest.
         temperature: Softmax temperature of that distance.
