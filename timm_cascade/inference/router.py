@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 __all__ = ['CompiledNetwork', 'Router']
 
 _logger = logging.getLogger(__name__)
-COMPILE_PAYS = (
-    32  # images in a batch from which convolutional networks are faster compiled, docs/pages/how-to/save-time.md
-)
+# images in a batch from which convolutional networks are faster compiled: docs/pages/how-to/save-time.md
+COMPILE_PAYS = 32
 MANY = 5000  # images in such batches, for which compiling is worth its time
 MAX_EXPORTS = 4  # kinds of images (size, dtype, device) whose exported backbone is kept
 _export_lock = threading.Lock()
