@@ -42,6 +42,13 @@ def test_an_existing_folder_is_refused_and_kept(tmp_path):
     assert [p.name for p in tmp_path.rglob('*')] == ['out', 'mine.txt']
 
 
+def test_a_link_that_leads_nowhere_is_kept(tmp_path):
+    (tmp_path / 'out').symlink_to(tmp_path / 'nothing')
+    with pytest.raises(timm_cascade.ExportError, match='exists already'):
+        timm_cascade.export(small_model(), tmp_path / 'out')
+    assert (tmp_path / 'out').is_symlink()
+
+
 @pytest.mark.parametrize('stage', [0, 2])
 def test_an_interrupted_export_leaves_nothing(stage, tmp_path, monkeypatch):
     def fail(module, path, *args):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,28 @@ def test_routes_as_the_model_does(case, cascade, calibrated, pictures):
     for i in range(3):  # a batch of one
         alone = cascade.predict(pictures.numpy()[i : i + 1])
         assert alone.exit[0] == got.exit[i] and near(alone.logits[0], got.logits[i])
+
+
+def test_a_single_image_takes_one_call_where_no_exit_is_closed(exported, tmp_path, cascade, calibrated, pictures):
+    stages = load_runner(exported).Cascade(changed(exported, tmp_path, lambda m: m['others'].pop('cascade.onnx')))
+    broken = np.full((1, 3, 16, 16), np.nan, np.float32)
+    for values in ([None, 0.5], between(calibrated, pictures), [0.0, 0.0], [2.0, 2.0]):
+        for one in (cascade, stages):
+            one.set_thresholds(values)
+        for image in [*pictures.numpy()[:, None], broken]:
+            got, want = cascade.predict(image), stages.predict(image)
+            assert got.exit == want.exit and got.exit.dtype == want.exit.dtype
+            assert np.isnan(got.logits).all() if image is broken else near(got.logits, want.logits)
+            assert got.logits.shape == want.logits.shape and got.confidence.shape == (1,)
+        assert len(cascade._single) == (None not in values)
+    assert not stages._single
+
+
+def test_a_damaged_single_file(exported, tmp_path, pictures):
+    folder = changed(exported, tmp_path, lambda m: m.update(thresholds=[0.5, 0.5]))
+    (folder / 'cascade.onnx').write_bytes((folder / 'cascade_batch.onnx').read_bytes())
+    with pytest.raises(ValueError, match=r'cascade\.onnx is damaged or another file'):
+        load_runner(folder).Cascade(folder).predict(pictures.numpy()[:1])
 
 
 def test_a_tie_leaves_and_nan_does_not(cascade, calibrated, pictures):
@@ -130,7 +153,7 @@ def test_runs_where_torch_cannot_be_imported(exported, tmp_path, cascade, pictur
     want = cascade.predict(cascade.preprocess(Image.fromarray(image))[None])
     label = cascade.manifest['label_names'][int(want.logits.argmax())]
     assert f'{label}, confidence {want.confidence[0]:.3f}, exit {want.exit[0]},' in done.stdout
-    assert '% of MACs saved' in done.stdout
+    assert '% of all MACs' in done.stdout
 
 
 def test_the_runner_is_small():
@@ -172,8 +195,43 @@ def test_another_format_and_a_table_of_another_precision(exported, tmp_path):
         load_runner(folder).Cascade(folder)
 
 
+@pytest.mark.parametrize('text', ['{"format": "timm-cascade-exp', '', '[1]'])
+def test_a_manifest_that_is_not_whole(text, exported, tmp_path):
+    folder = changed(exported, tmp_path, lambda m: None)
+    (folder / 'cascade.json').write_text(text)
+    with pytest.raises(ValueError, match=r'cascade\.json is damaged .*Copy the folder again'):
+        load_runner(folder).Cascade(folder)
+
+
+def test_a_file_outside_the_folder_is_not_read(exported, tmp_path):
+    folder = changed(exported, tmp_path, lambda m: m['stages'][0].update(file='../stage_0.onnx'))
+    (folder / 'stage_0.onnx').rename(tmp_path / 'stage_0.onnx')
+    with pytest.raises(OSError, match=r'copy.stage_0\.onnx'):
+        load_runner(folder).Cascade(folder)
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['text.txt'], "cannot identify image file 'text.txt'"),
+        (['nothing.png'], 'nothing.png'),
+        (['image.png', '--max-drop', '1.5'], 'no certified point for max_drop 1.5; there are [0.0, 0.001'),
+        ([], 'the following arguments are required: images'),
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments, message, exported, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'text.txt').write_text('no image')
+    Image.new('RGB', (16, 16)).save(tmp_path / 'image.png')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['runner.py', *arguments])
+    with pytest.raises(SystemExit, match='2'):
+        runpy.run_path(str(exported / 'runner.py'), run_name='__main__')
+    assert message in capsys.readouterr().err.split('error: ')[1]
+
+
 def test_a_drop_that_the_table_does_not_have(cascade):
-    with pytest.raises(ValueError, match=r'no certified point for max_drop -0\.1'):
-        cascade.set_max_drop(-0.1)
+    for max_drop in (-0.1, 1.1, float('nan')):
+        with pytest.raises(ValueError, match=f'no certified point for max_drop {max_drop}'):
+            cascade.set_max_drop(max_drop)
     with pytest.raises(ValueError, match='expected 2 numbers'):
         cascade.set_thresholds([0.5])

@@ -169,7 +169,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         ExportError: `folder` exists.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise ExportError(f'{folder} exists already; give a new folder, or remove it first.')
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.', suffix='.tmp'))
@@ -178,7 +178,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
-        if folder.exists():  # a rename would replace an empty one
+        if os.path.lexists(folder):  # a rename would replace an empty one
             raise ExportError(f'{folder} was made by another program meanwhile; nothing was written.')
         temporary.rename(folder)
     finally:

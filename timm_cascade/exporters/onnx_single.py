@@ -44,6 +44,8 @@ def write_single(manifest: Manifest, folder: Path, path: Path, batch: bool = Fal
         raise ExportError(f'the stages have {size} bytes; one ONNX file holds at most {MAX_BYTES}.')
     builder = _Builder(manifest, folder, batch)
     nodes, weights = builder.stage(0, {'images': 'images'}, list(ANSWERS))
+    limits = [f'exit_{k}/threshold' for k in range(len(manifest.thresholds))]
+    nodes.insert(0, onnx.helper.make_node('Split', ['thresholds', 'ones'], limits))
     samples: Any = 'batch' if batch else 1
     thresholds = np.array([math.inf if t is None else t for t in manifest.thresholds], np.float32)
     if default:
@@ -89,8 +91,8 @@ class _Builder:
         self.opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items()]
         self.ir_version = max(model.ir_version for model in self.models)
         self.rows = sorted({t.rows for stage in manifest.stages for t in stage.live if t.rows > 1}) if batch else []
-        values: dict[str, Any] = {f'at_{k}': [k] for k in range(len(self.models) - 1)}
-        values |= dict(first=[0], last=[1], flat=[-1], nothing=0) if batch else dict(first=[0])
+        values: dict[str, Any] = dict(ones=[1] * (len(self.models) - 1))
+        values |= dict(first=[0], last=[1], flat=[-1], nothing=0) if batch else {}
         for rows in self.rows:
             values |= {f'rows_{rows}': rows, f'offsets_{rows}': np.arange(rows)[None]}
         self.constants = [onnx.numpy_helper.from_array(np.asarray(v, np.int64), k) for k, v in values.items()]
@@ -115,7 +117,6 @@ class _Builder:
         available = {**given, **made}
         live = [(t.name, t.rows) for t in self.manifest.stages[k].live]
         leaves, done = f'exit_{k}/leaves', f'exit_{k}/all_leave'
-        nodes.append(node('Gather', ['thresholds', f'at_{k}'], [f'exit_{k}/threshold'], axis=0))
         nodes.append(node('GreaterOrEqual', [own[2], f'exit_{k}/threshold'], [leaves]))  # of a NaN: no
         later = [f'stage_{k + 1}/{name}' for name in ANSWERS]
         if self.batch:
@@ -131,7 +132,7 @@ class _Builder:
             ]
             later = merged
         else:
-            nodes.append(node('Squeeze', [leaves, 'first'], [done]))
+            done = leaves  # a condition of one element needs no scalar
             inner, inner_weights = self.stage(k + 1, {name: available[name] for name, _ in live}, later)
         taken = [f'exit_{k}/taken/{name}' for name in ANSWERS]
         yes = self.helper.make_graph(

@@ -34,7 +34,7 @@ def image_batches(cascade: Cascade, data: ImageData, batch_size: int) -> Iterato
 
 def stage_sessions(cascade: Cascade) -> list[Any]:
     """One onnxruntime session per stage, each with its head."""
-    return [cascade.session(k, k) for k in range(len(cascade.stages))]
+    return [cascade.session([stage]) for stage in cascade.stages]
 
 
 def every_stage(

@@ -21,13 +21,16 @@ class Cascade:
     """The stages in `folder`; samples leave between them. `threads` and `providers` are onnxruntime's."""
 
     def __init__(self, folder: str | Path, threads: int = 0, providers: tuple[Any, ...] = ('CPUExecutionProvider',)):
-        self.manifest: dict[str, Any] = json.loads((Path(folder) / 'cascade.json').read_text(encoding='utf-8'))
-        kind = tuple(self.manifest.get(key) for key in ('format', 'format_version', 'kind'))
+        try:
+            self.manifest: dict[str, Any] = json.loads((Path(folder) / 'cascade.json').read_text(encoding='utf-8'))
+            kind = tuple(self.manifest.get(key) for key in ('format', 'format_version', 'kind'))
+        except (ValueError, AttributeError) as e:
+            raise ValueError(f'{folder}/cascade.json is damaged ({e}). Copy the folder again.') from e
         if kind != ('timm-cascade-export', 1, 'onnx'):
             raise ValueError(f'{folder}/cascade.json is {kind}, not an ONNX export that this runner can read.')
         self.folder, self.stages, self._sessions = Path(folder), self.manifest['stages'], dict[tuple[int, int], Any]()
-        self._settings = ort.SessionOptions(), list(providers)
-        self._settings[0].intra_op_num_threads = threads
+        self._settings, self._single = (ort.SessionOptions(), list(providers)), list[Any]()
+        self._settings[0].intra_op_num_threads, self._settings[0].log_severity_level = threads, 3
         self.set_thresholds(self.manifest['thresholds'])
 
     def set_thresholds(self, values: list[float | None] | np.ndarray) -> None:
@@ -37,17 +40,16 @@ class Cascade:
             raise ValueError(f'thresholds {list(values)}: expected {len(self.stages) - 1} numbers, None for closed.')
         ends = [k for k, s in enumerate(self.stages) if k == len(found) or found[k] < math.inf or not s.get('cuts')]
         runs = zip([0, *(k + 1 for k in ends)], ends, strict=False)  # of stages without an open exit in between
-        self._sessions = {run: self._sessions.get(run) or self.session(*run) for run in runs}
+        self._sessions = {(a, b): self._sessions.get((a, b)) or self.session(self.stages[a : b + 1]) for a, b in runs}
         self.thresholds = found
 
-    def session(self, first: int, last: int) -> ort.InferenceSession:
-        """Stages first..last as one; its last two outputs are logits (N, C) and confidence (N,) of stage `last`."""
-        stages = self.stages[first : last + 1]
-        files = {s['file']: (self.folder / s['file']).read_bytes() for s in stages}
+    def session(self, stages: list[dict[str, Any]]) -> ort.InferenceSession:
+        """Stages that follow each other as one; its last two outputs are logits (N, C) and confidence (N,)."""
+        files = {s['file']: (self.folder / Path(s['file']).name).read_bytes() for s in stages}
         if damaged := [s['file'] for s in stages if hashlib.sha256(files[s['file']]).hexdigest() != s['sha256']]:
             raise ValueError(f'{self.folder}/{damaged[0]} is damaged or another file (sha256). Copy it again.')
         try:
-            data = files[stages[0]['file']] if last == first else _join(stages, files)
+            data = files[stages[0]['file']] if len(stages) == 1 else _join(stages, files)
             return ort.InferenceSession(data, *self._settings)
         except Exception as e:
             raise ValueError(f'onnxruntime {ort.__version__} cannot load {stages[0]["file"]}: {e}') from e
@@ -59,7 +61,7 @@ class Cascade:
             raise ValueError(f'no table for {precision}, only {measured}: timm-cascade calibrate FOLDER --data DATA.')
         kind = rule, 'labels' if table['provenance'].get('labelled', True) else 'backbone'
         points = [p for p in table['points'] if (p['rule'], p['reference']) == kind and (p['level'] or level) >= level]
-        if not (allowed := [p for p in points if p['max_drop'] <= max_drop]):
+        if not (allowed := [p for p in points if p['max_drop'] <= max_drop <= 1]):
             raise ValueError(f'no {rule} point for max_drop {max_drop}; there are {[p["max_drop"] for p in points]}.')
         point = max(allowed, key=lambda p: (p.get('scope') != 'setting', p['max_drop'], -(p['level'] or 0), -p['cost']))
         self.set_thresholds(point['thresholds'])
@@ -90,32 +92,28 @@ class Cascade:
         n, fixed, size = len(images), self.manifest['batch_size'], tuple(self.manifest['preprocessing']['input_size'])
         if images.dtype != np.float32 or images.shape[1:] != size:
             raise ValueError(f'images are {images.dtype} {images.shape}; expected float32 (N, {str(size)[1:-1]}).')
-        if n and not fixed:
-            return self._route(images, n)
-        step, starts = fixed or 1, range(0, max(n, 1), fixed or 1)  # no image at all runs as one that is dropped
-        parts = [self._route(np.resize(images[i : i + step], (step, *size)), min(step, n - i)) for i in starts]
-        return Output(*map(np.concatenate, zip(*parts, strict=True)))
-
-    def _route(self, images: np.ndarray, n: int) -> Output:  # for the first n; others fill a batch of fixed size
-        values, ids, classes = {'images': images}, np.arange(n), self.manifest['num_classes']
-        out = Output(np.empty((n, classes), np.float32), np.empty(n, int), np.empty(n, np.float32))
-        for (_, k), session in self._sessions.items():
-            found = session.run(None, {value.name: values[value.name] for value in session.get_inputs()})
-            logits, confidence = found[-2][: len(ids)], found[-1][: len(ids)]
-            final = k == len(self.thresholds)  # where a NaN leaves, too
-            if len(ids) == n and (final or confidence.min(initial=math.inf) >= self.thresholds[k]):
-                return Output(logits, np.full(n, k), confidence)
-            values.update(zip((value.name for value in session.get_outputs()), found, strict=True))
-            if not final and confidence.max() < self.thresholds[k]:
-                continue
-            leaves = np.full(len(ids), True) if final else confidence >= self.thresholds[k]
-            gone, keep = ids[leaves], np.flatnonzero(~leaves)
-            out.logits[gone], out.exit[gone], out.confidence[gone] = logits[leaves], k, confidence[leaves]
-            if not len(keep):
-                break
-            ids, rows = ids[keep], np.resize(keep, self.manifest['batch_size'] or len(keep))
-            for name, r in ((t['name'], t['rows']) for t in self.stages[k]['live'] if t['rows']):
-                values[name] = values[name][(rows[:, None] * r + np.arange(r)).ravel()]  # r rows belong to a sample
+        if n == 1 and len(self._sessions) == len(self.stages) and (sha := self.manifest['others'].get('cascade.onnx')):
+            self._single = self._single or [self.session([dict(file='cascade.onnx', sha256=sha)])]  # one call for all
+            return Output(*self._single[0].run(None, {'images': images, 'thresholds': self.thresholds}))
+        out = Output(np.empty((n, self.manifest['num_classes']), np.float32), np.empty(n, int), np.empty(n, np.float32))
+        for start in range(0, max(n, 1), step := fixed or max(n, 1)):  # no image at all runs as one that is dropped
+            ids, some = np.arange(start, min(start + step, n)), images[start : start + step]
+            values = {'images': some if len(some) == step else np.resize(some, (step, *size))}
+            for (_, k), session in self._sessions.items():
+                found = session.run(None, {value.name: values[value.name] for value in session.get_inputs()})
+                logits, confidence, final = found[-2][: len(ids)], found[-1][: len(ids)], k == len(self.thresholds)
+                leaves = np.full(len(ids), True) if final else confidence >= self.thresholds[k]  # in the end a NaN, too
+                if (leaving := np.count_nonzero(leaves)) == n:
+                    return Output(logits, np.full(n, k), confidence)
+                values.update(zip((value.name for value in session.get_outputs()), found, strict=True))
+                if leaving:
+                    gone, keep = ids[leaves], np.flatnonzero(~leaves)
+                    out.logits[gone], out.exit[gone], out.confidence[gone] = logits[leaves], k, confidence[leaves]
+                    if not len(keep):
+                        break
+                    ids, rows = ids[keep], np.resize(keep, fixed or len(keep))
+                    for name, r in ((t['name'], t['rows']) for t in self.stages[k]['live'] if t['rows']):
+                        values[name] = values[name][(rows[:, None] * r + np.arange(r)).ravel()]  # r rows per sample
         return out
 
 
@@ -138,12 +136,14 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description='Classifies images with the exported cascade of this folder.')
     parser.add_argument('images', nargs='+')
     parser.add_argument('--max-drop', type=float, help='accuracy that may be given up; 0.01 is one percentage point')
-    args, cascade = parser.parse_args(), Cascade(Path(__file__).parent)
-    labels = cascade.manifest['label_names'] or [f'class {i}' for i in range(cascade.manifest['num_classes'])]
-    if args.max_drop is not None:
-        cascade.set_max_drop(args.max_drop)
-    for path in args.images:
-        logits, (at,), (sure,) = cascade.predict(cascade.preprocess(path)[None])
-        saved = 1 - sum(s['macs'] for s in cascade.stages[: at + 1]) / cascade.manifest['backbone_macs']
-        label = labels[logits.argmax()]
-        print(f'{path}: {label}, confidence {sure:.3f}, exit {at}, {100 * saved:.0f} % of MACs saved')
+    try:
+        args, cascade = parser.parse_args(), Cascade(Path(__file__).parent)
+        labels = cascade.manifest['label_names'] or [f'class {i}' for i in range(cascade.manifest['num_classes'])]
+        if args.max_drop is not None:
+            cascade.set_max_drop(args.max_drop)
+        for path in args.images:
+            logits, (at,), (sure,) = cascade.predict(cascade.preprocess(path)[None])
+            spent = sum(s['macs'] for s in cascade.stages[: at + 1]) / cascade.manifest['backbone_macs']
+            print(f'{path}: {labels[logits.argmax()]}, confidence {sure:.3f}, exit {at}, {spent:.0%} of all MACs')
+    except (ImportError, OSError, ValueError) as e:
+        parser.error(str(e))

@@ -109,6 +109,8 @@ class Requests:
             raise ValueError('max_drop and thresholds need a model in evaluation mode; call model.eval() first.')
         if max_drop is None:
             return check_thresholds(thresholds, model.exits, count)
+        if isinstance(max_drop, (int, float)) and 0 <= max_drop <= 1:  # a lookup: arrays would cost single images time
+            return self._resolved(model, float(max_drop))
         rows = [self._resolved(model, d) for d in row_per_image(max_drop, 1 if count is None else count)]
         return rows[0] if np.ndim(max_drop) == 0 else torch.tensor(rows).reshape(-1, len(model.exits))
 

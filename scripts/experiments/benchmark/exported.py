@@ -157,7 +157,7 @@ def network_rows(name: str, folder: Path, batch: int, seconds: float, least: int
     batches, count = np.split(images, n // batch), len(cascade.stages)
     found = confidences(cascade, images)
     cascade.set_thresholds([2.0] * (count - 1))  # all exits open, as they stay
-    sessions = [cascade.session(k, k) for k in range(count)]
+    sessions = [cascade.session([stage]) for stage in cascade.stages]
     contestants: dict[str, Callable[[], Any]] = dict(
         plain=partial(run_all, plain, batches), closed=partial(routed, closed, [None] * (count - 1), batches)
     )
