@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,19 @@ pytest.importorskip('onnxscript')
 pytest.importorskip('onnxruntime')
 
 from exporters.cases import calibrate_by_hand, small_model
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _one_registry() -> Iterator[None]:
+    """torch parses the source of all its ONNX operators at every export: here once, which is half of what they take."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:  # it may move
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, 'from_torchlib', staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
 
 
 @pytest.fixture(scope='session')

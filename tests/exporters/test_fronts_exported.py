@@ -8,16 +8,16 @@ from exporters.cases import between, load_runner, quietly_export
 from helpers import batch_for, near
 
 SIZE = dict(input_size=(3, 16, 16), mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
-COLOUR = dict(num_classes=5, pretrained_cfg_overlay=SIZE)
-SMALL = dict(num_classes=5, pretrained_cfg_overlay={**SIZE, 'input_size': (3, 12, 12), 'mean': (0.1, 0.2, 0.3)})
+COLOUR = dict(num_classes=5, depth=1, pretrained_cfg_overlay=SIZE)
+SMALL = {**COLOUR, 'pretrained_cfg_overlay': {**SIZE, 'input_size': (3, 12, 12), 'mean': (0.1, 0.2, 0.3)}}
 
 
 @pytest.mark.parametrize(
     'front, exits',
     [
-        ('cifar_resnet20@11', 1),  # its weights are the backbone's
-        (lambda: timm.create_model('cifar_resnet20', depth=1, **COLOUR), 0),  # at the backbone's own size
-        (lambda: [timm.create_model('cifar_resnet20', depth=1, **SMALL), 'cifar_resnet20@9'], 1),
+        pytest.param('cifar_resnet20@11', 1, marks=pytest.mark.slow),  # its weights are the backbone's, as one of two
+        (lambda: timm.create_model('cifar_resnet20', width=8, **COLOUR), 0),  # at the backbone's own size
+        (lambda: [timm.create_model('cifar_resnet20', width=8, **SMALL), 'cifar_resnet20@9'], 1),
     ],
     ids=['shared', 'same size', 'two'],
 )

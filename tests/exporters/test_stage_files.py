@@ -35,7 +35,9 @@ def every_exit(cascade, images):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('name, size', [('test_resnet', {}), ('test_vit', dict(depth=2))])
+@pytest.mark.parametrize(
+    'name, size', [pytest.param('test_resnet', {}, marks=pytest.mark.slow), ('test_vit', dict(depth=2))]
+)
 def test_logits_differ_by_no_more_than_the_networks_own_rounding(name, size, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model(f'cascade_{name}', num_classes=7, exits=1, **size).eval()
