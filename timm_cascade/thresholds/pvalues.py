@@ -9,6 +9,7 @@ scipy is imported where it is used: it would double what importing the package c
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -137,6 +138,7 @@ class _Region:
         return (mass * special.bdtr(self.bound, rest, given)).sum(axis=1) + self.missed
 
 
+@lru_cache(maxsize=1 << 12)  # settings that choose the same row of a path ask for the same
 def drop_interval(harmful: int, helpful: int, n: int, level: float = 0.9) -> tuple[float, float]:
     """Two-sided score interval for p10 - p01 (Tango, Statistics in Medicine 1998).
 
