@@ -71,7 +71,10 @@ def write_card(model: CascadeModel, recipe: dict[str, Any], report: dict[str, An
             name=recipe['name'],
             picture=PICTURE if (path.parent / PICTURE).exists() else None,
             results=results,
-            metadata=dict(license=recipe['model']['licence'], datasets=[data['dataset']]),
+            # only an id is a data set to the Hub
+            metadata=dict(
+                license=recipe['model']['licence'], datasets=[data['dataset']] if '/' in data['dataset'] else None
+            ),
             marker='',
             dial=dial,
             report=report,

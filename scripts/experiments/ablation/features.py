@@ -112,7 +112,7 @@ def cascade(pair: dict[str, Any], work: Path) -> timm_cascade.CascadeModel:
 
 
 def _write(pair: dict[str, Any], work: Path) -> None:
-    model, recipe = cascade(pair, work), recipe_of(pair)
+    model, recipe = cascade(pair, work).to(memory_format=torch.channels_last), recipe_of(pair)
     for i, point in enumerate(model.exits):
         model.heads[i] = _AllGrids(point.channels, point.size, 0, point.layout, point.prefix_tokens)
     for split in _splits(pair):
@@ -121,7 +121,8 @@ def _write(pair: dict[str, Any], work: Path) -> None:
         generator = torch.Generator().manual_seed(int(split[4:])) if split.startswith('view') else None
         data = DATA[recipe['data']['name']](recipe['data']['train' if generator else split])
         began, parts, logits = time.time(), [[] for _ in model.exits], []
-        for images, _ in create_loader(model, data, 500):
+        for images, _ in create_loader(model, data, 64):  # larger batches leave the processor's cache
+            images = images.contiguous(memory_format=torch.channels_last)
             if generator:
                 images = augment(images, recipe['backbone']['pad'], recipe['backbone']['flip'], generator)
             with torch.inference_mode():
