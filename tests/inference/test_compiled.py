@@ -68,6 +68,13 @@ def cascade():
     return model, x
 
 
+@pytest.fixture
+def untraced():
+    """What torch.compile gives runs as it was written, which takes no tracing: for what is ours around it."""
+    with torch.compiler.set_stance('force_eager'):
+        yield
+
+
 def agree(out, want):
     assert torch.equal(out.exit, want.exit)
     assert near(out.logits, want.logits) and near(out.confidence, want.confidence)
@@ -125,7 +132,7 @@ def test_half_precision(cascade, dtype):
 
 @torch.no_grad()
 @pytest.mark.parametrize('static', [False, True])
-def test_padding_to_a_few_batch_sizes_changes_nothing(cascade, static):
+def test_padding_to_a_few_batch_sizes_changes_nothing(cascade, static, untraced):
     model, x = cascade
     want = model.predict(x)
     model.compile(backend='eager')
@@ -175,7 +182,7 @@ def test_one_image_that_is_left_of_a_batch_compiles_nothing(cascade):
 
 
 @torch.no_grad()
-def test_new_weights_are_compiled_again(cascade):
+def test_new_weights_are_compiled_again(cascade, untraced):
     model, x = cascade
     model.thresholds = None
     model.compile(backend='eager')
@@ -214,7 +221,7 @@ def test_heads_stand_in_their_stages_and_closed_ones_are_not_computed(cascade):
 
 @torch.no_grad()
 @pytest.mark.parametrize('change', ['write', 'assign', 'replace', 'inner', 'move'])
-def test_heads_that_change_are_compiled_again(cascade, change):
+def test_heads_that_change_are_compiled_again(cascade, change, untraced):
     model, x = cascade
     model.compile(backend='eager')
     before = model.predict(x)
@@ -237,7 +244,7 @@ def test_heads_that_change_are_compiled_again(cascade, change):
 
 
 @torch.no_grad()
-def test_a_replaced_module_of_the_backbone_is_compiled_again(cascade):
+def test_a_replaced_module_of_the_backbone_is_compiled_again(cascade, untraced):
     model, x = cascade
     model.compile(backend='eager')
     before = model.predict(x)
@@ -266,7 +273,7 @@ def test_a_tie_leaves_and_nan_does_not(cascade):
 
 @torch.no_grad()
 @pytest.mark.parametrize('mode', ['default', 'buckets'])
-def test_borders(cascade, mode):
+def test_borders(cascade, mode, untraced):
     """All exit at once, none exits, one image, thresholds of each image, batches kept whole: as without compiling."""
     model, x = cascade
     own = torch.tensor([[0.0, 2.0], [2.0, 0.0], [2.0, 2.0]]).repeat(4, 1)
@@ -339,7 +346,7 @@ def test_inference_mode(cascade):
 
 
 @torch.no_grad()
-def test_copies_compile_their_own(cascade):
+def test_copies_compile_their_own(cascade, untraced):
     model, x = cascade
     want = model.predict(x)
     model.compile(backend='eager')
@@ -349,7 +356,7 @@ def test_copies_compile_their_own(cascade):
 
 
 @torch.no_grad()
-def test_threads_share_the_stages(cascade):
+def test_threads_share_the_stages(cascade, untraced):
     model, x = cascade
     want = model.predict(x)
     model.compile(backend='eager')

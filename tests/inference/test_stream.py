@@ -142,7 +142,7 @@ class Peak(TorchDispatchMode):
 def test_peak_memory_is_the_backbone_s_and_the_buffers(name):
     """At most 1.2 times the plain backbone's peak, and what may wait: one batch of features per exit."""
     model = timm.create_model(f'cascade_{name}', num_classes=7, exits=3).eval()
-    x = pictures(model, 192)
+    x = pictures(model, 64)
     spread(model, x)
 
     def batches():
