@@ -15,20 +15,18 @@ os.environ['HF_HOME'] = tempfile.mkdtemp(prefix='timm-cascade-tests-')
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
-import timm
-import torch
-from helpers import ROOT
 from interpreter import Interpreter
 
-import timm_cascade
-from timm_cascade.data import ImageData
+if TYPE_CHECKING:  # torch and ours only where a test asks for them: the process that hands out tests needs neither
+    import timm_cascade
+    from timm_cascade.data import ImageData
 
 atexit.register(shutil.rmtree, os.environ['HF_HOME'], ignore_errors=True)
-sys.path.insert(0, str(ROOT))  # for scripts.*
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for scripts.*
 FAMILIES = ['test_resnet', 'test_vit', 'test_convnext', 'mobilenetv3_small_050']
 
 
@@ -42,21 +40,34 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope='session', params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> timm_cascade.CascadeModel:
     """A small cascade of each family, 7 classes, three exits, nothing set; whoever sets thresholds puts them back."""
+    import timm
+    import torch
+
+    import timm_cascade  # noqa: F401  registers the models
+
     torch.manual_seed(0)
     return timm.create_model(f'cascade_{request.param}', num_classes=7, exits=3).eval()
 
 
 @pytest.fixture(scope='session')
 def _small() -> timm_cascade.CascadeModel:
+    import timm
+    import torch
+
+    import timm_cascade  # noqa: F401  registers the models
+
     torch.manual_seed(0)
     return timm.create_model(
         'cascade_cifar_resnet20',
+        depth=1,
         in_chans=1,
         num_classes=4,
         exits=['layer1', 'layer2'],
@@ -66,8 +77,33 @@ def _small() -> timm_cascade.CascadeModel:
 
 @pytest.fixture
 def small(_small: timm_cascade.CascadeModel) -> timm_cascade.CascadeModel:
-    """cascade_cifar_resnet20 with two exits for grey 16x16 images."""
+    """cascade_cifar_resnet20 of one block a group, with two exits, for grey 16x16 images."""
     return copy.deepcopy(_small)
+
+
+@pytest.fixture(scope='session')
+def _released(
+    _small: timm_cascade.CascadeModel, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[timm_cascade.CascadeModel, Path]:
+    from helpers import quarters
+
+    import timm_cascade
+
+    model, images = copy.deepcopy(_small), quarters()
+    timm_cascade.train_heads(model, images, epochs=4, batch_size=32, lr=1e-2)
+    timm_cascade.calibrate(model, images)
+    model.set_max_drop(0.1, rule='joint')
+    model.label_names = images.class_names
+    return model, timm_cascade.save(model, tmp_path_factory.mktemp('released') / 'release')
+
+
+@pytest.fixture
+def released(
+    _released: tuple[timm_cascade.CascadeModel, Path], tmp_path: Path
+) -> tuple[timm_cascade.CascadeModel, Path]:
+    """A calibrated model, and its full release with table and calibration."""
+    model, folder = _released
+    return copy.deepcopy(model), Path(shutil.copytree(folder, tmp_path / 'release'))
 
 
 @pytest.fixture(scope='session')
@@ -96,11 +132,7 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interprete
 
 @pytest.fixture
 def images() -> ImageData:
-    """96 grey 16x16 images of 4 classes that a head can tell apart: a bright quarter on noise."""
-    generator = np.random.default_rng(0)
-    labels = generator.integers(0, 4, 96)
-    pictures = generator.integers(0, 120, (96, 16, 16), dtype=np.uint8)
-    for picture, label in zip(pictures, labels, strict=True):
-        y, x = 8 * (label // 2), 8 * (label % 2)
-        picture[y : y + 8, x : x + 8] += 100
-    return ImageData(pictures, labels, ['a', 'b', 'c', 'd'], 'quarters', 'all')
+    """See `quarters`; each test has its own."""
+    from helpers import quarters
+
+    return quarters()

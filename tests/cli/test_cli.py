@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -42,6 +40,7 @@ def test_the_whole_path(capsys, idx, tmp_path):
         'layer1,layer2',
         '--model-kwargs',
         'in_chans=1',
+        'depth=1',
     )
     assert status == 0 and result['epoch'] == 2 and len(result['accuracy']) == 3 and result['processes'] == 1
 
@@ -90,6 +89,8 @@ def test_a_linear_probe_on_other_classes(capsys, tmp_path):
         2,
         '--lr',
         1e-2,
+        '--model-kwargs',
+        'depth=1',
         '--grad-accum',
         2,
         '--batch-size',
@@ -145,6 +146,7 @@ def test_which_classifier(capsys, caplog, idx, tmp_path, small, monkeypatch, fla
         'layer1',
         '--model-kwargs',
         'in_chans=1',
+        'depth=1',
         '--no-cache',
         *flags,
     )
@@ -175,7 +177,7 @@ def test_how_the_model_reads_images_is_said_as_in_timm_scripts(capsys, idx, tmp_
 
 def test_finetuned_measured_and_reported(capsys, idx, tmp_path):
     argv = ['train', '--model', 'cascade_cifar_resnet20', '--data', idx, '--out', tmp_path / 'out', '--in-chans', 1]
-    argv += ['--exits', 2, '--epochs', 2, '--finetune', 2, '--finetune-lr', 5e-3]
+    argv += ['--model-kwargs', 'depth=1', '--exits', 2, '--epochs', 2, '--finetune', 2, '--finetune-lr', 5e-3]
     status, _, err = run(capsys, *argv)
     assert status == 2 and '--val-split' in err and not (tmp_path / 'out').exists()
     status, result, _ = run(capsys, *argv, '--val-split', 'test')
@@ -209,6 +211,7 @@ def test_a_checkpoint_of_other_classes(capsys, idx, tmp_path, small):
         tmp_path / 'out',
         '--model-kwargs',
         'in_chans=1',
+        'depth=1',
         '--checkpoint',
         tmp_path / 'backbone.pt',
     )
@@ -242,9 +245,10 @@ def test_names_that_are_no_cascade(capsys, idx, tmp_path, model, message):
     assert status == 2 and message in err and not (tmp_path / 'out').exists()
 
 
-def test_it_starts_as_a_module():
-    done = subprocess.run([sys.executable, '-m', 'timm_cascade', '--help'], capture_output=True, text=True, check=True)
-    assert 'usage: timm-cascade' in done.stdout
+def test_it_starts_as_a_module(interpreter, tmp_path):
+    code = "import runpy, sys; sys.argv = ['', '--help']; runpy.run_module('timm_cascade', run_name='__main__')"
+    done = interpreter.run(code, tmp_path)
+    assert done.returncode == 0 and 'usage: timm-cascade' in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize('command', ['train', 'calibrate', 'evaluate', 'info', 'push'])

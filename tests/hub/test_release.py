@@ -13,12 +13,8 @@ from timm_cascade.utils import timm_models
 
 
 @pytest.fixture
-def release(small, images, tmp_path):
-    timm_cascade.train_heads(small, images, epochs=4, batch_size=32, lr=1e-2)
-    timm_cascade.calibrate(small, images)
-    small.set_max_drop(0.1, rule='joint')
-    small.label_names = images.class_names
-    return small, timm_cascade.save(small, tmp_path / 'release')
+def release(released):
+    return released
 
 
 def x():

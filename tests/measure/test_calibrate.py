@@ -12,12 +12,6 @@ from timm_cascade.measure.calibrate import record
 from timm_cascade.measure.evaluate import report_of
 
 
-@pytest.fixture
-def trained(small, images):
-    timm_cascade.train_heads(small, images, epochs=8, batch_size=32, lr=1e-2)
-    return small
-
-
 def test_calibration_is_what_the_exits_say(trained, images):
     calibration = timm_cascade.calibrate(trained, images, batch_size=40)
     transform = timm_cascade.data.eval_transform(trained)

@@ -8,13 +8,6 @@ from timm_cascade.measure.calibrate import record
 from timm_cascade.measure.curve import curve, curve_of, plot_curve
 
 
-@pytest.fixture
-def calibrated(small, images):
-    timm_cascade.train_heads(small, images, epochs=4, batch_size=32, lr=1e-2)
-    timm_cascade.calibrate(small, images)
-    return small
-
-
 def test_every_point_is_what_evaluate_measures(calibrated, images):
     points = curve(calibrated, images)
     assert len(points) > 1 and [p.macs_share for p in points] == sorted(p.macs_share for p in points)

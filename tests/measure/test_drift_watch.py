@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import threading
@@ -14,16 +15,21 @@ import timm_cascade
 from timm_cascade import DriftWatch, NotCalibratedError, TableFormatError
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(scope='module')
+def _model():
     torch.manual_seed(0)
     model = timm.create_model('cascade_test_resnet', num_classes=4, exits=2, in_chans=3).eval()
-    data = [(image, int(i % 4)) for i, image in enumerate(torch.randn(300, 3, 160, 160)[:, :, ::5, ::5])]
+    data = [(image, int(i % 4)) for i, image in enumerate(torch.randn(300, 3, 32, 32))]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         timm_cascade.calibrate(model, data)
     model.thresholds = np.median(model.calibration.confidence[:, :2], axis=0).tolist()
     return model
+
+
+@pytest.fixture
+def model(_model):
+    return copy.deepcopy(_model)
 
 
 def images(n, scale=1.0, seed=1):

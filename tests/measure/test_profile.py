@@ -23,13 +23,6 @@ from timm_cascade.thresholds import (
 )
 
 
-@pytest.fixture
-def trained(small, images):
-    timm_cascade.train_heads(small, images, epochs=8, batch_size=32, lr=1e-2)
-    timm_cascade.calibrate(small, images)
-    return small
-
-
 def made(model, stages, heads, **kwargs):
     """A profile of this machine with these seconds."""
     measured = timm_cascade.profile(model, batch_size=2, repeats=1)
@@ -80,39 +73,39 @@ def test_shares_from_which_an_exit_pays(small):
     assert np.allclose(p.cut_share, [1 / 5, 1 / 2]) and np.allclose(p.break_even, [2 / 5, 3 / 2])
 
 
-def test_the_dial_saves_time(trained):
-    made(trained, (1e-3, 1e-3, 8e-3), (1e-5, 1e-5))
-    in_macs = trained.set_max_drop(0.05, rule='joint')
-    point = trained.set_max_drop(0.05, rule='joint', cost='time')
+def test_the_dial_saves_time(calibrated):
+    made(calibrated, (1e-3, 1e-3, 8e-3), (1e-5, 1e-5))
+    in_macs = calibrated.set_max_drop(0.05, rule='joint')
+    point = calibrated.set_max_drop(0.05, rule='joint', cost='time')
     assert point.cost < 1e-2 and 0 < point.cost_share <= 1 < in_macs.cost
-    assert trained.thresholds.tolist() == pytest.approx(list(np.float32(point.thresholds)))
+    assert calibrated.thresholds.tolist() == pytest.approx(list(np.float32(point.thresholds)))
     # a head that takes longer than everything behind it: saving time keeps this exit closed
-    made(trained, (1e-3, 1e-3, 1e-3), (9e-3, 1e-5))
-    assert np.isinf(trained.set_max_drop(0.05, rule='joint', cost='time').thresholds[0])
-    calibration = in_time(trained.calibration, trained.profiles[0])
-    best = outcome(calibration.samples(), trained.thresholds.numpy())
+    made(calibrated, (1e-3, 1e-3, 1e-3), (9e-3, 1e-5))
+    assert np.isinf(calibrated.set_max_drop(0.05, rule='joint', cost='time').thresholds[0])
+    calibration = in_time(calibrated.calibration, calibrated.profiles[0])
+    best = outcome(calibration.samples(), calibrated.thresholds.numpy())
     macs = outcome(calibration.samples(), in_macs.thresholds)
     assert best.cost <= macs.cost
-    point = trained.set_cost(0.9, cost='time')
+    point = calibrated.set_cost(0.9, cost='time')
     assert point.cost_share <= 0.9 + 1e-9
 
 
-def test_exits_that_save_macs_but_no_time_are_named(trained):
-    made(trained, (1e-3, 1e-3, 1e-3), (9e-3, 1e-6))
-    trained.thresholds = [0.3, None]
-    (saving,) = savings(trained.calibration, trained.profiles[0], trained.thresholds)
+def test_exits_that_save_macs_but_no_time_are_named(calibrated):
+    made(calibrated, (1e-3, 1e-3, 1e-3), (9e-3, 1e-6))
+    calibrated.thresholds = [0.3, None]
+    (saving,) = savings(calibrated.calibration, calibrated.profiles[0], calibrated.thresholds)
     assert saving.exit == 'layer1' and saving.macs > 0 > saving.seconds
-    (text,) = trained.exits_without_time()
+    (text,) = calibrated.exits_without_time()
     assert text.startswith('exit layer1 saves') and 'costs' in text
-    made(trained, (1e-3, 1e-3, 1e-3), (1e-6, 1e-6))
-    assert trained.exits_without_time() == []
-    made(trained, (1e-3, 1e-3, 1e-3), (9e-3, 9e-3))
+    made(calibrated, (1e-3, 1e-3, 1e-3), (1e-6, 1e-6))
+    assert calibrated.exits_without_time() == []
+    made(calibrated, (1e-3, 1e-3, 1e-3), (9e-3, 9e-3))
     with pytest.warns(UserWarning, match='saves .* MACs per image and costs'):
-        trained.set_max_drop(0.05, rule='joint')
+        calibrated.set_max_drop(0.05, rule='joint')
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        trained.set_max_drop(0.05, rule='joint', cost='time')
-    assert not trained.any_open
+        calibrated.set_max_drop(0.05, rule='joint', cost='time')
+    assert not calibrated.any_open
 
 
 @pytest.fixture
@@ -122,61 +115,61 @@ def store(tmp_path, monkeypatch):
     return tmp_path / 'cache' / 'timm_cascade' / 'profiles'
 
 
-def test_time_is_measured_once_where_it_was_not(trained, store):
+def test_time_is_measured_once_where_it_was_not(calibrated, store):
     with pytest.warns(UserWarning, match='was not profiled on this machine') as said:
-        point = trained.set_max_drop(0.05, rule='joint', cost='time')
+        point = calibrated.set_max_drop(0.05, rule='joint', cost='time')
     assert len(said) == 1 and said[0].filename == __file__
-    (p,) = trained.profiles
+    (p,) = calibrated.profiles
     assert 0 < point.cost_share <= 1 and p.exits == ('layer1', 'layer2') and min(p.stage_seconds) > 0
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        trained.set_cost(0.9, cost='time')
-        trained.profiles = []
-        trained.set_max_drop(0.05, rule='joint', cost='time')  # stored, as for another process
-    assert trained.profiles == [p]
+        calibrated.set_cost(0.9, cost='time')
+        calibrated.profiles = []
+        calibrated.set_max_drop(0.05, rule='joint', cost='time')  # stored, as for another process
+    assert calibrated.profiles == [p]
     (file,) = store.iterdir()
     for damage in ('{', profiles_to_json([p, p]), profiles_to_json([replace(p, device='another')])):
         file.write_text(damage)
-        trained.profiles = []
+        calibrated.profiles = []
         with pytest.warns(UserWarning, match='was not profiled on this machine'):
-            trained.set_cost(0.9, cost='time')
+            calibrated.set_cost(0.9, cost='time')
     for other in (dict(device='another'), dict(dtype='bfloat16'), dict(compiled=True)):
-        trained.profiles = [replace(p, **other)]
-        trained.set_max_drop(0.05, rule='joint', cost='time')
-        assert len(trained.profiles) == 2
+        calibrated.profiles = [replace(p, **other)]
+        calibrated.set_max_drop(0.05, rule='joint', cost='time')
+        assert len(calibrated.profiles) == 2
 
 
-def test_another_model_is_measured_by_itself(trained, store):
+def test_another_model_is_measured_by_itself(calibrated, store):
     with pytest.warns(UserWarning, match='was not profiled'):
-        trained.set_max_drop(0.05, rule='joint', cost='time')
-    trained.heads[0].fc.weight.data.mul_(2)
-    trained.calibration = replace(trained.calibration, heads_hash=trained.heads_hash())
-    trained.profiles = []
+        calibrated.set_max_drop(0.05, rule='joint', cost='time')
+    calibrated.heads[0].fc.weight.data.mul_(2)
+    calibrated.calibration = replace(calibrated.calibration, heads_hash=calibrated.heads_hash())
+    calibrated.profiles = []
     with pytest.warns(UserWarning, match='was not profiled'):
-        trained.set_max_drop(0.05, rule='joint', cost='time')
+        calibrated.set_max_drop(0.05, rule='joint', cost='time')
 
 
-def test_a_folder_that_cannot_be_written_to_is_done_without(trained, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_to_is_done_without(calibrated, tmp_path, monkeypatch):
     (tmp_path / 'cache').write_text('a file')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     with pytest.warns(UserWarning, match='was not profiled'):
-        trained.set_max_drop(0.05, rule='joint', cost='time')
+        calibrated.set_max_drop(0.05, rule='joint', cost='time')
 
 
-def test_time_needs_a_calibration(trained, store):
-    p = made(trained, (1e-3, 1e-3, 8e-3), (1e-5, 1e-5))
-    trained.profiles, trained.calibration = [p], None
+def test_time_needs_a_calibration(calibrated, store):
+    p = made(calibrated, (1e-3, 1e-3, 8e-3), (1e-5, 1e-5))
+    calibrated.profiles, calibrated.calibration = [p], None
     with pytest.raises(timm_cascade.NotCalibratedError, match=r'no calibration; its table.*calibrate\(model'):
-        trained.set_max_drop(0.05, cost='time')
+        calibrated.set_max_drop(0.05, cost='time')
     with pytest.raises(ValueError, match="cost is 'watts'"):
-        trained.set_max_drop(0.05, cost='watts')
+        calibrated.set_max_drop(0.05, cost='watts')
     with pytest.raises(ValueError, match='batch_size=0'):
-        timm_cascade.profile(trained, batch_size=0)
+        timm_cascade.profile(calibrated, batch_size=0)
     assert not store.exists()
 
 
-def test_profiles_travel_with_the_release(capsys, trained, tmp_path):
-    hub.save(trained, tmp_path)
+def test_profiles_travel_with_the_release(capsys, calibrated, tmp_path):
+    hub.save(calibrated, tmp_path)
     assert not (tmp_path / hub.PROFILES).exists()
     status, result, _ = run(capsys, 'profile', tmp_path, '--batch-size', 4, '--repeats', 2)
     assert status == 0 and [e['module'] for e in result['exits']] == ['layer1', 'layer2']

@@ -22,11 +22,9 @@ class Counts(HTMLParser):
 
 
 @pytest.fixture
-def calibrated(small, images):
-    timm_cascade.train_heads(small, images, epochs=4, batch_size=32, lr=1e-2)
-    small.label_names = NAMES
-    timm_cascade.calibrate(small, ImageData(images.images, images.labels, NAMES))
-    return small
+def calibrated(calibrated):
+    calibrated.label_names = NAMES
+    return calibrated
 
 
 def test_the_page_says_what_evaluate_measures(calibrated, images, tmp_path):

@@ -244,7 +244,7 @@ KILLED = """
 import os, signal, time, torch, timm, timm_cascade
 torch.set_num_threads(1)
 torch.manual_seed(0)
-model = timm.create_model('cascade_cifar_resnet20', in_chans=1, num_classes=4, exits=['layer1', 'layer2'],
+model = timm.create_model('cascade_cifar_resnet20', depth=1, in_chans=1, num_classes=4, exits=['layer1', 'layer2'],
                           pretrained_cfg_overlay=dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,))).eval()
 model.thresholds = [0.3, 0.3]
 predict = timm_cascade.predict
@@ -270,7 +270,7 @@ print(whole, os.waitpid(start('out'), 0)[1])
 @pytest.mark.parametrize('kills', [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_times_nothing_is_lost_or_doubled(interpreter, folder, tmp_path, kills):
     moments = np.random.default_rng(0).uniform(0, 0.3, kills).tolist()
-    done = interpreter.run(f'FOLDER, MOMENTS = {str(folder)!r}, {moments}\n{KILLED}', tmp_path)
+    done = interpreter.run(f'FOLDER, MOMENTS = {str(folder)!r}, {moments}\n{KILLED}', tmp_path, ours=True)
     assert done.returncode == 0 and done.stdout.split() == ['0', '0'], done.stderr
     assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
     assert json.loads((tmp_path / 'out' / PLAN).read_text())['units'] == len(contents(tmp_path / 'out')) == 24

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 
 import numpy as np
@@ -219,7 +220,7 @@ def test_what_the_time_does_not_suffice_for_and_what_fails_is_named(tmp_path, mo
 
     monkeypatch.setattr(gpu, 'Subject', lambda *args: None)
     monkeypatch.setattr(gpu, 'compare', fail)
-    monkeypatch.setattr(gpu, 'regroup', lambda *args: time.sleep(60))
-    content, page = gpu_trial(tmp_path, '--minutes', '0.1')
+    monkeypatch.setattr(gpu, 'regroup', lambda *args: signal.setitimer(signal.ITIMER_REAL, 0.01) and time.sleep(60))
+    content, page = gpu_trial(tmp_path)
     assert 'OSError: no such kernel' in page and 'The time did not suffice for' in page
     assert content['missing'][0].startswith('regroup')

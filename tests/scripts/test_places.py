@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 from helpers import ROOT
 
 COMMANDS = """
@@ -15,8 +11,8 @@ experiments/ablation experiments/benchmark experiments/coverage experiments/ever
 # as `python PLACE --help` runs it: the folder of the script stands first on the path
 CODE = """
 import os, runpy, sys
-before = list(sys.path)
-for place in sys.argv[1:]:
+before = [p for p in sys.path if p != ROOT]
+for place in PLACES:
     sys.path[:] = [place if os.path.isdir(place) else os.path.dirname(place), *before]
     sys.argv = [place, '--help']
     try:
@@ -30,14 +26,9 @@ assert hasattr(datasets, 'load_dataset'), datasets
 """
 
 
-def test_every_script_starts_and_the_package_datasets_is_the_installed_one(tmp_path):
-    done = subprocess.run(
-        [sys.executable, '-c', CODE, *(str(ROOT / 'scripts' / place) for place in COMMANDS)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p and p != str(ROOT))},
-    )
+def test_every_script_starts_and_the_package_datasets_is_the_installed_one(interpreter, tmp_path):
+    places = [str(ROOT / 'scripts' / place) for place in COMMANDS]
+    done = interpreter.run(f'ROOT, PLACES = {str(ROOT)!r}, {places}\n{CODE}', tmp_path, ours=True)
     assert done.returncode == 0, done.stderr[-3000:]
     for place in COMMANDS:
         assert f'usage: {place.rpartition("/")[2]}' in done.stdout

@@ -82,50 +82,52 @@ def read_all(connection):
     return data
 
 
-def test_clients_that_misbehave_harm_no_other(release, pictures):
-    server = Server(release, '--body-seconds', '1', '--image-bytes', '100000', '--threads', '1')
+def test_clients_that_misbehave_harm_no_other_and_sigterm_answers_what_has_arrived(release, pictures):
+    options = '--body-seconds 1 --image-bytes 100000 --threads 1 --max-batch 2 --max-wait 0.3'
+    server = Server(release, *options.split())
     try:
-        head = b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: '
-        with server.connect() as slow, server.connect() as huge, server.connect() as endless, server.connect() as gone:
-            slow.sendall(head + b'1000\r\n\r\nabc')
-            huge.sendall(head + b'100000000\r\n\r\n' + b'x' * 1000)
-            endless.sendall(b'POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n')
-            for _ in range(3):
-                endless.sendall(b'C350\r\n' + b'x' * 50_000 + b'\r\n')
-            gone.sendall(head + b'1000\r\n\r\nabc')
-            gone.close()
-            with ThreadPoolExecutor(4) as pool:
-                answers = list(pool.map(lambda p: server.get('/predict', p), pictures[:24]))
-            assert [status for status, _ in answers] == [200] * 24
-            assert b' 413 ' in huge.recv(65536) and b' 413 ' in endless.recv(65536) and b' 408 ' in slow.recv(65536)
-        garbage = server.connect()
-        garbage.sendall(b'\x16\x03\x01 not http\r\n\r\n')
-        assert b'400' in read_all(garbage)
-        until = time.monotonic() + 30
-        while b'hung_up"} 1.0' not in (text := server.get('/metrics')[1]) and time.monotonic() < until:
-            time.sleep(0.05)
-        for reason, count in (('slow', 1), ('too_large', 2), ('hung_up', 1)):
-            assert f'timm_cascade_refusals_total{{reason="{reason}"}} {count}.0'.encode() in text
+        misbehave(server, pictures[:24])
+        end_with_a_request(server, pictures[0])
     finally:
         assert server.stop() == 0
 
 
-def test_sigterm_answers_what_has_arrived(release, pictures):
-    server = Server(release, '--threads', '1', '--max-batch', '2', '--max-wait', '0.3')
+def misbehave(server, pictures):
+    head = b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: '
+    with server.connect() as slow, server.connect() as huge, server.connect() as endless, server.connect() as gone:
+        slow.sendall(head + b'1000\r\n\r\nabc')
+        huge.sendall(head + b'100000000\r\n\r\n' + b'x' * 1000)
+        endless.sendall(b'POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n')
+        for _ in range(3):
+            endless.sendall(b'C350\r\n' + b'x' * 50_000 + b'\r\n')
+        gone.sendall(head + b'1000\r\n\r\nabc')
+        gone.close()
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda p: server.get('/predict', p), pictures))
+        assert [status for status, _ in answers] == [200] * len(pictures)
+        assert b' 413 ' in huge.recv(65536) and b' 413 ' in endless.recv(65536) and b' 408 ' in slow.recv(65536)
+    garbage = server.connect()
+    garbage.sendall(b'\x16\x03\x01 not http\r\n\r\n')
+    assert b'400' in read_all(garbage)
+    until = time.monotonic() + 30
+    while b'hung_up"} 1.0' not in (text := server.get('/metrics')[1]) and time.monotonic() < until:
+        time.sleep(0.05)
+    for reason, count in (('slow', 1), ('too_large', 2), ('hung_up', 1)):
+        assert f'timm_cascade_refusals_total{{reason="{reason}"}} {count}.0'.encode() in text
+
+
+def end_with_a_request(server, picture):
     alone = []
-    thread = threading.Thread(target=lambda: alone.append(server.get('/predict', pictures[0])))
-    try:
-        thread.start()  # it waits 0.3 s for another one
-        while b'timm_cascade_queue 1.0' not in server.get('/metrics')[1] and not alone:
-            pass
-        server.process.send_signal(signal.SIGTERM)
-        thread.join(30)
-        assert alone[0][0] == 200 and json.loads(alone[0][1])['label'] in 'abcd'
-        assert server.process.wait(30) == 0
-        with pytest.raises(OSError):
-            server.connect()
-    finally:
-        server.stop()
+    thread = threading.Thread(target=lambda: alone.append(server.get('/predict', picture)))
+    thread.start()  # it waits 0.3 s for another one
+    while b'timm_cascade_queue 1.0' not in server.get('/metrics')[1] and not alone:
+        pass
+    server.process.send_signal(signal.SIGTERM)
+    thread.join(30)
+    assert alone[0][0] == 200 and json.loads(alone[0][1])['label'] in 'abcd'
+    assert server.process.wait(30) == 0
+    with pytest.raises(OSError):
+        server.connect()
 
 
 @pytest.mark.slow
