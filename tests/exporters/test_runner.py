@@ -74,6 +74,13 @@ def test_a_single_image_takes_one_call_where_no_exit_is_closed(exported, tmp_pat
     assert not stages._single
 
 
+def test_a_single_file_that_was_removed_is_not_missed(exported, tmp_path, pictures):
+    folder = changed(exported, tmp_path, lambda m: m.update(thresholds=[0.5, 0.5]))
+    (folder / 'cascade.onnx').unlink()
+    cascade = load_runner(folder).Cascade(folder)
+    assert cascade.predict(pictures.numpy()[:1]).exit.shape == (1,) and not cascade._single
+
+
 def test_a_damaged_single_file(exported, tmp_path, pictures):
     folder = changed(exported, tmp_path, lambda m: m.update(thresholds=[0.5, 0.5]))
     (folder / 'cascade.onnx').write_bytes((folder / 'cascade_batch.onnx').read_bytes())
@@ -191,7 +198,7 @@ def test_another_format_and_a_table_of_another_precision(exported, tmp_path):
         cascade.set_max_drop(0.01)
     shutil.rmtree(folder)
     folder = changed(exported, tmp_path, lambda m: m.update(format_version=2))
-    with pytest.raises(ValueError, match='not an ONNX export that this runner can read'):
+    with pytest.raises(ValueError, match='not an ONNX export of format version 1'):
         load_runner(folder).Cascade(folder)
 
 
@@ -199,7 +206,7 @@ def test_another_format_and_a_table_of_another_precision(exported, tmp_path):
 def test_a_manifest_that_is_not_whole(text, exported, tmp_path):
     folder = changed(exported, tmp_path, lambda m: None)
     (folder / 'cascade.json').write_text(text)
-    with pytest.raises(ValueError, match=r'cascade\.json is damaged .*Copy the folder again'):
+    with pytest.raises(ValueError, match=r'cascade\.json cannot be used: .*Copy the folder again'):
         load_runner(folder).Cascade(folder)
 
 

@@ -23,12 +23,12 @@ class Cascade:
     def __init__(self, folder: str | Path, threads: int = 0, providers: tuple[Any, ...] = ('CPUExecutionProvider',)):
         try:
             self.manifest: dict[str, Any] = json.loads((Path(folder) / 'cascade.json').read_text(encoding='utf-8'))
-            kind = tuple(self.manifest.get(key) for key in ('format', 'format_version', 'kind'))
+            if (*map(self.manifest.get, ('format', 'format_version', 'kind')),) != ('timm-cascade-export', 1, 'onnx'):
+                raise ValueError('it is not an ONNX export of format version 1, which this runner can read')
         except (ValueError, AttributeError) as e:
-            raise ValueError(f'{folder}/cascade.json is damaged ({e}). Copy the folder again.') from e
-        if kind != ('timm-cascade-export', 1, 'onnx'):
-            raise ValueError(f'{folder}/cascade.json is {kind}, not an ONNX export that this runner can read.')
+            raise ValueError(f'{folder}/cascade.json cannot be used: {e}. Copy the folder again, or export it.') from e
         self.folder, self.stages, self._sessions = Path(folder), self.manifest['stages'], dict[tuple[int, int], Any]()
+        self._single_hash = (self.folder / 'cascade.onnx').is_file() and self.manifest['others'].get('cascade.onnx')
         self._settings, self._single = (ort.SessionOptions(), list(providers)), list[Any]()
         self._settings[0].intra_op_num_threads, self._settings[0].log_severity_level = threads, 3
         self.set_thresholds(self.manifest['thresholds'])
@@ -92,21 +92,21 @@ class Cascade:
         n, fixed, size = len(images), self.manifest['batch_size'], tuple(self.manifest['preprocessing']['input_size'])
         if images.dtype != np.float32 or images.shape[1:] != size:
             raise ValueError(f'images are {images.dtype} {images.shape}; expected float32 (N, {str(size)[1:-1]}).')
-        if n == 1 and len(self._sessions) == len(self.stages) and (sha := self.manifest['others'].get('cascade.onnx')):
-            self._single = self._single or [self.session([dict(file='cascade.onnx', sha256=sha)])]  # one call for all
+        if n == 1 and self._single_hash and len(self._sessions) == len(self.stages):  # all exits are open: one call
+            self._single = self._single or [self.session([dict(file='cascade.onnx', sha256=self._single_hash)])]
             return Output(*self._single[0].run(None, {'images': images, 'thresholds': self.thresholds}))
         out = Output(np.empty((n, self.manifest['num_classes']), np.float32), np.empty(n, int), np.empty(n, np.float32))
-        for start in range(0, max(n, 1), step := fixed or max(n, 1)):  # no image at all runs as one that is dropped
+        for start in range(0, n, step := fixed or max(n, 1)):
             ids, some = np.arange(start, min(start + step, n)), images[start : start + step]
             values = {'images': some if len(some) == step else np.resize(some, (step, *size))}
             for (_, k), session in self._sessions.items():
                 found = session.run(None, {value.name: values[value.name] for value in session.get_inputs()})
                 logits, confidence, final = found[-2][: len(ids)], found[-1][: len(ids)], k == len(self.thresholds)
-                leaves = np.full(len(ids), True) if final else confidence >= self.thresholds[k]  # in the end a NaN, too
-                if (leaving := np.count_nonzero(leaves)) == n:
+                if len(ids) == n and (final or confidence.min() >= self.thresholds[k]):
                     return Output(logits, np.full(n, k), confidence)
                 values.update(zip((value.name for value in session.get_outputs()), found, strict=True))
-                if leaving:
+                if final or not confidence.max() < self.thresholds[k]:  # a NaN leaves in the end
+                    leaves = np.full(len(ids), True) if final else confidence >= self.thresholds[k]
                     gone, keep = ids[leaves], np.flatnonzero(~leaves)
                     out.logits[gone], out.exit[gone], out.confidence[gone] = logits[leaves], k, confidence[leaves]
                     if not len(keep):
