@@ -122,14 +122,14 @@ def one_stream(
 
 
 def cost(model: Any, batch: int, repeats: int) -> dict[str, float]:
-    """CPU time of calls over that of `predict(x)`: the median of passes over 256 images (2,048 in batches).
+    """CPU time of calls over that of `predict(x)`: the median of passes over 256 images (512 in batches).
 
     watched and shadowed: with a watch that compares only, and with one that shadows 1 %. request: with the active
     `max_drop` as an argument. routed: the router alone, without what `predict` checks and resolves.
     """
     x = normalised(model, images_of(model, 2048)[0])
     parts = [x[i : i + batch] for i in range(0, len(x), batch)]
-    step = 256 if batch == 1 else len(parts)
+    step = 256 if batch == 1 else 512 // batch
     model.set_max_drop(MAX_DROP)
     calls: dict[str, Callable[[torch.Tensor], Any]] = dict(
         plain=model.predict,
