@@ -129,6 +129,11 @@ def parse_config(text: str, source: str = 'config.json') -> ReleaseConfig:
     unknown = sorted(set(cfg) - {f.name for f in fields(PretrainedCfg)})
     if unknown:
         raise ReleaseError(f'{source}: pretrained_cfg has keys that timm does not know: {str(unknown)[:200]}.')
+    args = file.model_args.model_dump(exclude_unset=True)
+    cfg['num_classes'] = file.num_classes
+    channels = args.get('in_chans')
+    if file.cascade is None and isinstance(channels, int) and 0 < channels < 10_000:
+        cfg['input_size'] = (channels, *cfg['input_size'][1:])  # before 1.0.31 timm itself saves the checkpoint's
     labels = {key: getattr(file, key) or cfg.get(key) for key in ('label_names', 'label_descriptions')}
     cascade = file.cascade
     published = base_model = digest = None
@@ -141,7 +146,7 @@ def parse_config(text: str, source: str = 'config.json') -> ReleaseConfig:
         fronts=tuple(FrontConfig.from_entry(f, source) for f in cascade.fronts) if cascade else (),
         base=base,
         num_classes=file.num_classes,
-        model_args=file.model_args.model_dump(exclude_unset=True),
+        model_args=args,
         layout=cascade.layout if cascade else 'full',
         version=cascade.format_version if cascade else None,
         files={k: (f.sha256, f.size) for k, f in cascade.files.items()} if cascade and cascade.files else None,
