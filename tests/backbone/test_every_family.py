@@ -8,7 +8,7 @@ from timm.models import model_entrypoint
 from timm.models._manipulate import group_with_matcher
 
 from scripts.experiments.every_backbone.equality import batch, judge, randomise
-from timm_cascade.backbone import backbone_macs, input_size_of
+from timm_cascade.backbone import BackboneError, backbone_macs, input_size_of
 
 
 def picture(side):
@@ -72,6 +72,8 @@ EXPORTED = set(
 )
 
 
+# refused with timm before 1.0.31, and with torch 2.6
+NEEDS_NEWER = {'gcvit_xxtiny', 'efficientvit_b0'}
 # a minute each: five others are cut by an export too
 SLOW = {'nasnetalarge', 'pnasnet5large'}
 
@@ -91,7 +93,12 @@ def test_the_list_has_every_module_file():
 )
 def test_remaining_samples_get_the_logits_they_get_in_the_whole_batch(name):
     torch.manual_seed(0)
-    model = timm.create_model(f'cascade_{name}', num_classes=11, **FAMILIES[name]).eval()
+    try:
+        model = timm.create_model(f'cascade_{name}', num_classes=11, **FAMILIES[name]).eval()
+    except BackboneError as e:
+        if name not in NEEDS_NEWER or 'Upgrade' not in str(e):
+            raise
+        pytest.skip(str(e))
     # four: batch norm of few numbers (maps of one pixel) would be ill-conditioned
     images = batch(input_size_of(model.backbone), 4)
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))

@@ -60,6 +60,11 @@ def test_a_model_whose_arguments_are_not_known_is_not_described_as_another(older
     assert torch.equal(again.backbone(x), backbone(x))
 
 
+def test_a_network_that_older_versions_compute_wrongly_is_refused(older):
+    with timm_models.on_meta(), pytest.raises(timm_cascade.BackboneError, match=r'gcvit_xxtiny .* 1\.0\.31 .* Upgrade'):
+        timm.create_model('cascade_gcvit_xxtiny', img_size=64, embed_dim=16)
+
+
 @pytest.mark.parametrize(
     'name, args',
     [

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..errors import BackboneError
+from ..utils.timm_models import fault_of
 
 __all__ = ['PROBE_BATCH', 'backbone_macs', 'check_classifier', 'meta_pass']
 
@@ -73,7 +74,11 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
     """
     lent: dict[Tensor, Tensor] = {}
     owned = [(m.__dict__, key, m.__dict__[key]) for m in model.modules() for key in ('_parameters', '_buffers')]
+    # plain attributes are caches, such as the relative positions of ConViT before timm 1.0.31
+    plain = [(vars(m), {k: v for k, v in vars(m).items() if isinstance(v, Tensor)}) for m in model.modules()]
     try:
+        for attributes, caches in plain:
+            attributes.update({k: torch.empty_like(v, device='meta') for k, v in caches.items()})
         for attributes, key, tensors in owned:
             attributes[key] = {
                 name: t if t is None else lent.setdefault(t, torch.empty_like(t, device='meta'))
@@ -81,6 +86,8 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
             }
         yield
     finally:
+        for attributes, caches in plain:
+            attributes.update(caches)
         for attributes, key, tensors in owned:
             attributes[key] = tensors
 
@@ -95,6 +102,9 @@ def meta_pass(
 
     Returns:
         The model's output, and its MACs for one image; norms and activations count 0.
+
+    Raises:
+        BackboneError: A model that this version of torch cannot run on the meta device.
     """
     counter = _Counter() if count else None
 
@@ -111,6 +121,13 @@ def meta_pass(
         with torch.no_grad(), _eval_mode(model), _on_meta(model), counter or nullcontext(), _Shapes():
             output = model(images)
         return output, macs()
+    except RuntimeError as e:
+        if 'scalarType' not in str(e):  # what torch 2.6 says of autocast(device_type='meta', enabled=False)
+            raise
+        raise BackboneError(
+            f'{_name_of(model)} switches autocast off for a part of it, which torch {torch.__version__} cannot do on '
+            f'the meta device, where costs are counted. Upgrade torch.'
+        ) from e
     finally:
         for handle in handles:
             handle.remove()
@@ -121,20 +138,25 @@ def backbone_macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
     return meta_pass(model, input_size, {})[1]
 
 
+def _name_of(model: nn.Module) -> str:
+    return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+
+
 def check_classifier(backbone: nn.Module, output: Any) -> None:
     """
     Raises:
-        BackboneError: The output of a meta pass is not logits.
+        BackboneError: The output of a meta pass is not logits, or not of each image alone in this version of timm.
     """
+    if (fault := fault_of(backbone)) is not None:
+        raise BackboneError(f'{_name_of(backbone)} cannot become a cascade: {fault}')
     classes = getattr(backbone, 'num_classes', None)
     want = (PROBE_BATCH, classes) if classes else (PROBE_BATCH,)
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     # with num_classes=0 a classifier returns features; a model that can never have classes is not a classifier
     logits = isinstance(output, Tensor) and (output.ndim == 2 if classes else hasattr(backbone, 'reset_classifier'))
     if classes is None or not logits or found[: len(want)] != want:
-        name = (getattr(backbone, 'pretrained_cfg', None) or {}).get('architecture') or type(backbone).__name__
         shape = ('N', *found[1:]) if isinstance(found, tuple) else found
         raise BackboneError(
-            f'{name} is an encoder without a classifier: it returns {shape} where a cascade needs logits (N, '
-            f'num_classes). Choose a model that classifies; timm often has the same encoder with a head.'
+            f'{_name_of(backbone)} is an encoder without a classifier: it returns {shape} where a cascade needs logits '
+            f'(N, num_classes). Choose a model that classifies; timm often has the same encoder with a head.'
         )

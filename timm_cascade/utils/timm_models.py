@@ -31,6 +31,7 @@ newer: Any = _input  # timm's own functions, or None
 
 __all__ = [
     'create_model',
+    'fault_of',
     'input_size_of',
     'keep_args',
     'kept_args',
@@ -190,6 +191,16 @@ def save_config(model: nn.Module, path: Path, extra: Mapping[str, Any]) -> None:
     for key in ('label_offset', *(['test_input_size'] if fixed else [])):
         cfg.pop(key, None)
     path.write_text(json.dumps(config), encoding='utf-8')
+
+
+def fault_of(model: nn.Module) -> str | None:
+    """Why images must not leave a batch of this model, with this version of timm; None if they may."""
+    if newer is None and type(model).__name__ == 'GlobalContextVit':
+        return (
+            f'before 1.0.31 (here is {timm.__version__}) timm gives windows of one image the global query of another, so '
+            f'that its answer depends on the rest of the batch. Upgrade timm.'
+        )
+    return None
 
 
 def _cfg(model: Any) -> dict[str, Any]:
