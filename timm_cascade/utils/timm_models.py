@@ -197,8 +197,8 @@ def fault_of(model: nn.Module) -> str | None:
     """Why images must not leave a batch of this model, with this version of timm; None if they may."""
     if newer is None and type(model).__name__ == 'GlobalContextVit':
         return (
-            f'before 1.0.31 (here is {timm.__version__}) timm gives windows of one image the global query of another, so '
-            f'that its answer depends on the rest of the batch. Upgrade timm.'
+            f'before 1.0.31 (here is {timm.__version__}) timm gives windows of one image the global query of another, '
+            f'so that its answer depends on the rest of the batch. Upgrade timm.'
         )
     return None
 
