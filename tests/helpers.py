@@ -19,6 +19,7 @@ import timm_cascade
 from timm_cascade.cli.main import main
 from timm_cascade.data import ImageData
 from timm_cascade.inference.batch import confidence
+from timm_cascade.utils import timm_models
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,6 +38,12 @@ def needs(*names: str) -> pytest.MarkDecorator:
 
 def as_png(array: np.ndarray, path: Path) -> None:
     Image.fromarray(array).save(path)
+
+
+def save_as_timm_does(model: nn.Module, folder: str | Path, **kwargs) -> None:
+    """timm's own saving, which before 1.0.31 has to be told what the model was built with."""
+    told = {} if timm_models.newer else dict(model_args=model._model_args)
+    timm.models.save_for_hf(model, str(folder), **told, **kwargs)
 
 
 def write_idx(path, array):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import timm
 import torch
-from helpers import run, write_idx
+from helpers import run, save_as_timm_does, write_idx
 
 import timm_cascade
 
@@ -24,7 +24,7 @@ def test_fronts_without_exits_are_written_and_calibrated(images, tmp_path, capsy
         write_idx(tmp_path / 'data' / f'{part}-images-idx3-ubyte.gz', np.asarray(images.images))
         write_idx(tmp_path / 'data' / f'{part}-labels-idx1-ubyte.gz', images.labels.astype(np.uint8))
     small, large = (timm.create_model('cifar_resnet20', depth=depth, **GREY) for depth in (1, 3))
-    timm.models._hub.save_for_hf(small, 'small')
+    save_as_timm_does(small, 'small')
     torch.save(large.state_dict(), 'large.pt')
     command = ['train', '--model', 'cascade_cifar_resnet20', '--checkpoint', 'large.pt', '--front', 'local-dir:small']
     command += ['--img-size', 16, '--in-chans', 1, '--mean', 0.5, '--std', 0.25, '--data', 'data', '--out', 'out']

@@ -5,11 +5,11 @@ import warnings
 import pytest
 import timm
 import torch
+from helpers import save_as_timm_does
 from safetensors.torch import load_file, save_file
 
 import timm_cascade
 from timm_cascade import hub
-from timm_cascade.utils import timm_models
 
 
 @pytest.fixture
@@ -255,8 +255,7 @@ def test_a_calibration_of_other_weights_or_another_transform_is_not_saved(releas
 
 def test_what_timm_s_own_saving_writes_loads_too(release, tmp_path):
     model, _ = release
-    args = {} if timm_models.newer else dict(model_args=model._model_args)  # before 1.0.31 timm has to be told them
-    timm.models.save_for_hf(model, str(tmp_path / 'foreign'), safe_serialization=True, **args)
+    save_as_timm_does(model, tmp_path / 'foreign', safe_serialization=True)
     loaded = timm.create_model(f'local-dir:{tmp_path / "foreign"}', pretrained=True).eval()
     with torch.no_grad():
         assert torch.equal(loaded(x()), model(x()))

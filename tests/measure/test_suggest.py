@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import run, write_idx
+from helpers import run, save_as_timm_does, write_idx
 from torch import nn
 
 import timm_cascade
@@ -155,7 +155,7 @@ def test_the_command_prints_what_builds_the_winner(images, tmp_path, capsys, mon
     for depth in (1, 2):
         small = timm_cascade.CascadeModel(timm.create_model('cifar_resnet20', depth=depth, **GREY), ['layer1'])
         timm_cascade.train_heads(small, images, epochs=3, classifier=True)
-        timm.models._hub.save_for_hf(small.backbone, f'net{depth}')
+        save_as_timm_does(small.backbone, f'net{depth}')
     data = ['--data', 'data', '--split', 'test']
     networks = ['local-dir:net1', 'local-dir:net2']
     status, out, _ = run(
