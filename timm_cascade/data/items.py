@@ -72,7 +72,8 @@ def _foreign(data: Any) -> Any:
 
 def _timm_folder(data: Any) -> Any:
     reader = data.reader
-    plain = not (data.transform or data.target_transform or data.additional_features)
+    further = getattr(data, 'additional_features', None)  # older versions of timm have none
+    plain = not (data.transform or data.target_transform or further)
     if not plain or not hasattr(reader, 'samples') or type(reader).__name__ != 'ReaderImageFolder':
         return data
     samples = reader.samples
