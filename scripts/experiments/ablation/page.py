@@ -53,7 +53,7 @@ mean ± standard error of the difference to the base, seed by seed. Bold: it pay
 more than {100 * PAYS:g} points. These errors are of the heads' seeds: other test images would move all rows together,
 and the differences by some more than they say."""
 DEFAULTS = f"""MACs saved at 0.5 points of realised loss, mean ± standard deviation over the seeds. The default is what
-a new cascade has; each row below the third changes one thing of it. An empty cell: the same heads as the default's.
+a new cascade has; rows below the third change one thing of it. An empty cell: not run, or the default's own heads.
 Expected over version 0.1: {100 * MORE:g} points more on a thousand classes, at most {100 * LESS:g} less elsewhere."""
 
 
