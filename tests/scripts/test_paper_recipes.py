@@ -54,6 +54,7 @@ def test_a_recipe_runs_and_prints_the_paper_s_rows_beside_ours(name, tmp_path, m
     monkeypatch.setattr(datasets, 'load_dataset', load)
     recipe = yaml.safe_load((ROOT / 'hub' / 'recipes' / f'{name}.yaml').read_text(encoding='utf-8'))
     recipe['heads'] |= dict(epochs=1, batch_size=32)
+    recipe['dial']['table'] = [recipe['dial']['max_drop'], 0.08]
     if recipe['backbone'].get('published'):
         weights = tmp_path / 'weights.safetensors'
         save_file(timm.create_model('test_resnet').state_dict(), weights)
@@ -64,8 +65,8 @@ def test_a_recipe_runs_and_prints_the_paper_s_rows_beside_ours(name, tmp_path, m
         recipe['model']['exits'] = ['layer1', 'layer2']
     else:
         recipe['model']['base'] = 'cifar_resnet20'
-        recipe['model']['create']['num_classes'] = 4
-        recipe['backbone'] |= dict(epochs=1, batch_size=32)
+        recipe['model']['create'] |= dict(num_classes=4, depth=1)
+        recipe['backbone'] |= dict(epochs=1, batch_size=32, mixed_precision='no')
     (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
     argv = ['release.py', tmp_path / 'recipe.yaml', '--out', tmp_path / 'out', '--work', tmp_path / 'work']
     monkeypatch.setattr('sys.argv', [*map(str, argv)])

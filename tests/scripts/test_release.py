@@ -23,7 +23,10 @@ def recipe(images, monkeypatch):
             exits=['layer1', 'layer2'],
             head=dict(grid=2, hidden=8, norm=True),
             create=dict(
-                in_chans=1, num_classes=4, pretrained_cfg_overlay=dict(input_size=[1, 16, 16], mean=[0.5], std=[0.25])
+                depth=1,
+                in_chans=1,
+                num_classes=4,
+                pretrained_cfg_overlay=dict(input_size=[1, 16, 16], mean=[0.5], std=[0.25]),
             ),
         ),
         backbone=dict(
@@ -90,7 +93,7 @@ def test_a_backbone_is_fine_tuned_where_the_recipe_says_so(recipe, tmp_path, mon
     recipe['data']['validation'] = 'd'
     recipe['backbone'] = dict(finetune=dict(epochs=2, batch_size=32, lr=5e-3), seed=0)
     recipe['about'] = 'The weights are from elsewhere.\n'
-    del recipe['model']['exits'], recipe['model']['head']
+    del recipe['model']['exits'], recipe['model']['head'], recipe['model']['create']['depth']
     folder = run(recipe, tmp_path, monkeypatch, 'tuned')
     model, work = timm_cascade.load(folder), tmp_path / 'tuned-work' / recipe['name']
     assert len((work / 'backbone.jsonl').read_text().splitlines()) == 2 and len(model.exits) == 5
