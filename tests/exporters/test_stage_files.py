@@ -121,11 +121,11 @@ def test_a_backbone_that_hooks_cannot_cut(tmp_path):
     import timm_cascade
 
     torch.manual_seed(0)
-    model = timm_cascade.CascadeModel(Stubborn().eval(), ['blocks.1', 'blocks.3'], head='linear').eval()
+    model = timm_cascade.CascadeModel(Stubborn().eval(), ['blocks.1'], head='linear').eval()
     cascade = load_runner(quietly_export(model, tmp_path / 'out')).Cascade(tmp_path / 'out')
     assert 4 in {t['rows'] for t in cascade.stages[0]['live']}
     x = torch.randn(6, 3, 16, 16) * torch.linspace(0.3, 3, 6)[:, None, None, None]
-    model.thresholds = between(model, x)
+    model.thresholds = between(model, x, (0.5,))
     cascade.set_thresholds(model.thresholds.tolist())
     want, got = model.predict(x), cascade.predict(x.numpy())
     assert len(set(got.exit.tolist())) > 1 and (got.exit == want.exit.numpy()).all()

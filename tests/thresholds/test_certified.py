@@ -324,6 +324,7 @@ def test_a_path_that_cannot_be_right_is_refused(path):
         certified(Samples(c, r), 0.1, scope='all')
 
 
+@pytest.mark.slow  # a verdict about time
 def test_it_is_quick():
     c, r = realistic(50_000, 8)
     assert in_sorts(lambda: certified(Samples(c, r), 0.01), len(c)) < 75  # about 15, for all settings

@@ -97,6 +97,7 @@ def test_the_dial_is_on_target_on_unseen_data(exits, first, last, n):
         assert abs(np.mean(lost) - np.mean(estimated)) < 0.35
 
 
+@pytest.mark.slow  # a verdict about time
 def test_it_is_quick():
     c, r = realistic(50_000, 8)
     samples = Samples(c, r, np.ones(9), np.full(8, 0.05))
