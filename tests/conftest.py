@@ -47,14 +47,15 @@ def _seed() -> None:
 
 @pytest.fixture(scope='session', params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> timm_cascade.CascadeModel:
-    """A small cascade of each family, 7 classes, three exits, nothing set; whoever sets thresholds puts them back."""
+    """A small cascade of each family, 7 classes, 64 pixels, three exits; whoever sets thresholds puts them back."""
     import timm
     import torch
 
     import timm_cascade  # noqa: F401  registers the models
 
     torch.manual_seed(0)
-    return timm.create_model(f'cascade_{request.param}', num_classes=7, exits=3).eval()
+    size = dict(img_size=64) if 'vit' in request.param else dict(pretrained_cfg_overlay=dict(input_size=(3, 64, 64)))
+    return timm.create_model(f'cascade_{request.param}', num_classes=7, exits=3, **size).eval()
 
 
 @pytest.fixture(scope='session')

@@ -26,11 +26,8 @@ def cascade(request):
     torch.manual_seed(1)
     if request.param == 'stubborn':  # cut by export
         return CascadeModel(Stubborn().eval(), 3).eval()
-    return (
-        timm.create_model(f'cascade_{request.param}', num_classes=7, img_size=64).eval()
-        if (request.param == 'test_vit')
-        else timm.create_model(f'cascade_{request.param}', num_classes=7).eval()
-    )
+    size = dict(img_size=64) if 'vit' in request.param else dict(pretrained_cfg_overlay=dict(input_size=(3, 64, 64)))
+    return timm.create_model(f'cascade_{request.param}', num_classes=7, **size).eval()
 
 
 def pictures(model, n=N):
