@@ -16,7 +16,7 @@ __all__ = ['MAX_SHARE', 'PRESETS', 'ExitHead', 'classify_with', 'create_heads', 
 
 # what a description leaves out
 DEFAULTS: dict[str, Any] = dict(grid=4, hidden=64, norm=True, mean=False, tokens=False, hidden_norm=False)
-# None: as the number of classes, the features and MAX_SHARE allow
+# None: as the number of classes, the features and the backbone's cost allow
 PRESETS: dict[str, list[dict[str, Any]]] = {
     'linear': [dict(grid=1, hidden=0)],
     'enhanced': [dict(grid=None, hidden=None, mean=True, tokens=True)],
@@ -25,7 +25,8 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
 }
 
 MAX_SHARE = 0.01  # of the backbone's MACs, for all heads of the default preset together
-NARROWEST, WIDEST = 64, 512  # hidden units of the default preset, before MAX_SHARE
+NARROWEST, WIDEST = 64, 512  # hidden units of the default preset
+NARROW_SHARE = 0.03  # of the MACs, what NARROWEST units may cost: fewer lose more than they save (evidence/ablation.md)
 # features of the default preset's pooled grid: weights for more take longer to read than the stage to run (batch 1)
 MAX_POOLED = 4096
 GRIDS = 4, 2, 1
@@ -256,11 +257,12 @@ def head_configs(head: HeadSpec, points: Sequence[Any], num_classes: int) -> lis
 
     Args:
         head: Name of a preset, one dict for all exits, or a sequence of dicts, of which the last serves the remaining
-            exits. What a dict leaves out is as in DEFAULTS. hidden=None is as wide as the number of classes and a
-            share of MAX_SHARE of the backbone's MACs for all heads together allow; grid=None is 4, or less where the
-            pooled grid would have more than MAX_POOLED features. 'paper' are the heads of Berestizshevsky & Even 2019
-            (arXiv 1805.10982): those for ImageNet (2,048 pooled features, BN, FC 1,024, BN, ReLU, FC) where all of
-            them together cost at most MAX_SHARE of the backbone's MACs, or else those for CIFAR (FC 64, FC).
+            exits. What a dict leaves out is as in DEFAULTS. hidden=None is as wide as the number of classes and
+            MAX_SHARE of the backbone's MACs for all heads together allow, but NARROWEST where these cost at most
+            NARROW_SHARE; grid=None is 4, or less where the pooled grid would have more than MAX_POOLED features.
+            'paper' are the heads of Berestizshevsky & Even 2019 (arXiv 1805.10982): those for ImageNet (2,048 pooled
+            features, BN, FC 1,024, BN, ReLU, FC) where all of them together cost at most MAX_SHARE of the backbone's
+            MACs, or else those for CIFAR (FC 64, FC).
         points: The exits: their channels, size, prefix_tokens and total.
         num_classes: Number of classes.
 
@@ -328,8 +330,8 @@ def _paper(points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:
 def _with_widths(configs: list[dict[str, Any]], points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:
     """Fills in the hidden layers whose width is not given: all are as wide as each other.
 
-    As many units as there are classes lose nothing before the last layer, within NARROWEST and WIDEST; all heads
-    together cost at most MAX_SHARE of the backbone.
+    As many units as there are classes lose nothing before the last layer, within NARROWEST and WIDEST. All heads
+    together cost at most MAX_SHARE of the backbone; NARROWEST units may cost NARROW_SHARE.
     """
     open_ = [i for i, c in enumerate(configs) if c['hidden'] is None]
     if not open_:
@@ -339,7 +341,8 @@ def _with_widths(configs: list[dict[str, Any]], points: Sequence[Any], num_class
         c, p = configs[i], points[i]
         grid, mean, tokens = _columns(p.size, p.prefix_tokens, c['grid'], c['mean'], c['tokens'])
         cost += p.channels * (grid[0] * grid[1] + mean + tokens) + num_classes
-    width = min(WIDEST, max(NARROWEST, num_classes), int(MAX_SHARE * points[0].total / cost))
+    affordable, bare = (int(share * points[0].total / cost) for share in (MAX_SHARE, NARROW_SHARE))
+    width = max(min(WIDEST, max(NARROWEST, num_classes), affordable), min(NARROWEST, bare))
     width = max(1, width - width % 8 if width > 8 else width)  # whole vectors of a processor
     return [dict(c, hidden=width) if i in open_ else c for i, c in enumerate(configs)]
 
