@@ -7,6 +7,7 @@ the same twice.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def predict_on_ray(
     done = rows.map_batches(
         _Worker,
         batch_size=1,
-        concurrency=(1, max(most, 1)),
+        compute=_actors(max(most, 1)),
         num_cpus=0 if gpu else 1,
         num_gpus=1 if gpu else 0,
         fn_constructor_args=(reference, str(folder.absolute()), gpu),
@@ -95,6 +96,14 @@ def predict_on_ray(
         if row['error']:
             raise BadImageError(row['error'])
         yield Unit(**{k: int(row[k]) for k in Unit.__annotations__})
+
+
+def _actors(most: int) -> Any:
+    """As many as there is room for, up to `most`; all from the beginning where this version of Ray can."""
+    from ray.data import ActorPoolStrategy
+
+    knows = 'initial_size' in inspect.signature(ActorPoolStrategy).parameters
+    return ActorPoolStrategy(min_size=1, max_size=most, **(dict(initial_size=most) if knows else {}))
 
 
 def _on_cpu(predictor: UnitPredictor) -> UnitPredictor:

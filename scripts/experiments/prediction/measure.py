@@ -31,6 +31,7 @@ from timm_cascade.prediction.local import DecodedChunks
 RELEASE = ROOT / 'hub' / 'releases' / 'cascade_cifar_resnet20.fashion_mnist'
 SAMPLES = ROOT / 'hub' / 'samples' / 'fashion_mnist_test.parquet'
 BATCH = 256
+UNIT = 1024  # rows of a part, where engines are compared
 
 
 def repeated(folder: Path, rows: int) -> Path:
@@ -110,63 +111,50 @@ def memory(args: argparse.Namespace) -> dict:
     return dict(measured=found, ratio=round(found[1]['peak_mib'] / found[0]['peak_mib'], 3))
 
 
+def pace(out: Path) -> float:
+    """Seconds per row while the second half of the parts was written, when every worker has long begun."""
+    times = sorted(p.stat().st_mtime for p in out.glob('part-*.parquet'))
+    half = len(times) // 2
+    return (times[-1] - times[half]) / ((len(times) - 1 - half) * UNIT)
+
+
 def ray(args: argparse.Namespace) -> dict:
-    """Seconds per row of `engine="ray"` after its start-up, beside as many local shards in processes of their own."""
+    """Seconds per row of `engine="ray"` once its actors work, beside as many local shards in processes of their own."""
 
     os.environ.setdefault('RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER', '0')  # Ray's own name for: the loopback interface only
     import ray as cluster
 
     actors = os.cpu_count() or 1
-    began = time.perf_counter()
-    cluster.init(num_cpus=actors, include_dashboard=False, log_to_driver=False)
-    model = model_at_work()
+    rows = args.rows // (UNIT * actors) * UNIT * actors  # whole units, as many for each worker
+    seconds, each = {}, {}
     with tempfile.TemporaryDirectory() as temporary:
-        few, many = (repeated(Path(temporary), n) for n in (args.rows // 10, args.rows))
-        engines: dict[str, dict[Path, float]] = {'ray': {}, 'local': {}}
+        path = repeated(Path(temporary), rows)
+        began = time.perf_counter()
+        cluster.init(num_cpus=actors, include_dashboard=False, log_to_driver=False)
+        model, out = model_at_work(), Path(temporary) / 'ray'
         started = time.perf_counter() - began
-        for path in (few, many):
-            out = Path(temporary) / f'ray-{path.stem}'
-            began = time.perf_counter()
-            timm_cascade.predict(model, path, out, batch_size=BATCH, unit=1024, engine='ray')
-            engines['ray'][path] = time.perf_counter() - began
+        timm_cascade.predict(model, path, out, batch_size=BATCH, unit=UNIT, engine='ray')
+        seconds['ray'], each['ray'] = time.perf_counter() - began, pace(out)
         cluster.shutdown()
-        for path in (few, many):
-            out = Path(temporary) / f'local-{path.stem}'
-            began = time.perf_counter()
-            shards = [
-                subprocess.Popen(
-                    [
-                        sys.executable,
-                        __file__,
-                        'shard',
-                        '--path',
-                        str(path),
-                        '--out',
-                        str(out),
-                        '--shard',
-                        f'{i + 1}/{actors}',
-                    ]
-                )
-                for i in range(actors)
-            ]
-            for shard in shards:
-                assert shard.wait() == 0
-            engines['local'][path] = time.perf_counter() - began
-    rows = args.rows - args.rows // 10
-    each = {name: (times[many] - times[few]) / rows for name, times in engines.items()}
+        out, began = Path(temporary) / 'local', time.perf_counter()
+        command = [sys.executable, str(Path(__file__).parent), 'shard', '--path', str(path), '--out', str(out)]
+        shards = [subprocess.Popen([*command, '--shard', f'{i + 1}/{actors}']) for i in range(actors)]
+        for process in shards:
+            assert process.wait() == 0
+        seconds['local'], each['local'] = time.perf_counter() - began, pace(out)
     return dict(
-        rows=args.rows,
+        rows=rows,
         actors=actors,
         ray_start_seconds=round(started, 1),
-        microseconds_per_row={name: round(1e6 * s, 1) for name, s in each.items()},
+        seconds={name: round(s, 1) for name, s in seconds.items()},
+        microseconds_per_row={name: round(1e6 * s) for name, s in each.items()},
         ray_over_local=round(each['ray'] / each['local'], 3),
-        first_rows_seconds={name: round(times[few], 1) for name, times in engines.items()},
     )
 
 
 def shard(args: argparse.Namespace) -> dict:
     torch.set_num_threads(1)
-    done = timm_cascade.predict(model_at_work(), args.path, args.out, batch_size=BATCH, unit=1024, shard=args.shard)
+    done = timm_cascade.predict(model_at_work(), args.path, args.out, batch_size=BATCH, unit=UNIT, shard=args.shard)
     return dict(parts=done.parts_written)
 
 
