@@ -148,8 +148,11 @@ def plot(sets: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(sets), figsize=(5 * len(sets), 4), dpi=130, squeeze=False)
     for ax, (name, s) in zip(axes[0], sets.items(), strict=True):
         for front in dict.fromkeys(tuple(p['front']) for p in s['curve']):
-            points = sorted((p['macs'], p['accuracy']) for p in s['curve'] if tuple(p['front']) == front)
-            ax.plot([m / 1e6 for m, _ in points], [100 * a for _, a in points], lw=1, label=' + '.join(front))
+            alone = s['networks'][-1]['macs']  # of settings that open no front; the network has a point of its own
+            points = [p for p in s['curve'] if tuple(p['front']) == front and p['macs'] != alone]
+            macs, right = [p['macs'] / 1e6 for p in points], [100 * p['accuracy'] for p in points]
+            # no line: where a front opens, cost and accuracy jump
+            ax.plot(macs, right, 'o', ms=2.5, label=' + '.join(front))
         ax.plot([n['macs'] / 1e6 for n in s['networks']], [100 * n['accuracy'] for n in s['networks']], 'ko', ms=5)
         for n in s['networks']:
             ax.annotate(
