@@ -160,9 +160,13 @@ def same(results, want):
 
 
 def split_thresholds(model, x):
-    """Thresholds that send some images out at each exit."""
+    """Thresholds at which some of the images that are left go out at each exit."""
+    thresholds, left = list[float](), torch.ones(len(x), dtype=torch.bool, device=x.device)
     with torch.no_grad():
-        return [between(confidence(e)) for e in model.forward_exits(x)[:-1]]
+        for found in [confidence(e) for e in model.forward_exits(x)[:-1]]:
+            thresholds.append(between(found[left]))
+            left &= found < thresholds[-1]
+    return thresholds
 
 
 def run(capsys, *argv):

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import timm
 import torch
-from helpers import ROOT, Stubborn, batch_for, between, near, rounding, same, whole
+from helpers import ROOT, Stubborn, batch_for, between, near, rounding, same, split_thresholds, whole
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
@@ -35,12 +35,8 @@ def pictures(model, n=N):
 
 
 def spread(model, x):
-    """Thresholds at which about half of the samples that are left exit at each exit."""
-    thresholds, left = list[float](), torch.ones(len(x), dtype=torch.bool)
-    for found in [confidence(e) for e in model.forward_exits(x)[:-1]]:
-        thresholds.append(between(found[left]))
-        left &= found < thresholds[-1]
-    model.thresholds = thresholds
+    """Thresholds that send some samples out at each exit."""
+    model.thresholds = split_thresholds(model, x)
 
 
 def sizes_seen(model):
