@@ -192,8 +192,8 @@ def open_sources(
             found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
             if not found:
                 raise FileNotFoundError(f'{text} matches no file.')
-        elif hub_id(text):
-            sources += _on_hub(text, split, image_column)
+        elif repo := hub_id(text):
+            sources += _on_hub(text, repo, split, image_column)
             continue
         else:
             raise FileNotFoundError(f'{text} does not exist.')
@@ -240,10 +240,8 @@ def _below(folder: Path) -> tuple[list[Path], list[Path]]:
     return images, tables
 
 
-def _on_hub(text: str, split: str | None, column: str | None) -> list[Source]:
+def _on_hub(text: str, repo: str, split: str | None, column: str | None) -> list[Source]:
     """A Hub data set: its parquet files where it consists of them, otherwise what `datasets` makes of it."""
-    repo = hub_id(text)
-    assert repo is not None
     sliced = split is not None and not split.isidentifier()  # a slice of a split, or several, is read as one data set
     files = None if sliced else hub_parquet_files(repo, split)
     if files is None:
@@ -265,11 +263,9 @@ def _parquet(path: str, name: str, column: str | None) -> ParquetSource:
 
     try:
         schema = _open_parquet(path).schema_arrow
-    except OSError as e:
-        if _remote(path):
+    except (pa.ArrowInvalid, OSError) as e:
+        if _remote(path) and isinstance(e, OSError):
             raise OSError(f'{path} cannot be read from the Hub ({e}); parts that are done stay, try again.') from e
-        raise ValueError(f'{path} is not a parquet file that can be read ({e}); fetch it again.') from e
-    except pa.ArrowInvalid as e:
         raise ValueError(f'{path} is not a parquet file that can be read ({e}); fetch it again.') from e
     found = [f.name for f in schema if _holds_images(f)]
     if column is None and len(found) == 1:

@@ -50,7 +50,7 @@ class _Mixture:
     Everything is rounded in the same order, however the outcomes are split.
 
     Attributes:
-        wealth: Of each bet, over those that have started, weights included.
+        wealth: What each bet has won, summed over its starts with their weights.
         begun: Starts so far.
         waiting: Weight of the starts to come, whose wealth is 1.
         seen: Outcomes so far.
