@@ -60,10 +60,12 @@ def train_backbone(model: nn.Module, train: ImageData, watch: ImageData, state_f
     Args:
         model: Any timm classifier; trained in place.
         watch: Images to report accuracy on while training; nothing is chosen by it.
-        recipe: epochs, batch_size, lr, weight_decay, seed, pad, flip, mixed_precision (bf16 or no); optimizer is SGD
-            with momentum where none is named.
+        recipe: epochs, batch_size, lr, weight_decay, seed, pad, flip, mixed_precision (bf16 or no; a CPU calculates in
+            float32, as most of them multiply bfloat16 ten times more slowly); optimizer is SGD with momentum where
+            none is named.
     """
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    half = recipe['mixed_precision'] == 'bf16' and device.type != 'cpu'
     model.to(device, memory_format=torch.channels_last)
     images, labels = decode(model, train)
     watch_images, watch_labels = decode(model, watch)
@@ -104,7 +106,7 @@ def train_backbone(model: nn.Module, train: ImageData, watch: ImageData, state_f
             chosen = order[step * batch : (step + 1) * batch]
             x = augment(images[chosen], recipe['pad'], recipe['flip'], generator)
             x = x.to(device, memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe['mixed_precision'] == 'bf16'):
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), labels[chosen].to(device))
             optimizer.zero_grad()
