@@ -11,13 +11,13 @@ import pytest
 import timm
 import torch
 
-import timm_cascade
 from scripts.experiments.benchmark import gpu, gpu_cells, static_networks, timing
 from scripts.experiments.benchmark import page as bench_page
 from scripts.experiments.benchmark import plain as bench_plain
 from scripts.experiments.benchmark import sections as benchmark
 from scripts.experiments.benchmark import static as bench_static
-from timm_cascade.thresholds import outcome
+from scripts.experiments.equal_accuracy import cheapest, compare
+from timm_cascade.thresholds import Samples, outcome
 
 SMALL = dict(num_classes=10, pretrained_cfg_overlay=dict(input_size=(3, 32, 32)))
 
@@ -100,31 +100,46 @@ def test_static_networks_are_smaller_and_of_the_same_kind():
     assert len(static_networks.create(recipe, 'ResNet-14').layer3) == 2
 
 
-def test_static_networks_that_were_measured_stay():
+def test_rows_that_were_measured_before_stay():
     def row(data, network, accuracy):
-        return dict(data=data, network=network, accuracy=accuracy)
+        return dict(data=data, network=network, mode='eager', batch=1, accuracy=accuracy)
 
-    old = dict(everything=['old'], static=[row('fashion_mnist', 'ResNet-8', 1), row('fashion_mnist', 'ResNet-14', 2)])
-    new = dict(everything=['new'], static=[row('emoji', 'ResNet-8', 3), row('fashion_mnist', 'ResNet-14', 4)])
+    old = dict(everything=[dict(max_drop=0.01, batch=1)], static=[row('a', 'ResNet-8', 1), row('a', 'ResNet-14', 2)])
+    new = dict(everything=[], static=[row('b', 'ResNet-8', 3), row('a', 'ResNet-14', 4)])
     merged = bench_static.merge(old, new)
-    assert [r['accuracy'] for r in merged['static']] == [1, 4, 3]
-    assert merged['everything'] == ['new']
+    assert [r['accuracy'] for r in merged['static']] == [1, 3, 4]
+    assert merged['everything'] == old['everything']
 
 
-def test_calibration_images_choose_the_setting_and_test_images_judge_it(small, images):
-    timm_cascade.train_heads(small, images, epochs=4, batch_size=32)
-    calibration = timm_cascade.calibrate(small, images)
-    timm_cascade.profile(small, batch_size=2, repeats=1)
-    least = calibration.correct.mean(0).min()
-    found = bench_static.as_accurate(small, float(least))
-    truth = outcome(calibration.samples(), small.thresholds.numpy())
-    assert found['chosen_at'] == truth.accuracy >= least and small.any_open
-    assert bench_static.as_accurate(small, 1.01) is None
-    other = np.random.default_rng(0).integers(0, 2, len(images)).astype(bool)
-    seen = dict(confidence=calibration.confidence, correct=calibration.correct)
-    judged = bench_static.judged(small, seen, other)
-    assert judged['accuracy'] == truth.accuracy and judged['macs'] == truth.cost and judged['half'] > 0
-    assert judged['difference'] == pytest.approx(truth.accuracy - other.mean())
+def test_parts_are_written_as_they_come_and_rows_of_another_machine_say_so(tmp_path):
+    row = dict(
+        network='resnet18',
+        batch=1,
+        off=dict(median=1.0, low=1.0, high=1.0),
+        control=dict.fromkeys(('median', 'low', 'high'), 1.0),
+    )
+    times = {key: dict(median=0.1, low=0.1, high=0.1) for key in ('ours', 'timm')}
+    about = dict(command='python x', quick=False, imports=times, first=[], memory=[])
+    machines = [dict(device='a machine', torch=v, timm='1') for v in '12']
+    benchmark.write_part('overhead', dict(about, machine=machines[0], off=[row]), tmp_path)
+    benchmark.write_part('overhead', dict(about, machine=machines[1], off=[dict(row, batch=64)]), tmp_path)
+    page = (tmp_path / 'pages' / 'evidence' / 'benchmark.md').read_text()
+    assert 'a machine, torch 2, timm 1. On a machine, torch 1, timm 1: resnet18 batch 1.' in page
+    assert page.count('| resnet18 |') == 2
+
+
+def test_calibration_images_choose_the_setting_and_test_images_judge_it():
+    rng = np.random.default_rng(0)
+    correct = rng.random((2000, 3)) < np.array([0.7, 0.8, 0.9])
+    confidence = np.clip(0.4 * correct + 0.6 * rng.random((2000, 3)), 0, 1)
+    samples = Samples(confidence, correct, [1.0, 1.0, 1.0])
+    settings = [cheapest(samples, accuracy) for accuracy in (0.8, 0.88)]
+    assert settings[0].cost < settings[1].cost < 3 and settings[1].accuracy >= 0.88
+    assert cheapest(samples, 1.01) is None
+    other = rng.random(2000) < 0.5
+    truth = compare(samples, settings[0].thresholds, other)
+    assert truth.difference == pytest.approx(truth.accuracy - other.mean()) and truth.half > 0
+    assert truth.cost == outcome(samples, settings[0].thresholds).cost
 
 
 def test_a_missed_target_says_so():

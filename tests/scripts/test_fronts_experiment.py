@@ -12,7 +12,7 @@ import timm
 from scripts.experiments.fronts import measure as measuring
 from scripts.experiments.fronts import report
 from scripts.experiments.fronts.equality import equality
-from scripts.experiments.fronts.members import Members, cheapest
+from scripts.experiments.fronts.members import Members, cheapest_front
 from timm_cascade.backbone import backbone_macs
 from timm_cascade.measure.calibrate import record
 
@@ -33,9 +33,9 @@ def members(images):
 
 def test_the_cheapest_setting_is_as_accurate_as_asked(members):
     cost = [float(m) for m in members.macs]
-    found = [cheapest(members, accuracy, cost) for accuracy in (0.5, 0.65)]
-    assert found[0] is not None and found[1] is not None and found[0].cost <= found[1].cost < sum(cost)
-    assert cheapest(members, 1.01, cost) is None
+    found = [cheapest_front(members, accuracy, cost) for accuracy in (0.5, 0.65)]
+    assert found[0] is not None and found[1] is not None and found[0][1].cost <= found[1][1].cost < sum(cost)
+    assert cheapest_front(members, 1.01, cost) is None
 
 
 def test_page_picture_and_results(members, tmp_path, monkeypatch):

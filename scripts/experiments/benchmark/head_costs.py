@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import timm_cascade
+from scripts.experiments.benchmark.page import cell, unite, verdict
 from scripts.experiments.benchmark.peer import RELEASE
 from scripts.experiments.benchmark.plain import bare, each, pictures
 from scripts.experiments.benchmark.timing import in_turns
@@ -80,14 +81,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--images', type=int, default=IMAGES, help='single images of one repetition')
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    rows = [row for name in args.networks for batch in args.batch for row in shares(name, batch, args)]
-    return dict(release=release(args), shares=rows)
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    yield dict(release=release(args), shares=[])
+    for name in args.networks:
+        for batch in args.batch:
+            yield dict(shares=shares(name, batch, args))
+
+
+merge = partial(unite, release=('mode', 'state'), shares=('network', 'batch', 'mode'))
 
 
 def markdown(section: dict[str, Any]) -> list[str]:
-    from scripts.experiments.benchmark.page import cell, verdict
-
     text = [
         'Nothing leaves here: this is what exits cost. **The Fashion-MNIST release**, eight exits, single images, '
         'channels-last, over the plain network. Target: 1.15 of the eager plain network, compiled with all exits open.',

@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 import timm_cascade  # noqa: F401  registers the cascades
 from scripts import ROOT
+from scripts.experiments.benchmark.page import cell, unite, verdict
 from scripts.experiments.benchmark.plain import bare, pictures
 from scripts.experiments.benchmark.timing import in_turns, spread
 
@@ -152,22 +154,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--size', type=int, help='side of the pictures in the memory test')
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    off = [exits_off(name, batch, args) for name in args.networks for batch in args.batch]
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     imports = [alone(IMPORT) for _ in range(args.processes + 2)][1:]  # the first one fills the disk cache
-    firsts = [first_forward(name, 1, args) for name in args.networks]
-    peaks = [memory(name, max(args.batch), args) for name in args.memory_networks]
-    return dict(
-        off=off,
+    yield dict(
         imports=dict(timm=spread([a for a, _ in imports]), ours=spread([b for _, b in imports])),
-        first=firsts,
-        memory=peaks,
+        off=[],
+        first=[],
+        memory=[],
     )
+    for name in args.networks:
+        yield dict(off=[exits_off(name, batch, args) for batch in args.batch], first=[first_forward(name, 1, args)])
+    for name in args.memory_networks:
+        yield dict(memory=[memory(name, max(args.batch), args)])
+
+
+merge = partial(unite, **dict.fromkeys(('off', 'first', 'memory'), ('network', 'batch')))
 
 
 def markdown(section: dict[str, Any]) -> list[str]:
-    from scripts.experiments.benchmark.page import cell, verdict
-
     ours, timms = section['imports']['ours'], section['imports']['timm']
     missed = ' **missed** (<= 150 ms)' if ours['median'] > 0.15 else ''
     text = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,36 @@ def verdict(s: dict[str, float], limit: float | None, at_least: bool = False, di
     return cell(s, digits) + (f' **missed** ({">=" if at_least else "<="} {limit:.{digits}f})' if missed else '')
 
 
+def unite(old: dict[str, Any], new: dict[str, Any], **keys: Sequence[str]) -> dict[str, Any]:
+    """The new section with those rows of the old one that it has not measured again.
+
+    Args:
+        old, new: Sections. What only the old one has stays.
+        keys: For each list of rows, the fields that say what a row was measured on.
+    """
+    united = {**old, **new}
+    for name, fields in keys.items():
+        rows = new.get(name, [])
+        done = {tuple(r[f] for f in fields) for r in rows}
+        united[name] = [r for r in old.get(name, []) if tuple(r[f] for f in fields) not in done] + rows
+    return united
+
+
+def _described(m: dict[str, Any]) -> str:
+    return f'{m["device"]}, torch {m["torch"]}, timm {m["timm"]}'
+
+
+def elsewhere(section: dict[str, Any]) -> list[str]:
+    """Sentences about rows that were measured on another machine, or with other versions, than the newest ones."""
+    rows = [r for value in section.values() if isinstance(value, list) for r in value if isinstance(r, dict)]
+    found: dict[str, list[str]] = {}
+    for r in rows:
+        if r.get('machine', section['machine']) != section['machine']:
+            names = [str(r[k]) for k in ('data', 'network', 'what', 'mode') if k in r]
+            found.setdefault(_described(r['machine']), []).append(' '.join([*names, f'batch {r["batch"]}']))
+    return [f'On {m}: {"; ".join(dict.fromkeys(names))}.' for m, names in found.items()]
+
+
 def write(docs: Path, sections: dict[str, Any], render: Callable[[str, dict[str, Any]], list[str]]) -> None:
     """Writes page, figures and picture into a docs folder; `render` makes a section's Markdown."""
     results, pages = evidence(docs)
@@ -38,16 +68,20 @@ def write(docs: Path, sections: dict[str, Any], render: Callable[[str, dict[str,
         '![time against the ideal, and beside the peers](../../results/benchmark.png)',
     ]
     for name, section in sections.items():
-        m = section['machine']
         text += [
             '',
             f'## {name}',
             '',
             f'    {section["command"]}',
             '',
-            f'{m["device"]}, torch {m["torch"]}, timm {m["timm"]}'
-            + (', **quick run: few repetitions, not a result**' if section['quick'] else '')
-            + '.',
+            ' '.join(
+                [
+                    _described(section['machine'])
+                    + (', **quick run: few repetitions, not a result**' if section['quick'] else '')
+                    + '.',
+                    *elsewhere(section),
+                ]
+            ),
             '',
             *render(name, section),
         ]

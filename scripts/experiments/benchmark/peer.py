@@ -11,6 +11,7 @@ import argparse
 import copy
 import logging
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from scripts import ROOT
 from scripts.datasets import fashion_mnist
+from scripts.experiments.benchmark.page import cell, unite, verdict
 from scripts.experiments.benchmark.plain import bare, build, each, forced, observe, pictures
 from scripts.experiments.benchmark.timing import ideal_seconds, in_turns, occurring, spread, stage_seconds, survivors
 from scripts.releases.backbones import decode
@@ -134,38 +136,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--images', type=int, default=2048, help='real images; a quarter of them at batch 1')
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    rows = []
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for batch, n in ((1, 20), (64, 64)):
         images = pictures(n, (3, args.size, args.size)).to(args.device)
         model = build('resnet18', images).to(args.device, memory_format=torch.channels_last)
         model.thresholds = forced(observe(model, list(images.split(batch))), args.share)
-        row = compare(
-            f'resnet18, {args.share:.0%} exit at each of 3 exits', model, images, batch, args.seconds, args.repetitions
-        )
+        what = f'resnet18, {args.share:.0%} exit at each of 3 exits'
+        row = compare(what, model, images, batch, args.seconds, args.repetitions)
         ideal = ideal_share(model, images, batch, args.seconds / 2, args.repetitions)
         goals = dict(target=0.9 / ideal['median']) if batch > 1 else dict(target=1.05, compiled_target=1.3)
-        rows.append(dict(row, ideal_to_plain=ideal, **goals))
+        yield dict(rows=[dict(row, ideal_to_plain=ideal, **goals)], version=VERSION)
     model = timm.create_model(f'local-dir:{RELEASE}', pretrained=True).eval()
     model.to(args.device, memory_format=torch.channels_last)
     model.set_max_drop(0.005)
     images = decode(model, first(fashion_mnist.load_test(), args.images))[0].to(args.device)
+    what = 'Fashion-MNIST release, max_drop 0.5 %, test images'
     single, whole = dict(target=1.5, compiled_target=2.0), dict(target=2.5)
     for batch, n, goals in ((1, len(images) // 4, single), (64, len(images) // 64 * 64, whole)):
-        rows.append(
-            dict(
-                compare(
-                    'Fashion-MNIST release, max_drop 0.5 %, test images',
-                    model,
-                    images[:n],
-                    batch,
-                    args.seconds,
-                    args.repetitions,
-                ),
-                **goals,
-            )
-        )
-    return dict(rows=rows, version=VERSION)
+        row = compare(what, model, images[:n], batch, args.seconds, args.repetitions)
+        yield dict(rows=[dict(row, **goals)], version=VERSION)
+
+
+merge = partial(unite, rows=('what', 'batch'))
 
 
 def first(data: ImageData, n: int) -> ImageData:
@@ -176,8 +168,6 @@ def first(data: ImageData, n: int) -> ImageData:
 
 
 def markdown(section: dict[str, Any]) -> list[str]:
-    from scripts.experiments.benchmark.page import cell, verdict
-
     text = [
         f'earlyon {section["version"]} in its own EarlyExitWrapper, around the same network, heads and thresholds '
         '(a closed exit is not enabled there); both eager, channels-last, in inference mode; beside it ours compiled, '
@@ -190,7 +180,7 @@ def markdown(section: dict[str, Any]) -> list[str]:
         '| earlyon exited early |',
         '| --- | --- | --- | --- | --- | --- | --- |',
     ]
-    for r in section['rows']:
+    for r in sorted(section['rows'], key=lambda r: ('release' in r['what'], r['batch'])):
         text.append(
             f'| {r["what"]} | {r["batch"]} | {verdict(r["throughput"], r["target"], at_least=True)} | '
             f'{verdict(r["compiled"], r.get("compiled_target"), at_least=True) if "compiled" in r else ""} | '

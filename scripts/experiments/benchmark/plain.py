@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import timm_cascade  # noqa: F401  registers the cascades
+from scripts.experiments.benchmark.page import cell, unite, verdict
 from scripts.experiments.benchmark.timing import (
     Runs,
     ideal_seconds,
@@ -197,8 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--size', type=int, help="side of the images, if not the network's own")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    rows = []
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name in args.networks:
         # timm knows what size the network takes; a smaller one is for the tests
         side = args.size or timm.get_pretrained_cfg(name).input_size[-1]
@@ -211,9 +211,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 for call in (network.plain['compiled'], network.cascades['compiled'].predict):
                     each(call, to_memory('compiled', [images[:2], images[:3]]))
         for batch in args.batch:
-            found = measure(network, images[: IMAGES.get(batch, batch)], batch, args.seconds, args.repetitions)
-            rows += [dict(network=name, **row) for row in found]
-            for r in found:
+            rows = measure(network, images[: IMAGES.get(batch, batch)], batch, args.seconds, args.repetitions)
+            for r in rows:
                 _logger.info(
                     '%s, batch %d, %s, %.0f %%: %.3f of the ideal, %.3f of the plain network (%s: %.3f)',
                     name,
@@ -225,22 +224,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     r['best'],
                     r['to_best']['median'],
                 )
+            yield dict(rows=[dict(network=name, **row) for row in rows])
         torch.compiler.reset()
-    return dict(rows=rows)
 
 
-def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """What was measured of other networks and batch sizes stays."""
-    done = {(r['network'], r['batch']) for r in new['rows']}
-    rows = [r for r in old['rows'] if (r['network'], r['batch']) not in done] + new['rows']
-    networks = [*NETWORKS, *(r['network'] for r in rows)]
-    rows.sort(key=lambda r: (networks.index(r['network']), r['batch']))
-    return dict(new, rows=rows)
+merge = partial(unite, rows=('network', 'batch'))
 
 
 def markdown(section: dict[str, Any]) -> list[str]:
-    from scripts.experiments.benchmark.page import cell, verdict
-
     text = [
         "Random weights, three exits, coarse random pictures of the network's own size; thresholds put between the "
         'confidences that were observed, so that the stated share of the remaining images exits at each exit (at batch '
@@ -253,7 +244,8 @@ def markdown(section: dict[str, Any]) -> list[str]:
         '| network | batch | mode | exit | of the ideal | of plain, same mode | of plain, best mode | ideal of plain |',
         '| --- | --- | --- | --- | --- | --- | --- | --- |',
     ]
-    for r in section['rows']:
+    order = [*NETWORKS, *(r['network'] for r in section['rows'])]
+    for r in sorted(section['rows'], key=lambda r: (order.index(r['network']), r['batch'])):
         limit = 1.05 if r['batch'] >= 64 else 1.10 if r['batch'] == 1 else None
         text.append(
             f'| {r["network"]} | {r["batch"]} | {r["mode"]} | {r["share"]:.0%} | '

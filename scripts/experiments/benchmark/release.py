@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 import timm_cascade  # noqa: F401  registers the cascades
 from scripts.datasets import fashion_mnist
+from scripts.experiments.benchmark.page import cell, unite
 from scripts.experiments.benchmark.peer import RELEASE, first
 from scripts.experiments.benchmark.plain import all_of, bare, each
 from scripts.experiments.benchmark.timing import in_turns, spread
@@ -60,12 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--batch', type=int, nargs='+', default=[1, 64])
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     model = timm.create_model(f'local-dir:{RELEASE}', pretrained=True).eval()
     model.to(args.device, memory_format=torch.channels_last)
     plain = bare(model)
     test = fashion_mnist.load_test()
-    rows = []
+    yield dict(rows=[], loading=loading(args.repetitions))
     for batch in args.batch:
         data = first(test, args.images if batch > 1 else args.images // 10)
         loader = create_loader(model, data, batch)
@@ -99,7 +100,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 row |= dict(
                     stream=runs.ratio('stream', 'plain'), stream_model=runs.ratio('stream, loaded', 'plain, loaded')
                 )
-            rows.append(row)
             _logger.info(
                 'max_drop %.4f, batch %d: %.2f of the time of plain, %.2f with loading',
                 max_drop,
@@ -107,12 +107,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 row['model']['median'],
                 row['whole']['median'],
             )
-    return dict(rows=rows, loading=loading(args.repetitions))
+            yield dict(rows=[row])
+
+
+merge = partial(unite, rows=('batch', 'max_drop'))
 
 
 def markdown(section: dict[str, Any]) -> list[str]:
-    from scripts.experiments.benchmark.page import cell
-
     load = section['loading']
     text = [
         'Test images of Fashion-MNIST through `timm_cascade.data.create_loader` in this process (IDX files in memory, '
@@ -123,7 +124,7 @@ def markdown(section: dict[str, Any]) -> list[str]:
         '| stream, model only | plain, images/s |',
         '| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |',
     ]
-    for r in section['rows']:
+    for r in sorted(section['rows'], key=lambda r: (r['batch'], r['max_drop'])):
         stream = [cell(r[k]) if k in r else '' for k in ('stream', 'stream_model')]
         text.append(
             f'| {r["max_drop"]:.2%} | {r["batch"]} | {r["images"]:,} | {r["accuracy"]["plain"]:.2%} | '

@@ -85,22 +85,32 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    module = module_of(args.section)
-    section = module.run(args)
     # the page does not say where it was written
     shown = [a for i, a in enumerate(argv) if a != '--out' and (not i or argv[i - 1] != '--out')]
-    section = dict(
-        command=shlex.join(['python', 'scripts/experiments/benchmark', *shown]),
-        quick=args.quick,
-        machine=machine(),
-        **section,
+    about = dict(
+        command=shlex.join(['python', 'scripts/experiments/benchmark', *shown]), quick=args.quick, machine=machine()
     )
-    file = evidence(args.out)[0] / 'benchmark.json'
-    sections = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
-    old = sections.get(args.section)
-    if old and hasattr(module, 'merge') and (old['machine'], old['quick']) == (section['machine'], section['quick']):
-        both = dict.fromkeys([*old['command'].split('\n    '), section['command']])
-        section = dict(module.merge(old, section), command='\n    '.join(both))
-    sections[args.section] = section
-    page.write(args.out, {name: sections[name] for name in SECTIONS if name in sections}, render)
+    module = module_of(args.section)
+    parts = module.run(args)
+    section = None
+    for part in [parts] if isinstance(parts, dict) else parts:  # each is written at once: a later one may fail
+        section = write_part(args.section, {**about, **part}, args.out)
+    if section is None:
+        raise SystemExit('nothing was measured.')
     print('\n'.join(render(args.section, section)))
+
+
+def write_part(name: str, section: dict[str, Any], docs: Path) -> dict[str, Any]:
+    """Writes what was measured of a section, beside its other rows; returns the whole section."""
+    file = evidence(docs)[0] / 'benchmark.json'
+    sections = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+    old = sections.get(name)
+    if old and old['quick'] == section['quick']:
+        if old['machine'] != section['machine']:
+            for row in (r for value in old.values() if isinstance(value, list) for r in value):
+                row.setdefault('machine', old['machine'])
+        commands = dict.fromkeys([*old['command'].split('\n    '), section['command']])
+        section = dict(module_of(name).merge(old, section), command='\n    '.join(commands))
+    sections[name] = section
+    page.write(docs, {n: sections[n] for n in SECTIONS if n in sections}, render)
+    return section

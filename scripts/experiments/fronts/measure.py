@@ -15,10 +15,12 @@ from torch.utils.data import Subset
 
 from scripts.experiments.benchmark.plain import all_of, bare, each
 from scripts.experiments.benchmark.timing import in_turns, survivors
-from scripts.experiments.fronts.members import Members, Setting, cheapest
+from scripts.experiments.equal_accuracy import compare
+from scripts.experiments.fronts.members import Members, cheapest_front
 from scripts.releases.backbones import decode
-from timm_cascade.thresholds import outcome, route
+from timm_cascade.thresholds import outcome
 from timm_cascade.thresholds.rule_joint import cross_fit
+from timm_cascade.thresholds.samples import FloatArray
 
 _logger = logging.getLogger('fronts')
 BATCHES = {1: 64, 64: 512}  # how many test images a repetition runs
@@ -71,26 +73,25 @@ def _row(
     """One static network beside the cascade that is chosen by MACs (batch None), or by time at this batch size."""
     label = members.labels[index]
     target = members.accuracy('calibration')[index]
-    setting = cheapest(members, target, cost)
+    found = cheapest_front(members, target, cost)
     row: dict[str, Any] = dict(network=label, batch=batch, accuracy=members.accuracy('test')[index], cascade=None)
-    if setting is None:
+    if found is None:
         _logger.info('%s, %s: no setting is as accurate', members.name, label)
         return row
-    test = members.samples(setting.subset, 'test', [float(m) for m in members.macs])
-    truth = outcome(test, setting.thresholds)
-    exits = route(test.confidence, setting.thresholds)
-    difference = test.correct[np.arange(test.n), exits].astype(float) - members.seen['test']['correct'][:, index]
+    subset, setting = found
+    test = members.samples(subset, 'test', [float(m) for m in members.macs])
+    truth = compare(test, setting.thresholds, members.seen['test']['correct'][:, index])
     row['cascade'] = dict(
-        front=[members.labels[i] for i in setting.subset],
+        front=[members.labels[i] for i in subset],
         thresholds=[None if np.isinf(t) else float(t) for t in setting.thresholds],
         accuracy=truth.accuracy,
-        change=float(difference.mean()),
-        half=float(1.96 * difference.std() / np.sqrt(len(difference))),
+        change=truth.difference,
+        half=truth.half,
         exit_shares=list(truth.exit_shares),
         fewer_macs=members.macs[index] / truth.cost,
     )
     if batch is not None:
-        row.update(_times(members, setting, index, batches, args))
+        row.update(_times(members, subset, setting.thresholds, index, batches, args))
         _logger.info('%s, %s, batch %d: %.2f', members.name, label, batch, row['faster']['median'])
     return row
 
@@ -107,12 +108,17 @@ def _seconds(members: Members, batches: list[Tensor], args: argparse.Namespace) 
 
 
 def _times(
-    members: Members, setting: Setting, index: int, batches: list[Tensor], args: argparse.Namespace
+    members: Members,
+    subset: tuple[int, ...],
+    thresholds: FloatArray,
+    index: int,
+    batches: list[Tensor],
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Ratios of time: the static network over the cascade, and the cascade over its parts."""
-    model = members.cascade(setting.subset)
-    model.thresholds = [float(t) for t in setting.thresholds]
-    networks = [f if np.isfinite(t) else None for f, t in zip(model.fronts, setting.thresholds, strict=True)]
+    model = members.cascade(subset)
+    model.thresholds = thresholds.tolist()
+    networks = [f if np.isfinite(t) else None for f, t in zip(model.fronts, thresholds, strict=True)]
     parts = [*networks, bare(model)]
     with torch.inference_mode():
         reached = [survivors(model.predict(b).exit, len(parts)) for b in batches]

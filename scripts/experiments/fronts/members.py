@@ -18,14 +18,13 @@ from torch import nn
 from scripts import ROOT
 from scripts.experiments.benchmark import static_networks
 from scripts.experiments.benchmark.static import RELEASES
+from scripts.experiments.equal_accuracy import Setting, cheapest
 from scripts.releases.release import create_backbone, loader
 from timm_cascade import CascadeModel, ImageData, hub
 from timm_cascade.backbone import backbone_macs, input_size_of
 from timm_cascade.data import fingerprint_of
 from timm_cascade.measure.calibrate import record
 from timm_cascade.thresholds import Samples
-from timm_cascade.thresholds.rule_joint import cross_fit
-from timm_cascade.thresholds.samples import FloatArray
 from timm_cascade.utils.files import replacing
 
 _logger = logging.getLogger('fronts')
@@ -148,37 +147,14 @@ def _networks_of(recipe: dict[str, Any], runs: Path, epochs: int) -> dict[str, n
     return found
 
 
-@dataclass
-class Setting:
-    """Networks in front with their thresholds, and what the calibration images say about them.
-
-    Attributes:
-        subset: Numbers of the networks in front.
-        thresholds: (M,).
-        cost: Expected for one image, in the unit that it was chosen by.
-    """
-
-    subset: tuple[int, ...]
-    thresholds: FloatArray
-    cost: float
-
-
-def cheapest(members: Members, accuracy: float, cost: list[float]) -> Setting | None:
-    """The setting that is expected to cost the least among those at least this accurate, all by the calibration images.
-
-    Accuracy and cost are cross-fitted: each image is judged by thresholds that the others chose.
+def cheapest_front(members: Members, accuracy: float, cost: list[float]) -> tuple[tuple[int, ...], Setting] | None:
+    """The networks in front, by number, and the setting, that are expected to cost the least at this accuracy.
 
     Args:
-        members: The networks.
+        members: The networks; their calibration images choose.
         accuracy: Fraction to reach.
         cost: What one image costs each network, in any unit.
     """
-    best: Setting | None = None
-    for subset in members.subsets():
-        path, _, fitted = cross_fit(members.samples(subset, 'calibration', cost), 0)
-        enough = np.flatnonzero((fitted.full - fitted.harmful + fitted.helpful) / fitted.n >= accuracy)
-        if len(enough):
-            row = int(enough[fitted.cost[enough].argmin()])
-            if np.isfinite(path[row]).any() and (best is None or fitted.cost[row] < best.cost):
-                best = Setting(subset, path[row], float(fitted.cost[row]))
-    return best
+    found = [(s, cheapest(members.samples(s, 'calibration', cost), accuracy)) for s in members.subsets()]
+    known = [(subset, setting) for subset, setting in found if setting is not None]
+    return min(known, key=lambda pair: pair[1].cost, default=None)
