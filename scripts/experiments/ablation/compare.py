@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import optimize
-from torch import Tensor
+from torch import Tensor, nn
 
 from scripts import ROOT, evidence
 from scripts.experiments.ablation.features import PAIRS, Features, load_features
-from scripts.experiments.ablation.heads import FORMER, Heads, Row, fit, fit_weights
+from scripts.experiments.ablation.heads import FORMER, NARROW, Heads, Row, fit, fit_weights
 from scripts.experiments.ablation.page import BASE, DROPS, METRICS, NEW, OLD, PAPER, THREE, markdown, seeds_of, summary
-from timm_cascade.heads import MAX_SHARE, head_configs
+from timm_cascade.heads import MAX_SHARE, create_heads, head_configs
 from timm_cascade.inference.batch import confidence
 from timm_cascade.thresholds import Samples as Calibrated
 from timm_cascade.thresholds.path import follow, nested_path
@@ -65,7 +65,7 @@ DEFAULT_ROWS = (
     Row(NEW, exits='default'),
     Row("version 0.1's exits, the default's heads", exits=3),
     Row("the default's exits, version 0.1's heads", exits='default', head=FORMER),
-    Row('64 hidden units, whatever they cost', exits='default', head=({**WIDE, 'hidden': 64},)),
+    Row('heads within 1 % of the MACs, however narrow', exits='default', head=NARROW),
     Row('without the mean beside the grid', exits='default', head=(dict(grid=None, hidden=None),)),
     Row('linear heads', exits='default', head='linear'),
     Row('an exit at every place'),
@@ -98,7 +98,10 @@ def configs_of(row: Row, exits: list[str], features: Features) -> list[dict[str,
     """The heads of a row, as a CascadeModel would make them."""
     points = [SimpleNamespace(**features.shapes[e], total=features.total) for e in exits]
     classes = features.logits['test'].shape[1]
-    return former_configs(points, classes) if row.head == FORMER else head_configs(row.head, points, classes)
+    named = {FORMER: former_configs, NARROW: narrow_configs}
+    if isinstance(row.head, str) and row.head in named:
+        return named[row.head](points, classes)
+    return head_configs(row.head, points, classes)
 
 
 def former_configs(points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:
@@ -107,6 +110,15 @@ def former_configs(points: Sequence[Any], num_classes: int) -> list[dict[str, An
     while hidden > 1 and hidden * sum(c + num_classes for c in cells) > MAX_SHARE * points[0].total:
         hidden //= 2
     return head_configs(dict(grid=4, hidden=hidden, norm=True), points, num_classes)
+
+
+def narrow_configs(points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:
+    """The default heads, with fewer hidden units where all of them cost more than MAX_SHARE of the backbone's MACs."""
+    configs = head_configs('enhanced', points, num_classes)
+    heads = create_heads(points, num_classes, [dict(c, hidden=1) for c in configs])
+    unit = sum(m.in_features * m.out_features for m in heads.modules() if isinstance(m, nn.Linear))
+    width = min(configs[0]['hidden'], int(MAX_SHARE * points[0].total / unit))
+    return [dict(c, hidden=max(1, width - width % 8 if width > 8 else width)) for c in configs]
 
 
 def runs_of(rows: Sequence[Row], name: str, features: Features, seed: int) -> Iterable[dict[str, Any]]:

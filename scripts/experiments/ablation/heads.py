@@ -18,6 +18,7 @@ from timm_cascade.heads import ExitHead, HeadSpec
 
 EPOCHS, BATCH = 20, 256
 FORMER = 'version 0.1'  # its default heads: a 4x4 grid, 64 hidden units, halved until all heads cost 1 %
+NARROW = 'narrow'  # today's default heads without a least width: as wide as 1 % of the MACs for all of them allows
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Row:
         name: What the table calls it.
         exits: `all`, how many of them (spread over the cost), `paper` (the two of the paper's recipe), or `default`
             (the library's own choice).
-        head: What the library takes as `head=`, or FORMER.
+        head: What the library takes as `head=`, or FORMER, or NARROW.
         recipe: `paper` (SGD) or `ours` (AdamW, as `train_heads`).
         distil: Share of the loss that is the distance to the frozen network's answer; the labels have the rest.
         temperature: Softmax temperature of that distance.

@@ -20,7 +20,7 @@ THREE = 'three exits'
 OLD = "version 0.1's default: three exits, a 4x4 grid, up to 64 hidden units"
 NEW = '**default**: five exits, the mean beside the grid, width by classes and cost'
 MORE, LESS = 0.05, 0.01  # of the MACs: expected of the default on a thousand classes, and allowed to be lost elsewhere
-HEADS = 3  # 2: see NARROW_HEADS; 1, where a result does not say it: heads of version 0.1, see FORMER_HEADS
+HEADS = 3  # a result without it was measured with the default heads of version 0.1, see FORMER_HEADS
 OURS = BASE  # plus every switch that pays on two pairs or more and is worth its cost: none yet
 INTRODUCTION = """# What makes exit heads good
 
@@ -47,11 +47,6 @@ three exits, spread over the network, were the library's default in version 0.1 
 FORMER_HEADS = """
 {pairs} were measured with the heads of version 0.1 (a 4x4 grid alone, at most 64 hidden units) as the default heads.
 Five exits, wider heads, the mean and the tokens have become the default since; these pairs have not been run again.
-"""
-NARROW_HEADS = """
-The default was measured when heads had fewer than 64 hidden units wherever those cost more than 1 % of the MACs. It has
-at least 64 now where they cost up to 3 %, as they do here: today's default is the row "64 hidden units, whatever they
-cost".
 """
 WHICH = f"""Each switch alone on top of the base row: gain in MACs saved, in points, averaged over the three losses;
 mean ± standard error of the difference to the base, seed by seed. Bold: it pays, by more than two standard errors and
@@ -186,8 +181,6 @@ def _defaults(of: Table, names: Sequence[str], rows: Sequence[Row]) -> list[str]
             least = [MORE if many >= 1000 else -LESS for many in classes]
             verdicts = ['met' if x >= y else 'missed' for x, y in zip(more, least, strict=True)]
             text.append(f'| expected | {" | ".join(verdicts)} |')
-    if any(of[name, NEW].get('heads', 1) == 2 for name in names):
-        text.append(NARROW_HEADS.rstrip())
     return text
 
 
