@@ -17,14 +17,13 @@ import yaml
 from torch import Tensor, nn
 
 import timm_cascade
-from scripts import ROOT
 from scripts.experiments.benchmark import static_networks
 from scripts.experiments.benchmark.page import cell, unite, verdict
 from scripts.experiments.benchmark.plain import all_of, bare, each
 from scripts.experiments.benchmark.timing import in_turns
 from scripts.experiments.equal_accuracy import cheapest, compare
 from scripts.releases.backbones import decode
-from scripts.releases.release import DATA
+from scripts.releases.release import DATA, loader
 from timm_cascade.backbone import backbone_macs
 from timm_cascade.inference.batch import CascadeOutput, confidence
 from timm_cascade.measure.calibrate import record
@@ -34,14 +33,21 @@ from timm_cascade.thresholds.timing import in_time
 
 _logger = logging.getLogger('benchmark')
 RECIPES = {
-    name: ROOT / 'hub' / 'recipes' / f'cascade_cifar_resnet20.{name}.yaml' for name in ('fashion_mnist', 'emoji')
+    label: static_networks.RECIPES / f'cascade_{name}.yaml'
+    for label, name in {
+        'fashion_mnist': 'cifar_resnet20.fashion_mnist',
+        'emoji': 'cifar_resnet20.emoji',
+        'lite0.emoji64': 'tf_efficientnet_lite0.emoji64',
+        'lite2.emoji64': 'tf_efficientnet_lite2.emoji64',
+        'lite0.elpv': 'tf_efficientnet_lite0.elpv',
+    }.items()
 }
-RELEASES = (ROOT / 'hub' / 'releases', ROOT / 'runs' / 'releases')
+NETWORKS = [*list(static_networks.NETWORKS)[:-1], static_networks.LITE]
 BATCHES = {1: 256, 64: 2048}  # how many test images a repetition runs
 
 
 def load_release(name: str, device: str) -> CascadeModel | None:
-    for folder in RELEASES:
+    for folder in static_networks.RELEASES:
         if (folder / name / 'config.json').exists():
             model = timm.create_model(f'local-dir:{folder / name}', pretrained=True).eval()
             return model.to(device, memory_format=torch.channels_last)
@@ -142,7 +148,7 @@ def rival(
         data=name,
         network=network,
         epochs=done,
-        of_epochs=recipe['backbone']['epochs'],
+        of_epochs=recipe['backbone'].get('epochs', done),
         n=len(right),
         accuracy=float(right.mean()),
         aim=float(aim.mean()),
@@ -163,12 +169,14 @@ def static(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             recipe['name'],
         )
         return
-    test = DATA[name](recipe['data']['test'])
+    load = loader(recipe)
+    test = load(recipe['data']['test'])
     splits = [
         (images.to(args.device, memory_format=torch.channels_last), labels)
-        for images, labels in (decode(model, d) for d in (DATA[name](recipe['data']['calibration']), test))
+        for images, labels in (decode(model, d) for d in (load(recipe['data']['calibration']), test))
     ]
-    rivals = [r for n in args.networks if (r := rival(name, n, recipe, splits, args.epochs)) is not None]
+    networks = [n for n in static_networks.names_for(recipe) if n in args.networks]
+    rivals = [r for n in networks if (r := rival(name, n, recipe, splits, args.epochs)) is not None]
     if not rivals:
         return
     seen = record(model, test)
@@ -224,9 +232,7 @@ def times(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--data', nargs='*', default=list(RECIPES), choices=list(RECIPES))
-    parser.add_argument(
-        '--networks', nargs='*', default=list(static_networks.NETWORKS)[:-1], choices=list(static_networks.NETWORKS)
-    )
+    parser.add_argument('--networks', nargs='*', default=NETWORKS, choices=NETWORKS)
     parser.add_argument('--modes', nargs='+', default=['eager', 'compiled'], choices=['eager', 'compiled'])
     parser.add_argument('--batch', type=int, nargs='+', default=list(BATCHES), choices=list(BATCHES))
     parser.add_argument('--max-drops', type=float, nargs='*', default=[0.0025, 0.005, 0.01], help='with every exit')
@@ -257,8 +263,9 @@ def markdown(section: dict[str, Any]) -> list[str]:
     ]
     text += [
         '',
-        '**Smaller static networks**, the same family, data and recipe '
-        '(`python scripts/experiments/benchmark static-networks RECIPE`). The cascade has '
+        '**Smaller static networks**, the same family and data: for ResNet-20 with the same recipe '
+        '(`python scripts/experiments/benchmark static-networks RECIPE`), for EfficientNet-Lites EfficientNet-Lite0, '
+        'fine-tuned. The cascade has '
         'the setting that is expected to take the least time, as profiled here, among those whose accuracy on the '
         "calibration images, cross-fitted, is no less than the static network's there; accuracies and MACs are those "
         'on the test images, which chose nothing, with the difference of the accuracies in points and its 95 % '
@@ -269,8 +276,7 @@ def markdown(section: dict[str, Any]) -> list[str]:
         '| cascade faster by | stream faster by |',
         '| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |',
     ]
-    networks = list(static_networks.NETWORKS)
-    for r in sorted(section['static'], key=lambda r: (list(RECIPES).index(r['data']), networks.index(r['network']))):
+    for r in sorted(section['static'], key=lambda r: (list(RECIPES).index(r['data']), NETWORKS.index(r['network']))):
         start = (
             f'| {r["data"]} | {r["network"]} | {r["epochs"]} of {r["of_epochs"]} | {r["accuracy"]:.2%} | '
             f'{r["macs"] / 1e6:.1f} M | {r["mode"]} | {r["batch"]} |'

@@ -1,9 +1,11 @@
-"""Trains the smaller static networks that a cascade has to beat: shallower or narrower, same data, same recipe.
+"""The smaller static networks that a cascade has to beat, and the training of those that are no release's backbone.
 
     python scripts/experiments/benchmark static-networks hub/recipes/cascade_cifar_resnet20.emoji.yaml
 
-Each network's state is runs/static/RECIPE/NETWORK.EPOCHS.pt, continued at the epoch where it was stopped; the images of
-`calibration` are watched while it trains, nothing is chosen by them, and the benchmark tests it on `test`.
+They are shallower or narrower than ResNet-20, on the same data by the same recipe; beside EfficientNet-Lites it is
+EfficientNet-Lite0, which has a recipe of its own. Each trained network's state is runs/static/RECIPE/NETWORK.EPOCHS.pt,
+continued at the epoch where it was stopped; the images of `calibration` are watched while it trains, nothing is chosen
+by them, and the benchmark tests it on `test`.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ import yaml
 from accelerate.utils import set_seed
 from torch import nn
 
-import timm_cascade  # noqa: F401  registers cifar_resnet20
 from scripts import ROOT
 from scripts.releases.backbones import train_backbone
-from scripts.releases.release import DATA
+from scripts.releases.release import DATA, create_backbone
+from timm_cascade import hub
 
 # name: arguments of cifar_resnet20 that make it
 NETWORKS: dict[str, dict[str, int]] = {
@@ -31,6 +33,36 @@ NETWORKS: dict[str, dict[str, int]] = {
     'ResNet-20, half width': dict(width=8),
     'ResNet-20': {},  # the cascade's own backbone: what a shorter training costs it
 }
+
+LITE = 'tf_efficientnet_lite0'
+RECIPES = ROOT / 'hub' / 'recipes'
+RELEASES = (ROOT / 'hub' / 'releases', ROOT / 'runs' / 'releases')
+
+
+def names_for(recipe: dict[str, Any]) -> list[str]:
+    """Networks that the recipe's cascade is compared with."""
+    return list(NETWORKS)[:-1] if recipe['model']['base'] == 'cifar_resnet20' else [LITE]
+
+
+def backbone_of(recipe: dict[str, Any], runs: Path = ROOT / 'runs') -> nn.Module:
+    """The trained backbone of a recipe: what `scripts/releases/release.py` worked on in `runs`, or a release's.
+
+    Raises:
+        FileNotFoundError: There is neither.
+    """
+    work = runs / recipe['name']
+    for file in (work / 'finetuned.pt', work / 'backbone.pt'):
+        if file.exists():
+            network = create_backbone(recipe)
+            network.load_state_dict(torch.load(file, map_location='cpu', weights_only=True)['model'])
+            return network.eval()
+    for folder in (work / 'release', *(place / recipe['name'] for place in RELEASES)):
+        if (folder / 'config.json').exists():
+            return hub.load(folder).backbone.eval()
+    raise FileNotFoundError(
+        f'{recipe["name"]} is not trained: there is no {work / "finetuned.pt"}; run python '
+        f'scripts/releases/release.py hub/recipes/{recipe["name"]}.yaml --out runs/releases first.'
+    )
 
 
 def state_file(recipe: dict[str, Any], name: str, epochs: int) -> Path:
@@ -50,6 +82,10 @@ def load(recipe: dict[str, Any], name: str, epochs: int) -> tuple[nn.Module, int
     Raises:
         FileNotFoundError: Neither is trained to its end.
     """
+    if name == LITE:
+        data = recipe['name'].removeprefix(f'cascade_{recipe["model"]["base"]}.')
+        own = yaml.safe_load((RECIPES / f'cascade_{name}.{data}.yaml').read_text(encoding='utf-8'))
+        return backbone_of(own), own['backbone']['finetune']['epochs']
     states = [
         torch.load(f, map_location='cpu', weights_only=True)
         for n in (recipe['backbone']['epochs'], epochs)

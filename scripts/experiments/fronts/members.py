@@ -17,10 +17,9 @@ from torch import nn
 
 from scripts import ROOT
 from scripts.experiments.benchmark import static_networks
-from scripts.experiments.benchmark.static import RELEASES
 from scripts.experiments.equal_accuracy import Setting, cheapest
-from scripts.releases.release import create_backbone, loader
-from timm_cascade import CascadeModel, ImageData, hub
+from scripts.releases.release import loader
+from timm_cascade import CascadeModel, ImageData
 from timm_cascade.backbone import backbone_macs, input_size_of
 from timm_cascade.data import fingerprint_of
 from timm_cascade.measure.calibrate import record
@@ -126,22 +125,15 @@ def _record(model: CascadeModel, data: ImageData, folder: Path) -> dict[str, np.
 
 
 def _networks_of(recipe: dict[str, Any], runs: Path, epochs: int) -> dict[str, nn.Module]:
-    work, base = runs / recipe['name'], recipe['model']['base']
-    static = base == 'cifar_resnet20'
-    label, network = 'ResNet-20' if static else base, None
-    if files := [f for f in (work / 'finetuned.pt', work / 'backbone.pt') if f.exists()]:
-        network = create_backbone(recipe)
-        network.load_state_dict(torch.load(files[0], map_location='cpu', weights_only=True)['model'])
-    else:
-        for folder in (work / 'release', *(place / recipe['name'] for place in RELEASES)):
-            if network is None and (folder / 'config.json').exists():
-                network = hub.load(folder).backbone
-    if network is None:
-        _logger.warning('%s is not trained: there is no %s', recipe['name'], work / 'finetuned.pt')
-    found = {} if network is None else {label: network}
-    for label in list(static_networks.NETWORKS)[:-1] if static else ():
+    base = recipe['model']['base']
+    own, others = ('ResNet-20', static_networks.names_for(recipe)) if base == 'cifar_resnet20' else (base, [])
+    found = {}
+    for label in (own, *others):
         try:
-            found[label], _ = static_networks.load(recipe, label, epochs)
+            if label == own:
+                found[label] = static_networks.backbone_of(recipe, runs)
+            else:
+                found[label], _ = static_networks.load(recipe, label, epochs)
         except FileNotFoundError as e:
             _logger.warning('%s', e)
     return found
