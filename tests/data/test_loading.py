@@ -7,7 +7,7 @@ import torch
 from helpers import as_png, write_idx
 from PIL import Image
 
-from timm_cascade.data import BadImageError, ImageData, check_classes, create_loader, eval_transform, load_data
+from timm_cascade.data import BadImageError, ImageData, create_loader, eval_transform, load_data, match_classes
 
 
 @pytest.fixture
@@ -202,10 +202,10 @@ def test_a_class_folder_without_images(tmp_path):
 def test_classes_of_data_and_model(names, known, message):
     data = ImageData(np.zeros((2, 4, 4), np.uint8), [0, 1], names, 'pictures')
     if message is None:
-        check_classes(data, 3, known)
+        match_classes(data, 3, known)
     else:
         with pytest.raises(ValueError, match=message):
-            check_classes(data, 3, known)
+            match_classes(data, 3, known)
 
 
 def test_fingerprints(idx):

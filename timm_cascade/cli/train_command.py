@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import hub
-from ..data import check_classes, check_training_classes
+from ..data import check_training_classes, match_classes
 from ..training.finetune import finetune
 from ..training.train import train_heads
 from ..utils.distributed import create_accelerator
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     val = load_data_of(args, args.val_split) if args.val_split else None
     check_training_classes(train)
     if val is not None:
-        check_classes(val, len(train.class_names), train.class_names)
+        match_classes(val, len(train.class_names), train.class_names)
     model, classifier = create_cascade(args, len(train.class_names), finetuned=args.finetune > 0)
     model.label_names = train.class_names
     if args.log_with:

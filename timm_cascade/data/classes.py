@@ -10,17 +10,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from .images import ImageData
+from .images import UNLABELLED, ImageData
 from .items import class_names_of, resolve
 
-__all__ = [
-    'check_classes',
-    'check_training_classes',
-    'match_classes',
-    'other_classes',
-    'warn_of_other_classes',
-    'weak_backbone',
-]
+__all__ = ['check_labels', 'check_training_classes', 'match_classes', 'warn_of_other_classes', 'weak_backbone']
 
 _logger = logging.getLogger(__name__)
 
@@ -84,31 +77,47 @@ def match_classes(data: Dataset, num_classes: int, label_names: Sequence[str] | 
     return data.with_classes(known)
 
 
-def check_classes(data: Dataset, num_classes: int, label_names: Sequence[str] | None = None) -> None:
-    """Raises what `match_classes` would raise."""
-    match_classes(data, num_classes, label_names)
-
-
-def other_classes(data: Any, num_classes: int, label_names: Sequence[str] | None) -> str | None:
-    """One sentence where the labels of a loader's data set do not mean a model's classes, index by index."""
+def warn_of_other_classes(loader: Any, num_classes: int, label_names: Sequence[str] | None) -> None:
+    """Warns where the labels of a loader's data set do not mean a model's classes, index by index."""
+    if (data := getattr(loader, 'dataset', None)) is None:
+        return
     try:
         names, known = class_names_of(data), list(label_names or [])
     except ValueError as e:
-        return str(e)
+        warnings.warn(str(e), stacklevel=3)
+        return
     numbers = _only_numbers(names) or _only_numbers(known)
     if not names or len(known) != num_classes or names == known[: len(names)] or (numbers and set(names) - set(known)):
-        return None
-    return (
+        return
+    warnings.warn(
         f'labels of these batches are of the classes {", ".join(names[:5])}, the answers of {", ".join(known[:5])}: '
-        f'compare names, not indices, or open the images with load_data and match_classes.'
+        f'compare names, not indices, or open the images with load_data and match_classes.',
+        stacklevel=3,
     )
 
 
-def warn_of_other_classes(loader: Any, num_classes: int, label_names: Sequence[str] | None) -> None:
-    """Warns where the labels of a loader's data set do not mean a model's classes; see `other_classes`."""
-    labelled = getattr(loader, 'dataset', None)
-    if labelled is not None and (text := other_classes(labelled, num_classes, label_names)):
-        warnings.warn(text, stacklevel=3)
+def check_labels(labels: Any, num_classes: int, needed: bool = True) -> None:
+    """Makes sure that labels are classes of the model.
+
+    Args:
+        labels: (N,) tensor or array of integers; may be empty.
+        num_classes: Outputs of the model.
+        needed: Every image must have a label.
+
+    Raises:
+        ValueError: They are of other classes, or missing.
+    """
+    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+    if needed and low == UNLABELLED:
+        raise ValueError(
+            f'labels go from {low} to {high}: some images have no label (-1), and this needs a label '
+            f'0..{num_classes - 1} for every image. Give a split that has labels.'
+        )
+    if low < UNLABELLED or high >= num_classes:
+        raise ValueError(
+            f'labels go from {low} to {high}, the model has the classes 0..{num_classes - 1}: these images belong to '
+            f'other classes. Give images of its classes, or create it with num_classes={high + 1}.'
+        )
 
 
 def check_outputs(num_classes: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..utils.progress import bars_on_terminal_only
 from .images import ImageData
-from .splits import canonical
+from .splits import canonical, choose_split
 from .storage import Column
 
 __all__ = [
@@ -120,13 +120,7 @@ def choose(loaded: Any, split: str | None, source: str) -> tuple[Any, str]:
         if split is not None and loaded.split is not None and str(loaded.split) not in (split, canonical(split)):
             raise ValueError(f'{source} is the split {str(loaded.split)!r}; asked was {split!r}.')
         return loaded, split or str(loaded.split or '')
-    if split is None and len(loaded) == 1:
-        return next(iter(loaded.values())), next(iter(loaded))
-    alike = [name for name in loaded if split and canonical(name) == canonical(split) is not None]
-    name = split if split in loaded else alike[0] if len(alike) == 1 else None
-    if name is None:
-        asked = 'none was chosen' if split is None else f'asked was {split!r}'
-        raise ValueError(f'{source} has the splits {sorted(loaded)}; {asked}. Choose one with split= (--split).')
+    name = choose_split(loaded, split, source)
     return loaded[name], name
 
 
@@ -188,6 +182,23 @@ def _say(features: Any) -> str:
     return ', '.join(f'{name} ({getattr(f, "dtype", None) or type(f).__name__})' for name, f in features.items())
 
 
+def _check_column(features: Any, source: str, column: str) -> None:
+    if column not in features:
+        raise ValueError(f'{source} has no column {column!r}; its columns: {_say(features)}.')
+
+
+def _is_text(feature: Any) -> bool:
+    """Whether a column's values are classes by their text: strings and booleans."""
+    kind = getattr(feature, 'dtype', '')
+    return 'string' in kind or kind == 'bool'
+
+
+def _may_be_label(feature: Any) -> bool:
+    import datasets
+
+    return isinstance(feature, datasets.Value) and (_is_text(feature) or feature.dtype.startswith(('int', 'uint')))
+
+
 def _image_column(dataset: Any, source: str, column: str | None) -> tuple[Any, str]:
     import datasets
 
@@ -200,8 +211,7 @@ def _image_column(dataset: Any, source: str, column: str | None) -> tuple[Any, s
                 f'with image_column= (--image-column). Its columns: {_say(features)}.'
             )
         column = found[0]
-    if column not in features:
-        raise ValueError(f'{source} has no column {column!r}; its columns: {_say(features)}.')
+    _check_column(features, source, column)
     if column not in found:
         try:
             dataset = dataset.cast_column(column, datasets.Image())
@@ -214,16 +224,10 @@ def _label_column(features: Any, source: str, column: str | None) -> str:
     import datasets
 
     if column is not None:
-        if column not in features:
-            raise ValueError(f'{source} has no column {column!r}; its columns: {_say(features)}.')
+        _check_column(features, source, column)
         return column
     classes = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel)]
-    plain = [
-        c
-        for c, f in features.items()
-        if isinstance(f, datasets.Value)
-        and (f.dtype.startswith(('int', 'uint')) or 'string' in f.dtype or f.dtype == 'bool')
-    ]
+    plain = [c for c, f in features.items() if _may_be_label(f)]
     found = classes or [c for c in plain if c.lower() in NAMES] or plain
     if len(found) != 1:
         raise ValueError(
@@ -244,15 +248,12 @@ def _class_labels(dataset: Any, column: str, source: str, order: Callable[[str],
         raise ValueError(f'{missing} of {len(values)} values in the column {column} of {source} are missing.')
     if isinstance(feature, datasets.ClassLabel):
         return np.array(values, dtype=np.int64), list(feature.names)
-    kind = getattr(feature, 'dtype', '')
-    if not isinstance(feature, datasets.Value) or not (
-        kind.startswith(('int', 'uint')) or 'string' in kind or kind == 'bool'
-    ):
+    if not _may_be_label(feature):
         raise ValueError(
             f'the column {column} of {source} holds {feature}; a label is one class per image: a class label, an '
             f'integer 0..C-1, or text. Several or soft labels per image have no one class to be confident of.'
         )
-    if 'string' in kind or kind == 'bool':
+    if _is_text(feature):
         texts = [str(v) for v in values]
         names = sorted(set(texts), key=order)
         place = {name: i for i, name in enumerate(names)}

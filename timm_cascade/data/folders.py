@@ -19,7 +19,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 
 from .images import ImageData
 from .leaks import File, check_leaks
-from .splits import canonical
+from .splits import canonical, choose_split
 from .storage import Files
 
 __all__ = ['CLASS_ORDERS', 'load_folder', 'natural_key']
@@ -155,14 +155,9 @@ def _choose(root: Path, splits: dict[str, str], split: str | None) -> tuple[str,
             + (f': it is itself the split {own}.' if own else ', nor for any other: its sub-folders are classes.')
             + " Slices of one folder are drawn by class: 'train[:80%]' and 'train[80%:]'."
         )
-    if split is None and len(splits) == 1:
-        return next(iter(splits.items()))
-    alike = [name for name, folder in splits.items() if split and canonical(folder) == canonical(split) is not None]
-    for name, folder in splits.items():
-        if split in (name, folder) or alike == [name]:
-            return name, folder
-    asked = 'none was chosen' if split is None else f'asked was {split!r}'
-    raise ValueError(f'{root} has the splits {sorted(splits)}; {asked}. Choose one with split= (--split).')
+    by_folder = {folder: name for name, folder in splits.items()}
+    name = by_folder.get(split or '') or choose_split(splits, split, str(root))
+    return name, splits[name]
 
 
 def _class_of(file: File) -> str:

@@ -119,9 +119,7 @@ class ImageData(Dataset):
         positions = np.where(positions < 0, positions + len(self), positions)
         if not len(positions):
             raise ValueError(f'no images were selected from {self.title}; give a larger part of it.')
-        part = copy.copy(self)
-        part.images, part.labels = take(self.images, positions), self.labels[positions]
-        return part
+        return self._with(images=take(self.images, positions), labels=self.labels[positions])
 
     def without_bad_images(self, workers: int = 0) -> ImageData:
         """The images that can be decoded; the others are counted and named in the log. Decodes every image once."""
@@ -143,9 +141,7 @@ class ImageData(Dataset):
 
     def without_labels(self) -> ImageData:
         """The same images, every label UNLABELLED."""
-        bare = copy.copy(self)
-        bare.labels, bare.class_names = np.full(len(self), UNLABELLED), []
-        return bare
+        return self._with(labels=np.full(len(self), UNLABELLED), class_names=[])
 
     def with_classes(self, names: Sequence[str]) -> ImageData:
         """The same images with the class indices of `names`, which holds all names of this data set.
@@ -157,15 +153,16 @@ class ImageData(Dataset):
         if missing := [name for name in self.class_names if name not in place]:
             raise ValueError(f'{self.title} has the classes {", ".join(missing[:5])}, which are not among the others.')
         index = np.array([*(place[name] for name in self.class_names), UNLABELLED], dtype=np.int64)
-        moved = copy.copy(self)
-        moved.labels, moved.class_names = index[self.labels], list(names)  # -1 finds the last, which is -1
-        return moved
+        return self._with(labels=index[self.labels], class_names=list(names))  # -1 finds the last, which is -1
 
     def with_transform(self, transform: Callable[[Image.Image], Any] | None) -> ImageData:
         """The same images, seen through `transform`."""
-        seen = copy.copy(self)
-        seen.transform = transform
-        return seen
+        return self._with(transform=transform)
+
+    def _with(self, **changed: Any) -> ImageData:
+        part = copy.copy(self)
+        vars(part).update(changed)
+        return part
 
 
 def upright(image: Any) -> Image.Image:
@@ -188,13 +185,13 @@ def join(parts: Sequence[ImageData]) -> ImageData:
     if len(parts) == 1:
         return parts[0]
     names = max((p.class_names for p in parts), key=len)
-    whole = copy.copy(parts[0])
-    matched = [p.with_classes(names) for p in parts]
-    whole.images = Chain([p.images for p in parts])
-    whole.labels, whole.class_names = np.concatenate([p.labels for p in matched]), list(names)
-    whole.source = ', '.join(dict.fromkeys(p.source for p in parts if p.source))
-    whole.split = '+'.join(dict.fromkeys(p.split for p in parts if p.split))
-    return whole
+    return parts[0]._with(
+        images=Chain([p.images for p in parts]),
+        labels=np.concatenate([p.with_classes(names).labels for p in parts]),
+        class_names=list(names),
+        source=', '.join(dict.fromkeys(p.source for p in parts if p.source)),
+        split='+'.join(dict.fromkeys(p.split for p in parts if p.split)),
+    )
 
 
 class _Errors(Dataset):

@@ -12,7 +12,7 @@ from .columns import choose, from_columns, is_saved_dataset, load_hub, load_parq
 from .folders import CLASS_ORDERS, load_folder
 from .idx import is_idx_folder, load_idx
 from .images import ImageData, join
-from .splits import parse_split
+from .splits import parse_splits
 
 __all__ = ['hub_id', 'load_data']
 
@@ -73,31 +73,23 @@ def load_data(
         raise ValueError(f'class_order={class_order!r}; choose {" or ".join(CLASS_ORDERS)}.')
     if isinstance(extensions, str):
         extensions = re.split(r'[\s,;]+', extensions.strip())
-    settings = dict(
+    settings: dict[str, Any] = dict(
         image_column=image_column, label_column=label_column, class_order=class_order, extensions=extensions
     )
-    parts = []
-    for name in split.split('+') if split else [None]:
-        parts.append(_load_part(source, name, labels, seed, settings))
-    data = join(parts)
-    return data.without_bad_images(workers) if on_bad_image == 'skip' else data
-
-
-def _load_part(source: Any, split: str | None, labels: bool, seed: int, settings: dict[str, Any]) -> ImageData:
-    if split is None:
-        return _load(source, None, labels, **settings)
-    name, part = parse_split(split)
-    with_labels = labels
-    if part.percent and not labels:  # the classes decide what is drawn, whether or not the labels are wanted
+    whole = []
+    for part in parse_splits(split):
         try:
-            data = _load(source, name, True, **settings)
+            # the classes decide what percentages draw, whether or not the labels are wanted
+            data = _load(source, part.name, labels or part.percent, **settings)
         except ValueError:
-            data = _load(source, name, False, **settings)
-    else:
-        data = _load(source, name, with_labels, **settings)
-    data.split = split
-    drawn = part.of(data, seed)
-    return drawn if labels else drawn.without_labels()
+            if labels or not part.percent:
+                raise
+            data = _load(source, part.name, False, **settings)
+        data.split = part.text or data.split
+        drawn = part.of(data, seed)
+        whole.append(drawn if labels else drawn.without_labels())
+    data = join(whole)
+    return data.without_bad_images(workers) if on_bad_image == 'skip' else data
 
 
 def _load(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from .images import ImageData
 
-__all__ = ['Slice', 'canonical', 'parse_split']
+__all__ = ['Slice', 'canonical', 'choose_split', 'parse_splits']
 
 SYNONYMS = {
     'train': ('train', 'training'),
@@ -27,12 +28,32 @@ def canonical(word: str) -> str | None:
     return CANONICAL.get(word.lower())
 
 
-def parse_split(split: str) -> tuple[str, Slice]:
-    """A split's name and slice: `train`, `train[:50000]`, `train[-100:]`, `train[:80%]`.
+def choose_split(have: Iterable[str], split: str | None, source: str) -> str:
+    """The one of the splits `have` that is asked for, by its name or a synonym; the only one where none is asked for.
+
+    Raises:
+        ValueError: It is not there, or none is named and there are several.
+    """
+    names = list(have)
+    if split is None and len(names) == 1:
+        return names[0]
+    alike = [name for name in names if split and canonical(name) == canonical(split) is not None]
+    if split in names or len(alike) == 1:
+        return split if split in names else alike[0]
+    asked = 'none was chosen' if split is None else f'asked was {split!r}'
+    raise ValueError(f'{source} has the splits {sorted(names)}; {asked}. Choose one with split= (--split).')
+
+
+def parse_splits(split: str | None) -> list[Slice]:
+    """What is joined: `train`, `train[:50000]`, `train[-100:]`, `train[:80%]`, `train[:80%]+test`.
 
     Raises:
         ValueError: Another form.
     """
+    return [_parse(part) for part in split.split('+')] if split else [Slice()]
+
+
+def _parse(split: str) -> Slice:
     match = SPLIT.match(split.strip())
     bounds = [match['start'], match['stop']] if match else []
     kinds = {b.endswith('%') for b in bounds if b}
@@ -45,21 +66,28 @@ def parse_split(split: str) -> tuple[str, Slice]:
     start, stop = (float(b.rstrip('%')) if b else None for b in bounds)
     if percent and any(not -100 <= b <= 100 for b in (start, stop) if b is not None):
         raise ValueError(f'split {split!r}: percentages go from 0 to 100.')
-    return match['name'], Slice(start, stop, percent)
+    return Slice(match['name'], split, start, stop, percent)
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Part of a split.
+    """A split by its name (None: the only one that there is) or a part of it, and the text that says so.
 
     Counts go by the data's own order. Percentages are drawn by class: each class is shuffled by a seed of its own,
     and its first 80 % are in `[:80%]`, the others in `[80%:]`; what is drawn keeps the data's order. Slices that share
     no percentage share no image, whatever the class order.
     """
 
+    name: str | None = None
+    text: str = ''
     start: float | None = None
     stop: float | None = None
     percent: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is cut off."""
+        return self.start is None and self.stop is None
 
     def of(self, data: ImageData, seed: int = 0) -> ImageData:
         """The part of `data`.
@@ -67,7 +95,7 @@ class Slice:
         Raises:
             ValueError: It has no images.
         """
-        if self.start is None and self.stop is None:
+        if self.is_whole:
             return data
         if self.percent:
             index = self._drawn(data, seed)

@@ -20,7 +20,7 @@ from .classes import match_classes
 from .images import UNLABELLED, ImageData
 from .items import Items, ItemStream, collate, resolve
 
-__all__ = ['View', 'as_items', 'create_loader', 'eval_transform', 'prepare_data', 'train_transform']
+__all__ = ['View', 'as_items', 'create_loader', 'eval_transform', 'prepare_data']
 
 
 class _ToMode:
@@ -81,6 +81,7 @@ def _to_bytes(image: Image.Image) -> Image.Image:
 
 
 def _transform(model: nn.Module, training: bool) -> Callable[[Image.Image], Tensor]:
+    """timm's transform for this model: that of evaluation, or that of training (random crop, mirror, colour)."""
     config = resolve_input_data_config(model)  # of the model as it is, in_chans included
     transform = create_transform(**config, is_training=training)
     transform.transforms.insert(0, _ToMode(config['input_size'][0]))
@@ -90,11 +91,6 @@ def _transform(model: nn.Module, training: bool) -> Callable[[Image.Image], Tens
 def eval_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
     """timm's evaluation transform for this model: PIL image to normalised (C, H, W)."""
     return _transform(model, training=False)
-
-
-def train_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
-    """timm's training transform for this model (random crop, mirror, colour): PIL image to normalised (C, H, W)."""
-    return _transform(model, training=True)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Only what loads and saves imports this package: it needs pydantic, which nothing
 from .config_file import CONFIG_VERSION, ConfigFile, FrontEntry, FullEntry, HeadsEntry, PublishedEntry
 from .dial_files import (
     CALIBRATION_VERSION,
+    PATH_VERSION,
     PROFILES_VERSION,
     TABLE_VERSION,
     CalibrationEntry,
@@ -14,12 +15,12 @@ from .dial_files import (
     ProfilesFile,
     TableFile,
 )
-from .fields import MAX_NUMBER, parse
+from .fields import parse
 
 __all__ = [
     'CALIBRATION_VERSION',
     'CONFIG_VERSION',
-    'MAX_NUMBER',
+    'PATH_VERSION',
     'PROFILES_VERSION',
     'TABLE_VERSION',
     'CalibrationEntry',

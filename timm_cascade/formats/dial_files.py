@@ -26,6 +26,7 @@ from .fields import (
 
 __all__ = [
     'CALIBRATION_VERSION',
+    'PATH_VERSION',
     'PROFILES_VERSION',
     'TABLE_VERSION',
     'CalibrationEntry',
@@ -35,9 +36,7 @@ __all__ = [
     'TableFile',
 ]
 
-TABLE_VERSION = 1
-CALIBRATION_VERSION = 1
-PROFILES_VERSION = 1
+TABLE_VERSION = CALIBRATION_VERSION = PATH_VERSION = PROFILES_VERSION = 1
 MAX_PROFILES = 1000
 
 Seconds = Annotated[float, Field(ge=0)]
@@ -120,7 +119,7 @@ class CalibrationEntry(Described):
 class PathFile(Described):
     """path.json: thresholds from the heads' training features, from all exits closed (null) to most permissive."""
 
-    format_version: known_version(1)  # type: ignore[valid-type]
+    format_version: known_version(PATH_VERSION)  # type: ignore[valid-type]
     exits: Exits
     heads_hash: Text
     thresholds: Annotated[list[Thresholds], Field(min_length=1, max_length=MAX_POINTS)]

@@ -11,6 +11,7 @@ from typing import Any
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..fronts import name_of
 from ..model import CascadeModel
 from ..version import __version__
 from .members import members
@@ -41,8 +42,7 @@ def render(
         metadata: Fields of ModelCardData that replace what the model says (license, datasets, ...).
         **measured: Values of the template where there is a report of a test: see scripts/releases/cards.py.
     """
-    cfg = model.backbone.pretrained_cfg
-    base = '.'.join(str(part) for part in (cfg['architecture'], cfg.get('tag')) if part)
+    base = name_of(model.backbone)
     name = name or f'cascade_{base}'
     points = [] if model.table is None else list(model.table.points)
     provenance = dict(model.table.provenance) if model.table else {}

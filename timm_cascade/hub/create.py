@@ -17,7 +17,6 @@ from ..errors import ReleaseError, TableMismatchError
 from ..fronts import FrontSpec
 from ..heads import HeadSpec
 from ..model import CascadeModel
-from ..thresholds import ThresholdTable
 from ..utils.digest import state_digest
 from ..utils.timm_models import create_model
 from .config import OWN_ARGS, SOURCE_KEYS
@@ -245,7 +244,7 @@ def _forget_what_does_not_apply(model: CascadeModel, release: Release) -> None:
     try:
         for part in (model.table, model.calibration):
             if part is not None:
-                (part if isinstance(part, ThresholdTable) else part.table(max_drops=())).check(**binding(model))
+                part.check(**binding(model))
     except TableMismatchError as e:
         model.dial.clear()
         warnings.warn(

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..backbone import input_size_of
+from ..fronts import name_of
 from ..model import CascadeModel
 
 __all__ = ['members']
@@ -37,9 +38,15 @@ def members(model: CascadeModel) -> list[dict[str, Any]]:
         for f, a, t in zip(model.fronts, accuracy, model.thresholds.tolist(), strict=False)
     ]
     _, height, width = input_size_of(model.backbone)
-    name = '.'.join(str(p) for p in map(model.backbone.pretrained_cfg.get, ('architecture', 'tag')) if p)
-    large: dict[str, Any] = dict(network=name, weights=_source(model.published), size=f'{height}x{width}')
-    large.update(parameters=_count(model.backbone), macs=total, share=1.0, accuracy=accuracy[-1], threshold=None)
+    large: dict[str, Any] = dict(network=name_of(model.backbone), weights=_source(model.published))
+    large.update(
+        size=f'{height}x{width}',
+        parameters=_count(model.backbone),
+        macs=total,
+        share=1.0,
+        accuracy=accuracy[-1],
+        threshold=None,
+    )
     return [*rows, large]
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..backbone import input_size_of
 from ..errors import ReleaseError
+from ..fronts import name_of
 from ..utils.digest import state_digest
 from .download import Repository
 
@@ -116,7 +117,7 @@ class Published:
 def identify(backbone: nn.Module, cache_dir: str | Path | None = None) -> Published | None:
     """The published checkpoint that a backbone just loaded, with nothing adapted; None if there is none like it."""
     cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
-    name = '.'.join(str(part) for part in (cfg['architecture'], cfg.get('tag')) if part)
+    name = name_of(backbone)
     adapted = backbone.num_classes != cfg['num_classes'] or input_size_of(backbone) != tuple(cfg['input_size'])
     if adapted or cfg.get('state_dict') or cfg.get('file') or cfg.get('label_offset'):
         return None

@@ -234,8 +234,7 @@ class Release:
         heads_hash = self._heads_hash
         if config.version == 1:  # its digests were taken in another way: they must agree, and are replaced
             heads_hash = str(config.heads_hash)
-        table = part if isinstance(part, ThresholdTable) else part.table(max_drops=())
-        table.check(
+        part.check(
             exits=config.exit_names,
             num_classes=config.num_classes,
             heads_hash=heads_hash,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import ReleaseError
 from ..inference.request import unwrap
 from ..model import CascadeModel
-from ..thresholds import Calibration, Profile, ThresholdTable, profiles_to_json
+from ..thresholds import profiles_to_json
 from ..thresholds.path import path_to_json
 from ..utils.digest import state_digest
 from ..utils.files import replacing
@@ -73,7 +73,7 @@ def save(model: nn.Module, folder: str | Path, layout: str | None = None, card: 
     now = binding(model)
     for part in (model.table, model.calibration):
         if part is not None:
-            (part if isinstance(part, ThresholdTable) else part.table(max_drops=())).check(**now)
+            part.check(**now)
 
     config = _config(model, layout, published, now, fronts)
     described = plan(parse_config(json.dumps(config)), str(folder))
@@ -100,13 +100,18 @@ def save(model: nn.Module, folder: str | Path, layout: str | None = None, card: 
         except Exception as e:  # safetensors' own: it names tensors, and says why it does not take them
             raise ReleaseError(f'{folder}: safetensors does not take these weights ({e}); nothing was saved.') from e
         paths = {WEIGHTS: path}
-        parts: dict[str, Any] = {TABLE: model.table, CALIBRATION: model.calibration, PROFILES: model.profiles}
+        texts = {PROFILES: profiles_to_json(model.profiles) if model.profiles else ''}
+        if model.table is not None:
+            texts[TABLE] = model.table.to_json()
         if model.dial.path is not None:
-            parts[PATH] = path_to_json(model.dial.path, [p.module for p in model.exits], model.heads_hash())
-        for name, part in parts.items():
-            if part:
+            texts[PATH] = path_to_json(model.dial.path, [p.module for p in model.exits], model.heads_hash())
+        if model.calibration is not None:
+            paths[CALIBRATION] = stack.enter_context(replacing(folder / CALIBRATION))
+            model.calibration.save(paths[CALIBRATION])
+        for name, text in texts.items():
+            if text:
                 paths[name] = stack.enter_context(replacing(folder / name))
-                _write(part, paths[name])
+                paths[name].write_text(text, encoding='utf-8')
         config['cascade']['files'] = {name: _entry(path) for name, path in sorted(paths.items())}
         staged.write_text(_dumps(config), encoding='utf-8')
         if card is not None or not (folder / CARD).exists() or GENERATED in (folder / CARD).read_text(encoding='utf-8'):
@@ -127,7 +132,7 @@ def save_profiles(model: CascadeModel, folder: str | Path) -> None:
         files.pop(PROFILES, None)
         if model.profiles:
             path = stack.enter_context(replacing(folder / PROFILES))
-            _write(model.profiles, path)
+            path.write_text(profiles_to_json(model.profiles), encoding='utf-8')
             files[PROFILES] = _entry(path)
         else:
             (folder / PROFILES).unlink(missing_ok=True)
@@ -159,15 +164,6 @@ def _tensors(model: CascadeModel, layout: str, named: Sequence[str]) -> dict[str
 def _shared(described: Plan) -> set[str]:
     """Names of tensors that are shared in the model as it will be built too: the file may hold them twice."""
     return {name for group in described.shared for name in group}
-
-
-def _write(part: ThresholdTable | Calibration | list[Profile] | str, path: Path) -> None:
-    if isinstance(part, Calibration):
-        part.save(path)
-    elif isinstance(part, str):
-        path.write_text(part, encoding='utf-8')
-    else:
-        path.write_text(profiles_to_json(part) if isinstance(part, list) else part.to_json(), encoding='utf-8')
 
 
 def _entry(path: Path) -> dict[str, Any]:

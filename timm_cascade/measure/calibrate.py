@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ import timm
 import torch
 from torch.utils.data import Dataset
 
-from ..data import UNLABELLED, create_loader, prepare_data, weak_backbone
+from ..data import UNLABELLED, check_labels, create_loader, prepare_data, weak_backbone
 from ..inference.batch import confidence
 from ..inference.request import unwrap
 from ..model import CascadeModel
@@ -25,7 +25,7 @@ from ..version import __version__
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['Observed', 'calibrate', 'observe', 'record']
+__all__ = ['Observed', 'calibrate', 'calibration_of', 'observe', 'record']
 
 _logger = logging.getLogger(__name__)
 
@@ -85,12 +85,7 @@ def observe(
     finally:
         model.train(training)
     observed = Observed(*(torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True)))
-    labels = observed.label[observed.label != UNLABELLED]
-    if len(labels) and (labels.min() < 0 or labels.max() >= model.num_classes):
-        raise ValueError(
-            f'labels go from {labels.min()} to {labels.max()}, the model has the classes '
-            f'0..{model.num_classes - 1}; these images belong to other classes.'
-        )
+    check_labels(observed.label, model.num_classes, needed=False)
     return observed
 
 
@@ -185,25 +180,28 @@ def calibrate(
         if text := weak_backbone(arrays['correct'].mean(0).tolist(), len(arrays['correct'])):
             _logger.warning('%s', text)
     arrays.setdefault('correct', arrays['agreement'])  # without labels the full network is taken to be right
-    provenance: dict[str, Any] = dict(
+    provenance = dict(
         data=getattr(held_out, 'name', type(held_out).__name__),
         split=getattr(held_out, 'split', ''),
         labelled=has_labels,
         duplicates=copies,
-        **model.provenance(),
         versions=dict(timm_cascade=__version__, timm=timm.__version__, torch=torch.__version__),
     )
-    calibration = Calibration(
-        **arrays,
+    calibration = calibration_of(model, provenance, **arrays, path=model.dial.path)
+    table = calibration.table(reference='labels' if has_labels else 'backbone')
+    model.calibration, model.table = calibration, table
+    return calibration
+
+
+def calibration_of(model: CascadeModel, provenance: Mapping[str, Any], **arrays: Any) -> Calibration:
+    """A calibration from what was seen of this model, with its costs and all that identifies it."""
+    return Calibration(
         stage_cost=model.stage_macs(),
         head_cost=model.head_macs(),
         backbone_cost=float(model.exits[-1].total),
         exits=tuple(p.module for p in model.exits),
         num_classes=model.num_classes,
         heads_hash=model.heads_hash(),
-        provenance=provenance,
-        path=model.dial.path,
+        provenance={**provenance, **model.provenance()},
+        **arrays,
     )
-    table = calibration.table(reference='labels' if has_labels else 'backbone')
-    model.calibration, model.table = calibration, table
-    return calibration

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ..errors import NotCalibratedError, ThresholdError
 from ..model import CascadeModel
-from ..thresholds import route
+from ..thresholds import Samples, outcome
 from ..utils.files import replacing
 from .calibrate import record
 
@@ -77,20 +77,16 @@ def curve_of(model: CascadeModel, seen: dict[str, np.ndarray]) -> list[CurvePoin
             chosen[tuple(map(float, calibration.at_cost(float(fraction)).thresholds))] = None
         except ThresholdError:  # no thresholds are that cheap
             continue
-    correct, total = seen['correct'], model.exits[-1].total
-    stage, head = np.asarray(model.stage_macs(), float), np.asarray(model.head_macs(), float)
+    samples = Samples(seen['confidence'], seen['correct'], model.stage_macs(), model.head_macs())
     points = []
     for thresholds in chosen:
-        exits = route(seen['confidence'], thresholds)
-        paid = stage.copy()
-        paid[:-1] -= np.where(np.isinf(thresholds), head, 0)  # heads of closed exits do not run
-        answered = correct[np.arange(len(exits)), exits]
+        found = outcome(samples, thresholds)
         points.append(
             CurvePoint(
-                macs_share=float(np.cumsum(paid)[exits].mean() / total),
-                accuracy=float(answered.mean()),
-                change=float(answered.mean() - correct[:, -1].mean()),
-                exit_shares=tuple(float((exits == m).mean()) for m in range(len(model.exits) + 1)),
+                macs_share=found.cost / model.exits[-1].total,
+                accuracy=found.accuracy,
+                change=-found.drop,
+                exit_shares=found.exit_shares,
                 thresholds=tuple(None if np.isinf(t) else t for t in thresholds),
             )
         )

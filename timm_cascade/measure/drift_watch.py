@@ -15,8 +15,9 @@ from ..errors import NotCalibratedError, TableFormatError
 from ..inference.batch import CascadeOutput, confidence
 from ..inference.request import unwrap
 from ..model import CascadeModel
-from ..thresholds import Calibration, OperatingPoint, route
+from ..thresholds import OperatingPoint, route
 from ..thresholds.drift import ConfidenceShift, DisagreementRise, bins_of, histogram_of
+from .calibrate import calibration_of
 
 __all__ = ['DriftWatch']
 
@@ -253,18 +254,10 @@ class DriftWatch:
             )
         model = self.model
         confident, agrees = (np.concatenate(part) for part in zip(*rows, strict=True))
-        calibration = Calibration(
-            confidence=confident,
-            correct=agrees,
-            agreement=agrees,
-            stage_cost=model.stage_macs(),
-            head_cost=model.head_macs(),
-            backbone_cost=float(model.exits[-1].total),
-            exits=tuple(p.module for p in model.exits),
-            num_classes=model.num_classes,
-            heads_hash=model.heads_hash(),
-            provenance=dict(data='shadowed images', split='', labelled=False, **model.provenance()),
-            path=model.dial.path if model.calibration is None else model.calibration.path,
+        provenance = dict(data='shadowed images', split='', labelled=False)
+        path = model.dial.path if model.calibration is None else model.calibration.path
+        calibration = calibration_of(
+            model, provenance, confidence=confident, correct=agrees, agreement=agrees, path=path
         )
         point = calibration.point(max_drop, level=level, reference='backbone')
         table = calibration.table(reference='backbone', level=level)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data import UNLABELLED, create_loader, prepare_data
+from ..data import check_labels, create_loader, prepare_data
 from ..inference.request import unwrap
 from ..model import CascadeModel
 from ..thresholds import route
@@ -121,7 +121,7 @@ def evaluate(
         for i, (images, target) in enumerate(
             progress(create_loader(model, data, batch_size, workers), title, leave=False)
         ):
-            _check_labels(target, model.num_classes)
+            check_labels(target, model.num_classes)
             images = model.as_images(images)
             if i == 0:  # the first batch warms both up
                 model.backbone(images), model.predict(images)
@@ -174,8 +174,7 @@ def _report(
     """The figures of images that left at `exit_of`; all three arrays are (n,)."""
     paired = correct.astype(float) - full_correct
     half = float(1.96 * paired.std() / np.sqrt(len(paired)))
-    closed = np.isinf(model.thresholds.numpy())
-    macs = exit_costs(model.stage_macs(), model.head_macs(), closed)[exit_of].mean()
+    macs = exit_costs(model.stage_macs(), model.head_macs(), model.thresholds)[exit_of].mean()
     count = len(model.exits) + 1
     return Report(
         n=len(correct),
@@ -194,20 +193,6 @@ def _report(
         survivors=tuple(float((exit_of >= m).mean()) for m in range(count)),
         every_exit=every_exit,
     )
-
-
-def _check_labels(target: Tensor, num_classes: int) -> None:
-    low, high = int(target.min()), int(target.max())
-    if low == UNLABELLED:
-        raise ValueError(
-            'some images have no label (-1), so accuracy cannot be told. Give a split with labels; without any, '
-            'calibrate(...) counts agreement with the full network.'
-        )
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f'labels go from {low} to {high}, the model has the classes 0..{num_classes - 1}; these images belong to '
-            f'other classes.'
-        )
 
 
 def every_exit_of(model: CascadeModel, seen: dict[str, np.ndarray]) -> EveryExit:

@@ -7,15 +7,14 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
-from ..data import create_loader, prepare_data
-from ..inference.batch import confidence
+from ..data import check_labels, prepare_data
 from ..model import CascadeModel
-from ..thresholds import route
+from ..thresholds import Samples, outcome, route
+from ..utils.distributed import create_accelerator
 from ..utils.files import write_text
-from ..utils.progress import progress
+from .calibrate import observe
 from .curve import CurvePoint, curve_of
 
 __all__ = ['write_report']
@@ -29,25 +28,6 @@ text { font: 12px system-ui, sans-serif; fill: #333 } .note { color: #555 } .key
 td, th { padding: 0 .8rem .2rem 0; text-align: right } td:first-child, th:first-child { text-align: left }
 """
 BLUE, GREY, ORANGE = '#2a6fbb', '#b8bec6', '#d9822b'
-
-
-@torch.no_grad()
-def _seen(
-    model: CascadeModel, data: Dataset, batch_size: int, workers: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Confidence (n, M+1), answer (n, M+1) and label (n,) of every image."""
-    weight = next(model.backbone.parameters())
-    training, parts = model.training, []
-    model.eval()
-    try:
-        for images, labels in progress(create_loader(model, prepare_data(model, data), batch_size, workers), 'report'):
-            logits = [x.float() for x in model.forward_exits(images.to(weight.device, weight.dtype))]
-            columns = [torch.stack([f(x) for x in logits], 1).cpu() for f in (confidence, lambda x: x.argmax(1))]
-            parts.append((*columns, labels))
-    finally:
-        model.train(training)
-    confidences, answers, labels = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-    return confidences, answers, labels
 
 
 def write_report(
@@ -70,30 +50,28 @@ def write_report(
         >>> model.set_max_drop(0.01)
         >>> write_report(model, test, 'report.html')
     """
-    confidences, answers, labels = _seen(model, data, batch_size, workers)
-    if labels.min() < 0 or labels.max() >= model.num_classes:
-        raise ValueError(
-            f'labels go from {labels.min()} to {labels.max()}; the report needs a label 0..{model.num_classes - 1} for '
-            f'every image.'
-        )
-    correct = answers == labels[:, None]
-    points = curve_of(model, dict(confidence=confidences, correct=correct))
-    thresholds = model.thresholds.numpy()
-    exits = route(confidences, thresholds)
-    chosen = answers[np.arange(len(exits)), exits]
+    data = prepare_data(model, data)
+    seen = observe(model, model.forward_exits, data, batch_size, workers, create_accelerator(), 'report')
+    labels = seen.label
+    check_labels(labels, model.num_classes)
+    correct = seen.answer == labels[:, None]
+    points = curve_of(model, dict(confidence=seen.confidence, correct=correct))
+    exits = route(seen.confidence, model.thresholds)
+    chosen = seen.answer[np.arange(len(exits)), exits]
     names = model.label_names or [str(i) for i in range(model.num_classes)]
     stage = np.cumsum(model.stage_macs()) / model.exits[-1].total
     title = str(model.pretrained_cfg['architecture'])
-    accuracy, full = float((chosen == labels).mean()), float(correct[:, -1].mean())
-    here = _macs_share(model, exits, thresholds)
+    samples = Samples(seen.confidence, correct, model.stage_macs(), model.head_macs())
+    active = outcome(samples, model.thresholds)
+    here = active.cost / model.exits[-1].total
     body = [
         f'<h1>{escape(title)}</h1>',
-        f'<p>On {len(labels):,} images: the full network answers {full:.1%} correctly, the cascade at its active '
-        f'thresholds {accuracy:.1%} with {here:.1%} of the multiply-accumulates.</p>',
+        f'<p>On {len(labels):,} images: the full network answers {active.full_accuracy:.1%} correctly, the cascade at '
+        f'its active thresholds {active.accuracy:.1%} with {here:.1%} of the multiply-accumulates.</p>',
         '<h2>What is guaranteed</h2>',
         f'<p>{escape(_certificate(model))}</p>',
         '<h2>Accuracy against cost</h2>',
-        _curve(points, stage, correct.mean(0), (here, accuracy)),
+        _curve(points, stage, correct.mean(0), (here, active.accuracy)),
         '<p class="note">Line: every budget, with the thresholds that the calibration chooses. Circles: one exit alone '
         'answers all images. Square: the active thresholds.</p>',
         '<h2>Images per exit</h2>',
@@ -105,12 +83,6 @@ def write_report(
     ]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     write_text(path, f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>')
-
-
-def _macs_share(model: CascadeModel, exits: np.ndarray, thresholds: np.ndarray) -> float:
-    paid = np.asarray(model.stage_macs(), float).copy()
-    paid[:-1] -= np.where(np.isinf(thresholds), np.asarray(model.head_macs(), float), 0)
-    return float(np.cumsum(paid)[exits].mean() / model.exits[-1].total)
 
 
 def _certificate(model: CascadeModel) -> str:

@@ -19,7 +19,9 @@ from timm.data.readers.img_extensions import IMG_EXTENSIONS
 
 from ..data import ImageData, load_data, upright
 from ..data.columns import hub_parquet_files
+from ..data.idx import is_idx_folder
 from ..data.loading import HUB, hub_id
+from ..data.splits import parse_splits
 
 __all__ = ['DataSource', 'FileSource', 'Item', 'ParquetSource', 'Source', 'open_sources']
 
@@ -199,7 +201,7 @@ def open_sources(
             raise FileNotFoundError(f'{text} does not exist.')
         for each in found:
             prefix = f'{text.rstrip("/")}/' if len(named) > 1 and each == path else ''
-            if each.is_dir() and list(each.glob('*-idx3-ubyte*')):
+            if each.is_dir() and is_idx_folder(each):
                 sources.append(DataSource(load_data(each, split, labels=False)))
             elif each.is_dir():
                 images, tables = _below(each)
@@ -242,8 +244,9 @@ def _below(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def _on_hub(text: str, repo: str, split: str | None, column: str | None) -> list[Source]:
     """A Hub data set: its parquet files where it consists of them, otherwise what `datasets` makes of it."""
-    sliced = split is not None and not split.isidentifier()  # a slice of a split, or several, is read as one data set
-    files = None if sliced else hub_parquet_files(repo, split)
+    parts = parse_splits(split)
+    whole = len(parts) == 1 and parts[0].is_whole  # a slice of a split, or several, are read as one data set
+    files = hub_parquet_files(repo, parts[0].name) if whole else None
     if files is None:
         return [DataSource(load_data(text, split, labels=False, image_column=column))]
     return [_parquet(f, f.removeprefix(HUB).partition('@')[0] + '/' + _inner(f), column) for f in files]

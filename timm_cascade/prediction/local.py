@@ -329,7 +329,7 @@ def _summary(model: Labeller, folder: Path, units: Sequence[Unit], written: int,
             counts, bad, parts = counts + answered, bad + unreadable, parts + 1
     good = int(counts.sum())
     shares = counts / max(good, 1)
-    costs = exit_costs(model.stage_macs(), model.head_macs(), np.isinf(model.thresholds.numpy()))
+    costs = exit_costs(model.stage_macs(), model.head_macs(), model.thresholds)
     return Summary(
         folder=str(folder),
         images=good + bad,

@@ -211,8 +211,7 @@ class Service:
     def _setting(
         self, max_drop: float | None, thresholds: Sequence[float], expected: Sequence[float] | None
     ) -> Setting:
-        closed = np.isinf(np.asarray(thresholds, dtype=np.float64))
-        macs = exit_costs(self.model.stage_macs(), self.model.head_macs(), closed)
+        macs = exit_costs(self.model.stage_macs(), self.model.head_macs(), thresholds)
         return Setting(
             max_drop,
             torch.tensor(thresholds, dtype=torch.float32),

@@ -29,7 +29,6 @@ from .table import ThresholdTable
 
 __all__ = ['Calibration']
 
-FORMAT_VERSION = 1
 REFERENCES = ('labels', 'backbone', 'best')
 _MAX_DROPS = (0.0025, 0.005, 0.01, 0.02, 0.05)
 
@@ -245,7 +244,7 @@ class Calibration:
         if not 0 < fraction:
             raise ThresholdError(f"fraction is {fraction!r}; expected a share of the backbone's cost, such as 0.5.")
         try:
-            choice = within_budget(samples, fraction * self.backbone_cost, fit=self._fit(reference, 0))
+            choice = within_budget(samples, fraction * self.backbone_cost, self._fit(reference, 0))
         except ThresholdError as error:
             raise ThresholdError(f'a share of {fraction:g} of the backbone is out of reach: {error}') from error
         return self._describe(choice, 'cost', None, reference=reference)
@@ -289,6 +288,8 @@ class Calibration:
         """Writes one .safetensors file; an existing one is replaced in one step."""
         from safetensors.numpy import save_file
 
+        from ..formats import CALIBRATION_VERSION
+
         tensors = dict(
             confidence=np.ascontiguousarray(self.confidence),
             correct=np.packbits(self.correct),
@@ -301,7 +302,7 @@ class Calibration:
             if value is not None:  # flags as bits
                 tensors[name] = np.packbits(value) if value.dtype == np.bool_ else np.ascontiguousarray(value)
         rest = dict(
-            format_version=FORMAT_VERSION,
+            format_version=CALIBRATION_VERSION,
             backbone_cost=self.backbone_cost,
             exits=list(self.exits),
             num_classes=self.num_classes,
@@ -326,12 +327,10 @@ class Calibration:
             with safe_open(path, framework='numpy') as file:
                 described = (file.metadata() or {})['calibration']
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            shape = tensors['confidence'].shape
-            shapes = dict(correct=shape, agreement=shape, labelled=shape[:1])
-            if 'pool_confidence' in tensors:
-                shapes['pool_agreement'] = tensors['pool_confidence'].shape
+            shape, pool = (np.shape(tensors.get(name, ())) for name in ('confidence', 'pool_confidence'))
+            shapes = dict(correct=shape, agreement=shape, labelled=shape[:1], pool_agreement=pool)
             for name, wanted in shapes.items():
-                if name == 'labelled' and name not in tensors:
+                if name not in tensors:
                     continue
                 if tensors[name].size != -(-math.prod(wanted) // 8):
                     raise TableFormatError(f'{path}: {name} does not fit confidences of shape {wanted}.')
@@ -343,6 +342,10 @@ class Calibration:
             raise TableFormatError(str(error) if str(path) in str(error) else f'{path}: {error}') from error
         except Exception as error:  # a file from outside: whatever reading it raises, it is damaged
             raise TableFormatError(f'{path} is not a calibration file: {error!r}.') from error
+
+    def check(self, **model: Any) -> None:
+        """Makes sure that the calibration belongs to a cascade; see `ThresholdTable.check`."""
+        self.table(max_drops=()).check(**model)
 
     def disagreeing(self, thresholds: ArrayLike) -> int:
         """Number of samples that are answered otherwise than by the full network at these thresholds (M,)."""

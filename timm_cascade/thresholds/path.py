@@ -23,13 +23,14 @@ __all__ = [
     'nested_path',
     'path_from_json',
     'path_to_json',
-    'thin',
     'training_path',
 ]
 
+# A step's loss counts as its estimate plus this many standard errors (of the sum of flips), so that short lucky steps
+# do not win. In simulations weights from 2 to 5 mostly certified more savings than 0.3 or 1.
 CAUTION = 4.0
-GRID = 256
-PATH_VERSION = 1
+GRID = 256  # candidate thresholds per exit, at most
+POINTS = 120  # rows of a path that is stored, at most
 
 Levels = NDArray[np.intp]
 
@@ -41,21 +42,14 @@ class Choice(NamedTuple):
     measured: Outcome
 
 
-def nested_path(samples: Samples, caution: float = CAUTION, size: int = GRID) -> FloatArray:
+def nested_path(samples: Samples) -> FloatArray:
     """Thresholds (K, M) of the greedy path, one grid level of one exit per row; the first row closes every exit.
 
     Lowers one threshold at a time, by as many levels as lose least per cost saved. Every row is at most the one
     before in every exit, so that samples only ever exit earlier: cost falls along the path, and loss rises nearly
     monotonically, which is what a sequence of tests needs.
-
-    Args:
-        samples: Samples to choose by.
-        caution: A step's loss counts as its estimate plus this many standard errors (of the sum of flips), so that
-            short lucky steps do not win. 0 is the plain greedy path, near the optimum of these very samples; in
-            simulations weights from 2 to 5 mostly certified more savings than 0.3 or 1.
-        size: At most this many candidate thresholds per exit.
     """
-    search = _Greedy(samples, caution, size)
+    search = _Greedy(samples)
     corners = search.run()
     rows = [corners[0]]
     for before, after in pairwise(corners):
@@ -68,21 +62,8 @@ def nested_path(samples: Samples, caution: float = CAUTION, size: int = GRID) ->
     return np.stack(columns, axis=1).astype(np.float64)
 
 
-def thin(path: FloatArray, cost: FloatArray, points: int = 120) -> FloatArray:
-    """At most `points` rows of a path at equal steps of cost; the first and the cheapest stay.
-
-    Args:
-        path: (K, M).
-        cost: (K,) expected cost of each row on the samples that made the path: those that test it must not choose.
-        points: Rows to keep.
-    """
-    falling = -np.minimum.accumulate(cost)
-    rows = np.searchsorted(falling, -np.linspace(cost[0], cost.min(), points))
-    return path[np.unique(np.append(0, np.minimum(rows, len(path) - 1)))]
-
-
 def training_path(samples: Samples) -> FloatArray:
-    """The path that is stored with the heads, from their training features: (K, M), K up to 120.
+    """The path that is stored with the heads, from their training features: (K, M), K up to 120, equal steps of cost.
 
     Its order is that of agreement with the full network: on training data the losses are far too small, but the order
     of the thresholds is not misleading. The held-out samples then have nothing to propose, and all of them test.
@@ -94,7 +75,9 @@ def training_path(samples: Samples) -> FloatArray:
         samples: The heads' training data, with agreement as `correct`.
     """
     path = nested_path(samples)
-    return thin(path, follow(path, samples).cost)
+    cost = follow(path, samples).cost
+    rows = np.searchsorted(-np.minimum.accumulate(cost), -np.linspace(cost[0], cost.min(), POINTS))
+    return path[np.unique(np.append(0, np.minimum(rows, len(path) - 1)))]  # the first and the cheapest stay
 
 
 def check_path(path: FloatArray, exits: int) -> FloatArray:
@@ -113,6 +96,8 @@ def check_path(path: FloatArray, exits: int) -> FloatArray:
 
 def path_to_json(path: FloatArray, exits: Sequence[str], heads_hash: str) -> str:
     """A text that `path_from_json` reads; a closed exit is null."""
+    from ..formats import PATH_VERSION
+
     rows = [[None if np.isinf(t) else t for t in row] for row in path.tolist()]
     content = dict(format_version=PATH_VERSION, exits=list(exits), heads_hash=heads_hash, thresholds=rows)
     return json.dumps(content, sort_keys=True, allow_nan=False) + '\n'
@@ -135,13 +120,13 @@ def path_from_json(text: str, exits: Sequence[str], heads_hash: str, source: str
     return check_path(np.array([[np.inf if t is None else t for t in row] for row in entry.thresholds]), len(exits))
 
 
-def _grid(confidence: FloatArray, size: int) -> FloatArray:
-    """At most `size` observed values of one exit, rising, the lowest included, evenly spread over the samples."""
+def _grid(confidence: FloatArray) -> FloatArray:
+    """At most GRID observed values of one exit, rising, the lowest included, evenly spread over the samples."""
     values, counts = np.unique(confidence[~np.isnan(confidence)], return_counts=True)
-    if len(values) <= size:
+    if len(values) <= GRID:
         return values
     below = np.cumsum(counts) - counts
-    picked = np.searchsorted(below, np.linspace(0, below[-1], size))
+    picked = np.searchsorted(below, np.linspace(0, below[-1], GRID))
     return values[np.unique(picked)]
 
 
@@ -153,11 +138,11 @@ class _Greedy:
     -1 for NaN, such that a sample exits at level k iff its code is at least k.
     """
 
-    def __init__(self, samples: Samples, caution: float, size: int):
-        self.samples, self.caution = samples, caution
+    def __init__(self, samples: Samples):
+        self.samples = samples
         n, exits = samples.n, samples.exits
         columns = [np.ascontiguousarray(samples.confidence[:, m]) for m in range(exits)]
-        self.values = [_grid(c, size) for c in columns]
+        self.values = [_grid(c) for c in columns]
         self.closed = np.array([len(v) for v in self.values], dtype=np.intp)
         self.codes = [
             np.where(np.isnan(c), -1, np.searchsorted(v, c, side='right') - 1)
@@ -197,7 +182,8 @@ class _Greedy:
     def _best(self) -> tuple[int, int]:
         """(exit, level) of the step with the least loss per cost saved; exit -1 when no step saves anything."""
         samples = self.samples
-        costs = exit_costs(samples.stage_cost, samples.head_cost, self.levels >= self.closed)
+        closed = np.where(self.levels >= self.closed, np.inf, 0.0)
+        costs = exit_costs(samples.stage_cost, samples.head_cost, closed)
         answered = np.bincount(self.exit, minlength=samples.exits + 1)
         best = (np.inf, -1, 0)
         for m in range(samples.exits):
@@ -209,7 +195,7 @@ class _Greedy:
                 # An open exit's head is run for every sample that reaches it, those that exit there included.
                 saved -= samples.head_cost[m] * answered[m + 1 :].sum()
             flips = np.cumsum(self.flips[m][:top][::-1])
-            lost = np.cumsum(self.losses[m][:top][::-1]) + self.caution * np.sqrt(flips + 1)
+            lost = np.cumsum(self.losses[m][:top][::-1]) + CAUTION * np.sqrt(flips + 1)
             with np.errstate(divide='ignore', invalid='ignore'):
                 # A gain on balance comes first, the larger the better, whatever it saves.
                 ratio = np.where(saved > 0, np.where(lost > 0, lost / saved, lost), np.inf)
@@ -246,16 +232,8 @@ class Along:
 
     def outcome(self, k: int) -> Outcome:
         """Outcome of one of the vectors."""
-        lost = int(self.harmful[k] - self.helpful[k])
-        return Outcome(
-            accuracy=(self.full - lost) / self.n,
-            full_accuracy=self.full / self.n,
-            drop=lost / self.n,
-            cost=float(self.cost[k]),
-            exit_shares=tuple((self.exits[k] / self.n).tolist()),
-            harmful=int(self.harmful[k]),
-            helpful=int(self.helpful[k]),
-            n=self.n,
+        return Outcome.of_counts(
+            self.full, int(self.harmful[k]), int(self.helpful[k]), self.exits[k], float(self.cost[k])
         )
 
 
@@ -285,9 +263,7 @@ def follow(path: FloatArray, samples: Samples) -> Along:
         until = first
     interval(shares[:, -1], np.zeros(n, dtype=np.intp), until)
     harmful, helpful, shares = (np.cumsum(x, axis=0)[:steps] for x in (harmful, helpful, shares))
-    paid = np.broadcast_to(samples.stage_cost, (steps, exits + 1)).copy()
-    paid[:, :-1] -= np.where(np.isinf(path), samples.head_cost, 0.0)
-    cost = (shares * np.cumsum(paid, axis=1)).sum(axis=1) / n
+    cost = (shares * exit_costs(samples.stage_cost, samples.head_cost, path)).sum(axis=1) / n
     return Along(harmful, helpful, shares, cost, n, int(full.sum()))
 
 

@@ -62,7 +62,7 @@ def joint_choice(samples: Samples, max_drop: float, seed: int = 0, fit: Fit | No
     return Choice(path[chosen], fitted.outcome(chosen))
 
 
-def within_budget(samples: Samples, budget: float, seed: int = 0, fit: Fit | None = None) -> Choice:
+def within_budget(samples: Samples, budget: float, fit: Fit | None = None) -> Choice:
     """The most accurate thresholds of the path whose expected cost is at most `budget`, with a cross-fitted outcome.
 
     Of equally accurate ones the cheapest; so a larger budget never lowers the accuracy that is expected.
@@ -72,7 +72,7 @@ def within_budget(samples: Samples, budget: float, seed: int = 0, fit: Fit | Non
     """
     if math.isnan(budget) or budget <= 0:
         raise ThresholdError(f'budget is {budget!r}; expected a cost above 0, in the unit of stage_cost.')
-    path, whole, fitted = fit or cross_fit(samples, seed)
+    path, whole, fitted = fit or cross_fit(samples, 0)
     most = budget * (1 + 1e-12)
     cheap = np.flatnonzero(np.maximum(whole.cost, fitted.cost) <= most)
     if not len(cheap):

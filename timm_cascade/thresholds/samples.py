@@ -100,6 +100,13 @@ class Outcome:
     helpful: int
     n: int
 
+    @classmethod
+    def of_counts(cls, full: int, harmful: int, helpful: int, exits: IntArray, cost: float) -> Outcome:
+        """From the samples that the final exit has right, the flips, and the samples (M+1,) that each exit answers."""
+        n, lost = int(exits.sum()), harmful - helpful
+        shares = tuple((exits / n).tolist())
+        return cls((full - lost) / n, full / n, lost / n, cost, shares, harmful, helpful, n)
+
 
 def route(confidence: ArrayLike, thresholds: ArrayLike) -> IntArray:
     """The exit that answers each sample: the first m < M with confidence[i, m] >= thresholds[m], else M.
@@ -130,11 +137,10 @@ def route(confidence: ArrayLike, thresholds: ArrayLike) -> IntArray:
     return exits_here.argmax(axis=1)
 
 
-def exit_costs(stage_cost: FloatArray, head_cost: FloatArray, closed: BoolArray) -> FloatArray:
-    """(M+1,) cost of a sample that exits at each exit; the heads of closed exits are not run."""
-    paid = stage_cost.copy()
-    paid[:-1] -= np.where(closed, head_cost, 0.0)
-    return np.cumsum(paid)
+def exit_costs(stage_cost: FloatArray, head_cost: FloatArray, thresholds: ArrayLike) -> FloatArray:
+    """(..., M+1) cost of a sample that exits at each exit, at thresholds (..., M); heads of closed exits do not run."""
+    saved = np.where(np.isposinf(np.asarray(thresholds)), head_cost, 0.0)
+    return np.cumsum(stage_cost - np.append(saved, np.zeros_like(saved[..., :1]), axis=-1), axis=-1)
 
 
 def outcome(samples: Samples, thresholds: ArrayLike) -> Outcome:
@@ -153,18 +159,9 @@ def outcome(samples: Samples, thresholds: ArrayLike) -> Outcome:
     t = check_thresholds(thresholds, samples.exits)
     exited = route(samples.confidence, t)
     correct, full = samples.correct[np.arange(samples.n), exited], samples.correct[:, -1]
-    shares = np.bincount(exited, minlength=samples.exits + 1) / samples.n
-    hits, full_hits = int(correct.sum()), int(full.sum())
-    return Outcome(
-        accuracy=hits / samples.n,
-        full_accuracy=full_hits / samples.n,
-        drop=(full_hits - hits) / samples.n,
-        cost=float(shares @ exit_costs(samples.stage_cost, samples.head_cost, np.isposinf(t))),
-        exit_shares=tuple(shares.tolist()),
-        harmful=int((full & ~correct).sum()),
-        helpful=int((correct & ~full).sum()),
-        n=samples.n,
-    )
+    exits = np.bincount(exited, minlength=samples.exits + 1)
+    cost = float(exits @ exit_costs(samples.stage_cost, samples.head_cost, t)) / samples.n
+    return Outcome.of_counts(int(full.sum()), int((full & ~correct).sum()), int((correct & ~full).sum()), exits, cost)
 
 
 def _as_confidence(values: ArrayLike) -> FloatArray:

@@ -13,9 +13,7 @@ from ..errors import PointNotFoundError, TableFormatError, TableMismatchError
 from .operating_point import OperatingPoint
 from .samples import check_level, check_max_drop
 
-__all__ = ['FORMAT_VERSION', 'ThresholdTable']
-
-FORMAT_VERSION = 1
+__all__ = ['ThresholdTable']
 
 
 @dataclass(frozen=True)
@@ -170,9 +168,11 @@ class ThresholdTable:
 
     def to_json(self) -> str:
         """JSON with sorted keys, lists of numbers on one line, a closed exit as null."""
+        from ..formats import TABLE_VERSION
+
         content = dict(self.extra)
         content.update(
-            format_version=FORMAT_VERSION,
+            format_version=TABLE_VERSION,
             exits=list(self.exits),
             num_classes=self.num_classes,
             heads_hash=self.heads_hash,

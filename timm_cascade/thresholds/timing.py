@@ -16,8 +16,6 @@ from .samples import check_thresholds, outcome
 
 __all__ = ['Profile', 'Saving', 'in_time', 'profiles_from_json', 'profiles_to_json', 'savings']
 
-FORMAT_VERSION = 1
-
 Seconds = NDArray[np.float64]
 
 
@@ -79,15 +77,10 @@ class Profile:
 
 def profiles_to_json(profiles: Sequence[Profile]) -> str:
     """A text that `profiles_from_json` reads."""
-    return (
-        json.dumps(
-            dict(format_version=FORMAT_VERSION, profiles=[asdict(p) for p in profiles]),
-            indent=1,
-            sort_keys=True,
-            allow_nan=False,
-        )
-        + '\n'
-    )
+    from ..formats import PROFILES_VERSION
+
+    content = dict(format_version=PROFILES_VERSION, profiles=[asdict(p) for p in profiles])
+    return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + '\n'
 
 
 def profiles_from_json(text: str, source: str = 'profiles.json') -> list[Profile]:

@@ -15,7 +15,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..data import View, check_training_classes, prepare_data
+from ..data import View, check_labels, check_training_classes, prepare_data
 from ..model import CascadeModel
 from ..utils.distributed import check_launch, create_accelerator
 from ..utils.progress import progress
@@ -261,11 +261,7 @@ class _Finetuner:
     def _backward(self, images: Tensor, labels: Tensor, count: int) -> Tensor:
         """Gradients of a part of a step of `count` images; returns the sum of its losses."""
         accelerator = self.accelerator
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.model.num_classes:
-            raise ValueError(
-                f'labels go from {int(labels.min())} to {int(labels.max())}; fine-tuning needs a label '
-                f'0..{self.model.num_classes - 1} for every image.'
-            )
+        check_labels(labels, self.model.num_classes)
         images, labels = images.to(accelerator.device).float(), labels.to(accelerator.device)
         with accelerator.autocast():
             logits = self.backbone(images)

@@ -148,7 +148,7 @@ def train_heads(
         keys = [] if folder is None else [source.key() for source in sources]
         if cache:
             sources = _stored(sources, folder, keys)
-        mean, variance = moments(sources[:views], accelerator, model.num_classes, least=0 if classifier else UNLABELLED)
+        mean, variance = moments(sources[:views], accelerator, model.num_classes, labelled=classifier)
         for head, m, v in zip(model.heads, mean, variance, strict=False):
             # standardised by the training set's own statistics, so that no step depends on how a batch is split
             if isinstance(norm := getattr(head, 'norm', None), (nn.BatchNorm1d, nn.SyncBatchNorm)):

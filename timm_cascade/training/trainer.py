@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import UNLABELLED
+from ..data import UNLABELLED, check_labels
 from ..heads import NORMS
 from ..utils.progress import progress
 from .features import Batch, FrozenFeatures, StoredFeatures
@@ -110,12 +110,12 @@ def share_gradients(accelerator: Accelerator, module: nn.Module) -> None:
 
 
 def moments(
-    views: Sequence[Source], accelerator: Accelerator, num_classes: int, least: int = 0
+    views: Sequence[Source], accelerator: Accelerator, num_classes: int, labelled: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Mean and variance of each of the M+1 arrays, over all views; float64 sums, one batch in memory at a time.
 
     Raises:
-        ValueError: A label outside least..num_classes-1.
+        ValueError: A label that is not a class, or with `labelled` one that is missing.
     """
     widths = views[0].widths
     sums = torch.zeros(2, sum(widths), dtype=torch.float64)
@@ -123,12 +123,7 @@ def moments(
         for arrays, labels in _in_order(view, accelerator):
             values = torch.cat(arrays, 1).cpu().double()
             sums += torch.stack([values.sum(0), values.square().sum(0)])
-            if len(labels) and (labels.min() < least or labels.max() >= num_classes):
-                raise ValueError(
-                    f'labels go from {int(labels.min())} to {int(labels.max())}, the model has the '
-                    f'classes 0..{num_classes - 1}; create it with num_classes={int(labels.max()) + 1} '
-                    f'or correct the labels.'
-                )
+            check_labels(labels, num_classes, labelled)
     mean, square = sum_over_processes(accelerator, sums) / sum(map(len, views))
     return list(mean.split(widths)), list((square - mean.square()).clamp(min=0).split(widths))
 
