@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from .data import eval_transform
 from .hub import load
+from .prediction.inputs import open_image
+from .utils.clock import default_device
 
 __all__ = ['Predictor']
 
@@ -42,7 +42,7 @@ class Predictor:
         device: str | None = None,
         **dial: Any,
     ) -> None:
-        self.model = load(where).eval().to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        self.model = load(where).eval().to(device or default_device())
         if max_drop is not None:
             self.model.set_max_drop(max_drop, **dial)
         self.column = column
@@ -56,7 +56,7 @@ class Predictor:
         """
         if self.column not in batch:
             raise KeyError(f"the batch has the columns {sorted(batch)}, not {self.column!r}; name the images': column=")
-        images = torch.stack([self.transform(_picture(value)) for value in batch[self.column]])
+        images = torch.stack([self.transform(open_image(value)) for value in batch[self.column]])
         with torch.inference_mode():
             output = self.model.predict(images.to(next(self.model.parameters()).device))
         index = output.logits.argmax(1).cpu().numpy()
@@ -68,9 +68,3 @@ class Predictor:
             'prob': output.confidence.cpu().numpy(),
             'exit': output.exit.cpu().numpy(),
         }
-
-
-def _picture(value: Any) -> Image.Image:
-    if isinstance(value, bytes):
-        return Image.open(io.BytesIO(value))
-    return Image.fromarray(np.asarray(value))

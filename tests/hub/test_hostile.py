@@ -165,7 +165,7 @@ HOSTILE = {
         table(lambda t: t['points'][0].update(thresholds=[0.5] * 10**4)),
         r'points\.0\.thresholds is .* at most 256',
     ),
-    'a table for other heads': (table(lambda t: t.update(heads_hash='0' * 16)), 'heads_hash'),
+    'a table for other heads': (table(lambda t: t.update(heads_hash='0' * 16)), "heads' weights"),
     'deep table': (text(hub.TABLE, '{"a":' + DEEP + '}'), 'nested more than'),
     'table of the future': (table(lambda t: t.update(format_version=99)), 'format_version is 99.*newer.*upgrade'),
     'table without points': (table(lambda t: t.pop('points')), 'points is missing'),

@@ -56,7 +56,7 @@ def test_heads_only(server, client, published):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             adapted = timm.create_model('cascade_test_resnet', pretrained=True, num_classes=7)
-        result += [model.published.to_dict(), done.files, adapted.published is None, adapted.base_model]
+        result += [dict(vars(model.published)), done.files, adapted.published is None, adapted.base_model]
     """,
     )
     assert 'published checkpoint' in made[0][1] and 'no longer test_resnet' in made[1][1]

@@ -145,8 +145,13 @@ def test_table_gives_the_next_stricter_point(table):
 def test_table_of_other_heads_is_refused(table):
     right = dict(exits=['layer0', 'layer1', 'layer2'], num_classes=10, heads_hash='abc', input_size=(3, 32, 32))
     table.check(**right)
-    for name, value in dict(exits=['layer0'], num_classes=9, heads_hash='x', input_size=(3, 64, 64)).items():
-        with pytest.raises(TableMismatchError, match=name):
+    for name, value, said in (
+        ('exits', ['layer0'], 'its exits are'),
+        ('num_classes', 9, '9 classes'),
+        ('heads_hash', 'x', "the heads' weights"),
+        ('input_size', (3, 64, 64), r'the input size is \[3, 64, 64\]'),
+    ):
+        with pytest.raises(TableMismatchError, match=said):
             table.check(**{**right, name: value})
 
 

@@ -7,13 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import hub
 from ..measure.curve import curve, plot_curve
 from ..measure.evaluate import evaluate
 from ..measure.report import write_report
-from .options import Commands, data_options, load_data_of, output_options
+from ..utils.clock import default_device
+from .options import Commands, data_options, dial_options, load_data_of, output_options, turn_dial
 
 __all__ = ['add_command', 'run']
 
@@ -22,19 +21,12 @@ def add_command(commands: Commands) -> None:
     """Adds the command and its options."""
     parser = commands.add_parser(
         'evaluate',
-        parents=[data_options(), output_options()],
+        parents=[data_options(), dial_options(), output_options()],
         description='Runs a release and its plain backbone side by side on test images.',
         help='accuracy, MACs, exits and time on test images',
     )
     parser.add_argument('where', metavar='FOLDER|REPO', help='The release.')
     parser.add_argument('--split', help='Test images.')
-    parser.add_argument(
-        '--max-drop', type=float, help="Accuracy that may be given up, as a fraction; else the release's thresholds."
-    )
-    parser.add_argument(
-        '--rule', default='certified', choices=['certified', 'joint', 'per_exit'], help='For --max-drop.'
-    )
-    parser.add_argument('--level', type=float, default=0.9, help='Confidence level of the certified rule.')
     parser.add_argument(
         '--every-exit',
         action='store_true',
@@ -62,12 +54,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _check_picture(Path(args.curve))
     model = hub.load(args.where)
     data = load_data_of(args, args.split)
-    point = None
-    if args.max_drop is not None:
-        point = model.set_max_drop(args.max_drop, rule=args.rule, level=args.level).to_dict()
-    model.to('cuda' if torch.cuda.is_available() else 'cpu')
+    point = turn_dial(model, args.max_drop, args.rule, args.level)
+    model.to(default_device())
     report = evaluate(model, data, batch_size=args.batch_size, workers=args.workers, every_exit=args.every_exit)
-    result = dict(point=point, **report.to_dict())
+    result = dict(point=point and point.to_dict(), **report.to_dict())
     if args.curve is not None:
         points = curve(model, data, batch_size=args.batch_size, workers=args.workers)
         if args.curve:

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError('--int8 measures ranges on images; name some with --data, training images will do.')
     images = None
     if args.int8:
-        images = load_data(args.data if len(args.data) > 1 else args.data[0], args.split, labels=False)
+        images = load_data(args.data, args.split, labels=False)
     folder = export(
         hub.load(args.where).eval(),
         args.out,

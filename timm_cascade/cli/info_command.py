@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import Any
 
 from .. import hub
@@ -24,10 +25,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = hub.load(args.where)
     return dict(
         architecture=model.pretrained_cfg['architecture'],
-        backbone=None if model.published is None else model.published.to_dict(),
+        backbone=None if model.published is None else asdict(model.published),
         num_classes=model.num_classes,
         label_names=model.label_names,
-        input_size=list(hub.binding(model)['input_size']),
+        input_size=list(model.provenance()['input_size']),
         **({'members': members(model)} if model.fronts else {}),
         exits=[
             dict(module=p.module, fraction=round(p.fraction, 4), layout=p.layout, channels=p.channels, cut=p.cut)

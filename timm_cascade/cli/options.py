@@ -7,9 +7,18 @@ import json
 from typing import Any
 
 from ..data import ImageData, load_data
-from ..utils.progress import bars_on_terminal_only
+from ..thresholds import OperatingPoint
 
-__all__ = ['Commands', 'data_options', 'exits_value', 'load_data_of', 'output_options', 'value']
+__all__ = [
+    'Commands',
+    'data_options',
+    'dial_options',
+    'exits_value',
+    'load_data_of',
+    'output_options',
+    'turn_dial',
+    'value',
+]
 
 Commands = Any  # argparse's own type of what add_subparsers returns is private
 
@@ -58,6 +67,22 @@ def data_options() -> argparse.ArgumentParser:
     return data
 
 
+def dial_options() -> argparse.ArgumentParser:
+    """Options of every command that sets the thresholds of a release, see `turn_dial`."""
+    dial = argparse.ArgumentParser(add_help=False)
+    dial.add_argument(
+        '--max-drop', type=float, help="Accuracy to give up, as a fraction; else the release's active thresholds."
+    )
+    dial.add_argument('--rule', default='certified', choices=['certified', 'joint', 'per_exit'], help='For --max-drop.')
+    dial.add_argument('--level', type=float, default=0.9, help='Confidence level of the certified rule.')
+    return dial
+
+
+def turn_dial(model: Any, max_drop: float | None, rule: str, level: float) -> OperatingPoint | None:
+    """Sets the thresholds as `dial_options` say, if they say anything."""
+    return None if max_drop is None else model.set_max_drop(max_drop, rule=rule, level=level)
+
+
 def output_options() -> argparse.ArgumentParser:
     """Options of every command that prints a result."""
     out = argparse.ArgumentParser(add_help=False)
@@ -67,15 +92,14 @@ def output_options() -> argparse.ArgumentParser:
 
 def load_data_of(args: argparse.Namespace, split: str | None, labels: bool = True) -> ImageData:
     """The images that the command line names."""
-    with bars_on_terminal_only():
-        return load_data(
-            args.data if len(args.data) > 1 else args.data[0],
-            split,
-            labels,
-            args.on_bad_image,
-            args.workers,
-            image_column=args.image_column,
-            label_column=args.label_column,
-            class_order=args.class_order,
-            extensions=args.extensions,
-        )
+    return load_data(
+        args.data,
+        split,
+        labels,
+        args.on_bad_image,
+        args.workers,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        class_order=args.class_order,
+        extensions=args.extensions,
+    )

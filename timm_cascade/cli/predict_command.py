@@ -7,11 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import hub
 from ..prediction.local import ENGINES, predict
-from .options import Commands, output_options
+from ..utils.clock import default_device
+from .options import Commands, dial_options, output_options, turn_dial
 
 __all__ = ['add_command', 'run']
 
@@ -19,7 +18,7 @@ __all__ = ['add_command', 'run']
 def add_command(commands: Commands) -> None:
     """Adds the command and its options."""
     parser = commands.add_parser(
-        'predict', parents=[output_options()], help='label every image of an input, into parquet files'
+        'predict', parents=[dial_options(), output_options()], help='label every image of an input, into parquet files'
     )
     parser.add_argument('where', metavar='FOLDER|REPO', help='the release, or a folder that timm-cascade export wrote')
     parser.add_argument(
@@ -31,9 +30,6 @@ def add_command(commands: Commands) -> None:
     parser.add_argument('--out', required=True, help='folder for the part files; run again to continue')
     parser.add_argument('--split', help='split of a Hub data set or an IDX folder')
     parser.add_argument('--image-column', help='column with the images, where a parquet file has several')
-    parser.add_argument('--max-drop', type=float, help="accuracy to give up; else the release's active thresholds")
-    parser.add_argument('--rule', default='certified', choices=['certified', 'joint', 'per_exit'])
-    parser.add_argument('--level', type=float, default=0.9, help='confidence level of the certified rule')
     parser.add_argument('--topk', type=int, default=5, help='classes per image')
     parser.add_argument('--batch-size', type=int, default=256)
     parser.add_argument('--workers', type=int, default=0, help='processes that decode ahead')
@@ -60,10 +56,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f'{args.where} is an exported folder, which onnxruntime runs; leave out --compile and --device.'
         )
     model = _open_exported(args.where) if exported else hub.load(args.where).eval()
-    if args.max_drop is not None:
-        model.set_max_drop(args.max_drop, rule=args.rule, level=args.level)
+    turn_dial(model, args.max_drop, args.rule, args.level)
     if not exported:
-        model.to(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        model.to(args.device or default_device())
     if args.compile:
         model.compile(batch_sizes=(args.batch_size,))
     done = predict(

@@ -12,6 +12,7 @@ import torch
 
 from .. import hub
 from ..measure.profile import profile
+from ..utils.clock import default_device
 from .options import Commands, output_options
 
 __all__ = ['add_command', 'run']
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         model = timm.create_model(args.where)
     else:
         model = hub.load(args.where)
-    model.eval().to('cuda' if torch.cuda.is_available() else 'cpu', getattr(torch, args.dtype))
+    model.eval().to(default_device(), getattr(torch, args.dtype))
     if args.compile:
         model.compile(batch_sizes=(args.batch_size,))
     p = profile(model, batch_size=args.batch_size, repeats=args.repeats)

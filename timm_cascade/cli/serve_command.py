@@ -15,7 +15,7 @@ import torch
 from .. import hub
 from ..serving.decode import Limits
 from ..serving.service import Service
-from .options import Commands
+from .options import Commands, dial_options, turn_dial
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -36,13 +36,10 @@ HELP = {
 
 def add_command(commands: Commands) -> None:
     """Adds the command and its options."""
-    parser = commands.add_parser('serve', help='answer images over HTTP')
+    parser = commands.add_parser('serve', parents=[dial_options()], help='answer images over HTTP')
     parser.add_argument('where', metavar='FOLDER|REPO', help='the release')
     parser.add_argument('--host', default='127.0.0.1', help='0.0.0.0 for all interfaces (default: %(default)s)')
     parser.add_argument('--port', type=int, default=8000, help='0 finds a free one (default: %(default)s)')
-    parser.add_argument('--max-drop', type=float, help="accuracy to give up; else the release's active thresholds")
-    parser.add_argument('--rule', default='certified', choices=['certified', 'joint', 'per_exit'])
-    parser.add_argument('--level', type=float, default=0.9, help='confidence level of the certified rule')
     parser.add_argument('--max-batch', type=int, default=32, help='images that go through the network together')
     parser.add_argument(
         '--max-wait', type=float, default=0.0, metavar='SECONDS', help='time that a request waits for others'
@@ -109,8 +106,7 @@ def _service(options: dict[str, Any]) -> Service:
     torch.set_num_threads(options['threads'])
     limits = Limits(**{field.name: options[field.name] for field in fields(Limits)})
     model = hub.load(options['where']).eval()
-    if options['max_drop'] is not None:
-        model.set_max_drop(options['max_drop'], rule=options['rule'], level=options['level'])
+    turn_dial(model, options['max_drop'], options['rule'], options['level'])
     model.to(claim(options['device']))
     if options['compile']:
         model.compile(batch_sizes=(options['max_batch'],))

@@ -3,7 +3,7 @@
 from ..errors import HubUnavailableError, PushConflictError, PushDeniedError, PushError, ReleaseError
 from .create import create_cascade, load
 from .push import Pushed, compare, push_to_hub
-from .release import CALIBRATION, CARD, CONFIG, PATH, PROFILES, TABLE, WEIGHTS, binding
+from .release import CALIBRATION, CARD, CONFIG, PATH, PROFILES, TABLE, WEIGHTS
 from .save_release import save, save_profiles
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     'PushError',
     'Pushed',
     'ReleaseError',
-    'binding',
     'compare',
     'create_cascade',
     'load',

@@ -97,10 +97,10 @@ def cascade_entry(
         format_version=CONFIG_VERSION if fronts else CONFIG_VERSION - 1,
         layout=layout,
         exits=[asdict(p) for p in points if p.cut != 'input'],
-        **({'fronts': [f.to_dict() for f in fronts]} if fronts else {}),
+        **({'fronts': [asdict(f) for f in fronts]} if fronts else {}),
         files={name: dict(sha256=sha256, size=size) for name, (sha256, size) in sorted(files.items())},
         heads_hash=heads_hash,
-        backbone=dict(digest=digest, base_model=base_model) if published is None else published.to_dict(),
+        backbone=dict(digest=digest, base_model=base_model) if published is None else asdict(published),
     )
 
 

@@ -16,6 +16,7 @@ from ..backbone import input_size_of
 from ..errors import ReleaseError, TableMismatchError
 from ..fronts import FrontSpec
 from ..heads import HeadSpec
+from ..inference.weights import binding
 from ..model import CascadeModel
 from ..utils.digest import state_digest
 from ..utils.timm_models import create_model
@@ -24,7 +25,7 @@ from .described import bounded, described_by, plan
 from .download import Folder, Repository
 from .front_networks import named_fronts, released_fronts
 from .pretrained import fetch_published, identify
-from .release import CONFIG, MAX_CONFIG, Release, binding
+from .release import CONFIG, MAX_CONFIG, Release
 
 __all__ = ['create_cascade', 'load']
 

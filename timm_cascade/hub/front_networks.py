@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,10 +62,6 @@ class FrontConfig:
             published = Published.from_entry(entry.published, entry.architecture, source, where)
         values = {**entry.model_dump(), 'size': (entry.size[0], entry.size[1]), 'published': published}
         return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As config.json holds it."""
-        return asdict(self)
 
     def is_stored(self, layout: str) -> bool:
         """Whether a release of this layout holds its weights."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +46,9 @@ class Published:
     digest: str
     dtype: str
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_entry(cls, entry: PublishedEntry, base: str, source: str, what: str = 'cascade.backbone') -> Published:
-        """What `to_dict` gave, as a file has it.
+        """The checkpoint that a file describes.
 
         Args:
             entry: The description.

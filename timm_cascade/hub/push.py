@@ -27,6 +27,23 @@ from .save_release import save
 __all__ = ['Pushed', 'compare', 'push_to_hub']
 
 PICTURES = '*.png'  # that a card may show
+REFUSALS: dict[int, tuple[type[PushError], str]] = {  # HTTP status: what is raised, and what it says
+    401: (
+        PushDeniedError,
+        'the token is missing or not valid. Log in with `hf auth login`, or set HF_TOKEN to a token that may write.',
+    ),
+    403: (
+        PushDeniedError,
+        'this token may not write there. Use one with write access, another name, or create_pr=True.',
+    ),
+    404: (PushError, 'no such repository or revision, and it cannot be made.'),
+    409: (PushError, 'it exists already (the tag, or the branch).'),
+    412: (
+        PushConflictError,
+        'the repository received another commit meanwhile; nothing was published. Look at what is there now, load it '
+        'if it is better, and push again.',
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -79,27 +96,16 @@ def push_to_hub(
         HubUnavailableError: The Hub cannot be reached.
         ReleaseError: The cascade or folder is not fit to be published.
     """
-    if isinstance(what, nn.Module):
-        with tempfile.TemporaryDirectory() as saved:
-            save(what, saved, layout, card)
-            return push_to_hub(
-                saved,
-                repo_id,
-                private=private,
-                revision=revision,
-                create_pr=create_pr,
-                tag=tag,
-                token=token,
-                commit_message=commit_message,
-            )
-    if layout is not None or card is not None:
+    if not isinstance(what, nn.Module) and (layout is not None or card is not None):
         raise ReleaseError('layout and card are for a model; a folder is published as it is.')
-    folder = Path(what)
-    if not (folder / CONFIG).is_file():
-        raise ReleaseError(f'{folder} is no release: it has no {CONFIG}.')
-    Release(Folder(folder)).check()
     api = HfApi(token=token, library_name='timm_cascade')
     with tempfile.TemporaryDirectory() as temporary, _named_errors(repo_id):
+        folder = Path(temporary, 'release') if isinstance(what, nn.Module) else Path(what)
+        if isinstance(what, nn.Module):
+            save(what, folder, layout, card)
+        if not (folder / CONFIG).is_file():
+            raise ReleaseError(f'{folder} is not a release: it has no {CONFIG}.')
+        Release(Folder(folder)).check()
         files = _files(folder, repo_id, Path(temporary))
         info = _repository(api, repo_id, revision, private)
         changed, gone = _differences(files, info)
@@ -177,29 +183,9 @@ def _named_errors(repo_id: str) -> Iterator[None]:
     except LocalTokenNotFoundError as e:
         raise PushDeniedError(f'{repo_id}: there is no token. Log in with `hf auth login`, or set HF_TOKEN.') from e
     except HfHubHTTPError as e:
-        status, said = e.response.status_code, str(e).strip()
-        if status == 412:
-            raise PushConflictError(
-                f'{repo_id}: the repository received another commit meanwhile; nothing was published. Look at what is '
-                f'there now, load it if it is better, and push again.'
-            ) from e
-        if status == 401:
-            raise PushDeniedError(
-                f'{repo_id}: the token is missing or not valid. Log in with `hf auth login`, or set HF_TOKEN to a '
-                f'token that may write. The Hub says: {said}'
-            ) from e
-        if status == 403:
-            raise PushDeniedError(
-                f'{repo_id}: this token may not write there. Use one with write access, another name, or '
-                f'create_pr=True. The Hub says: {said}'
-            ) from e
-        if status == 404:
-            raise PushError(
-                f'{repo_id}: no such repository or revision, and it cannot be made. The Hub says: {said}'
-            ) from e
-        if status == 409:
-            raise PushError(f'{repo_id}: it exists already (the tag, or the branch). The Hub says: {said}') from e
-        raise PushError(f'{repo_id}: the Hub answered {status}; push again later. It says: {said}') from e
+        status = e.response.status_code
+        kind, text = REFUSALS.get(status, (PushError, f'the Hub answered {status}; push again later.'))
+        raise kind(f'{repo_id}: {text} The Hub says: {str(e).strip()}') from e
     except (HTTPError, ConnectionError) as e:
         raise HubUnavailableError(
             f'{repo_id}: the Hub cannot be reached ({type(e).__name__}: {e}); push again later.'

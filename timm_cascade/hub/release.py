@@ -14,14 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import ReleaseError
-from ..model import CascadeModel
 from ..thresholds import Calibration, Profile, ThresholdTable, profiles_from_json
 from ..thresholds.path import path_from_json
 from ..thresholds.samples import FloatArray
@@ -29,7 +28,7 @@ from ..utils.digest import state_digest
 from .config import ReleaseConfig, parse_config
 from .download import Folder, Repository, sha256_of
 
-__all__ = ['CALIBRATION', 'CARD', 'CONFIG', 'FILES', 'PATH', 'PROFILES', 'TABLE', 'WEIGHTS', 'Release', 'binding']
+__all__ = ['CALIBRATION', 'CARD', 'CONFIG', 'FILES', 'PATH', 'PROFILES', 'TABLE', 'WEIGHTS', 'Release']
 
 CONFIG, WEIGHTS, TABLE, CALIBRATION, PROFILES, PATH, CARD = FILES = (
     'config.json',
@@ -288,13 +287,3 @@ def _part(state: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
 
 def _text(path: Path) -> str:
     return path.read_text(encoding='utf-8')
-
-
-def binding(model: CascadeModel) -> dict[str, Any]:
-    """What a threshold table or a calibration must agree on with the model it is used with."""
-    return dict(
-        exits=tuple(p.module for p in model.exits),
-        num_classes=model.num_classes,
-        heads_hash=model.heads_hash(),
-        **model.provenance(),
-    )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ReleaseError
 from ..inference.request import unwrap
+from ..inference.weights import binding
 from ..model import CascadeModel
 from ..thresholds import profiles_to_json
 from ..thresholds.path import path_to_json
@@ -27,7 +28,7 @@ from .described import Plan, difference, plan
 from .download import sha256_of
 from .front_networks import FrontConfig, describe_fronts
 from .pretrained import Published
-from .release import CALIBRATION, CARD, CONFIG, PATH, PROFILES, TABLE, WEIGHTS, binding
+from .release import CALIBRATION, CARD, CONFIG, PATH, PROFILES, TABLE, WEIGHTS
 
 __all__ = ['save', 'save_profiles']
 

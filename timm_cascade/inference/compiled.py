@@ -27,7 +27,7 @@ from ..utils.clock import clock
 from ..utils.snapshot import Snapshot, places_of
 from .batch import confidence
 from .cuda_graphs import replaying
-from .engine import Answer, OnExit
+from .engine import Answer
 from .graph import Stage, StagedBackbone
 
 __all__ = ['CompileOptions', 'CompiledBackbone']
@@ -131,17 +131,7 @@ class CompiledBackbone(StagedBackbone):
             or next(backbone.parameters()).data_ptr() != self.memory
         )
 
-    @torch.no_grad()
-    def run(
-        self,
-        backbone: nn.Module,
-        images: Tensor,
-        on_exit: OnExit,
-        start: int = 0,
-        tensors: list[Tensor] | None = None,
-        wanted: Callable[[int], bool] | None = None,
-    ) -> Tensor:
-        return super().run(backbone, images, on_exit, start, tensors, wanted)
+    run = torch.no_grad()(StagedBackbone.run)
 
     def _rows(self, node: fx.Node) -> int:
         value = node.meta['val']

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,11 +14,10 @@ from ..utils.digest import state_digest
 from ..utils.snapshot import Snapshot, places_of
 from ..utils.timm_models import resolve_input_data_config
 
-__all__ = ['CalibrationGuard', 'WeightWatch', 'calibrated_as', 'differences', 'dtype_of', 'setup_of']
+__all__ = ['CalibrationGuard', 'WeightWatch', 'binding', 'calibrated_as', 'dtype_of', 'setup_of']
 
 STEP = 8  # tensors and modules that one call looks at, beside each head's classifier
 _TRANSFORM = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
-_NAMES = dict(input_size='the input size', mean='the mean', std='the standard deviation', crop_pct='the crop')
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
@@ -42,35 +40,14 @@ def calibrated_as(model: Any) -> dict[str, Any]:
     return dict(
         backbone_digest=state_digest(model.backbone.state_dict()),
         dtype=str(dtype_of(model)).removeprefix('torch.'),
-        **{name: _plain(config[name]) for name in _TRANSFORM},
+        **{name: list(v) if isinstance(v := config[name], tuple) else v for name in _TRANSFORM},
     )
 
 
-def differences(
-    stored: Mapping[str, Any], current: Mapping[str, Any], heads: tuple[str, str] | None = None
-) -> list[str]:
-    """What differs between a calibration's provenance and the model, in words.
-
-    Args:
-        stored: Provenance; what it does not say is not compared.
-        current: See `calibrated_as`.
-        heads: Digests of the calibrated and of the present heads.
-    """
-    if stored.get('dtype', current['dtype']) != current['dtype']:
-        return [f'the dtype is {current["dtype"]} (calibrated in {stored["dtype"]})']  # all values are rounded
-    found = []
-    if stored.get('backbone_digest', current['backbone_digest']) != current['backbone_digest']:
-        found.append("the backbone's weights have changed")
-    if heads is not None and heads[0] != heads[1]:
-        found.append("the heads' weights have changed")
-    for name in _TRANSFORM:
-        if name in stored and _plain(stored[name]) != current[name]:
-            found.append(f'{_NAMES.get(name, f"the {name}")} is {current[name]} (calibrated with {stored[name]})')
-    return found
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (tuple, list)) else value
+def binding(model: Any) -> dict[str, Any]:
+    """What a threshold table or a calibration must agree on with the model it is used with."""
+    exits = tuple(p.module for p in model.exits)
+    return dict(exits=exits, num_classes=model.num_classes, heads_hash=model.heads_hash(), **calibrated_as(model))
 
 
 class WeightWatch:
@@ -123,19 +100,8 @@ class CalibrationGuard:
     def check(self, model: Any) -> None:
         """See `CascadeModel.check_calibration`."""
         source = model.calibration if model.calibration is not None else model.table
-        if source is None:
-            return
-        wrong = differences(source.provenance, calibrated_as(model), (source.heads_hash, model.heads_hash()))
-        exits = tuple(p.module for p in model.exits)
-        if tuple(source.exits) != exits:
-            wrong.append(f'its exits are {exits} (calibrated with {tuple(source.exits)})')
-        if source.num_classes != model.num_classes:
-            wrong.append(f'it has {model.num_classes} classes (calibrated with {source.num_classes})')
-        if wrong:
-            raise TableMismatchError(
-                f'this cascade is not the one that was calibrated: {"; ".join(wrong)}. Calibrate it again '
-                f'(timm_cascade.calibrate(model, held_out)), undo the change, or call model.forget_calibration().'
-            )
+        if source is not None:
+            source.check(**binding(model))
 
     def begin(self, model: Any) -> None:
         """Watches the weights from now on."""

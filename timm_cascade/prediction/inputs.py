@@ -13,7 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 from PIL import Image
 from timm.data.readers.img_extensions import IMG_EXTENSIONS
 
@@ -23,7 +22,7 @@ from ..data.idx import is_idx_folder
 from ..data.loading import HUB, hub_id
 from ..data.splits import parse_splits
 
-__all__ = ['DataSource', 'FileSource', 'Item', 'ParquetSource', 'Source', 'open_sources']
+__all__ = ['DataSource', 'FileSource', 'Item', 'ParquetSource', 'Source', 'open_image', 'open_sources']
 
 
 class Item(NamedTuple):
@@ -45,13 +44,15 @@ class Item(NamedTuple):
         Raises:
             Exception: Whatever the decoder raises on a damaged image.
         """
-        found = self.image
-        if isinstance(found, bytes):
-            found = io.BytesIO(found)
-        if isinstance(found, (Image.Image, np.ndarray)):
-            return upright(found)
-        with Image.open(found) as image:
+        return open_image(self.image)
+
+
+def open_image(found: Path | bytes | Any) -> Image.Image:
+    """The image in a file, in encoded bytes, or as an array or picture; decoded and upright."""
+    if isinstance(found, (Path, bytes)):
+        with Image.open(io.BytesIO(found) if isinstance(found, bytes) else found) as image:
             return upright(image)
+    return upright(found)
 
 
 class Source(Protocol):

@@ -63,7 +63,8 @@ def create_app(
         Route('/info', application.info),
         Route('/metrics', application.metrics_text),
     ]
-    return Starlette(routes=routes, lifespan=application.lifespan)
+    refused = {RequestError: lambda request, error: _error(error)}
+    return Starlette(routes=routes, lifespan=application.lifespan, exception_handlers=refused)
 
 
 class _Application:
@@ -179,18 +180,12 @@ class _Application:
 
     async def info(self, request: Request) -> Response:
         """The model, its exits and its limits."""
-        try:
-            self._authorise(request)
-        except RequestError as e:
-            return _error(e)
+        self._authorise(request)
         return JSONResponse(self.service.info())
 
     async def metrics_text(self, request: Request) -> Response:
         """Counters for Prometheus."""
-        try:
-            self._authorise(request)
-        except RequestError as e:
-            return _error(e)
+        self._authorise(request)
         return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -93,12 +93,13 @@ class Dial:
 
     def add_profile(self, profile: Profile) -> None:
         """Keeps a profile, in place of one of the same setup and batch size."""
-        others = [p for p in self.profiles if _kind(p) != _kind(profile)]
+        kind = (profile.setup, profile.batch_size)
+        others = [p for p in self.profiles if (p.setup, p.batch_size) != kind]
         self.profiles = [*others, profile]
 
     def profile_for(self, setup: Setup | None) -> Profile | None:
         """The latest profile that was measured with this setup."""
-        return next((p for p in reversed(self.profiles) if (p.device, p.dtype, p.compiled) == setup), None)
+        return next((p for p in reversed(self.profiles) if p.setup == setup), None)
 
     def exits_without_time(self, thresholds: ArrayLike, setup: Setup | None) -> list[str]:
         """Messages about open exits that save MACs but no time in this setup, by calibration and profile."""
@@ -118,7 +119,7 @@ class Dial:
         assert self.calibration is not None
         key = profile_key(self.calibration, setup)
         profile = load_profile(key)
-        if profile is None or (profile.device, profile.dtype, profile.compiled) != setup:
+        if profile is None or profile.setup != setup:
             profile = Profile(**measure())
             store_profile(key, profile)
             warnings.warn(
@@ -162,7 +163,3 @@ def _reference(source: Calibration | ThresholdTable, asked: str | None) -> str:
             'the full network. Use reference="backbone", or calibrate with labels.'
         )
     return asked or ('labels' if labelled else 'backbone')
-
-
-def _kind(p: Profile) -> tuple[str, str, int, bool]:
-    return p.device, p.dtype, p.batch_size, p.compiled

@@ -15,6 +15,8 @@ from .samples import check_level, check_max_drop
 
 __all__ = ['ThresholdTable']
 
+_NAMES = dict(input_size='input size', std='standard deviation', crop_pct='crop')
+
 
 @dataclass(frozen=True)
 class ThresholdTable:
@@ -139,31 +141,37 @@ class ThresholdTable:
             num_classes: Number of classes.
             heads_hash: Identifies the heads.
             input_size: (channels, height, width) of the images.
-            **provenance: What else the figures follow from (backbone_digest, dtype, mean, ...); compared where the
-                table's provenance has it.
+            **provenance: What else the figures follow from (backbone_digest, dtype, mean, ...); compared where both
+                have it.
 
         Raises:
             TableMismatchError: Lists all that differs.
         """
-        pairs: list[tuple[str, Any, Any]] = [
-            ('number of exits', len(self.exits), len(exits)),
-            ('exits', tuple(self.exits), tuple(exits)),
-            ('num_classes', self.num_classes, num_classes),
-            ('heads_hash', self.heads_hash, heads_hash),
-        ]
-        if self.input_size is not None and input_size is not None:
-            pairs.append(('input_size', tuple(self.input_size), tuple(input_size)))
-        known = self.provenance
-        pairs += [(name, known[name], ours) for name, ours in provenance.items() if known.get(name) is not None]
-        wrong = [
-            f'{name} is {theirs!r} in the table, {ours!r} in the model'
-            for name, theirs, ours in pairs
-            if theirs != ours
-        ]
+        stored = {**self.provenance, 'input_size': self.input_size}
+        now = {**provenance, 'input_size': input_size}
+        pairs = {
+            k: (_plain(stored[k]), _plain(v)) for k, v in now.items() if v is not None and stored.get(k) is not None
+        }
+        other = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        wrong = []
+        if tuple(self.exits) != tuple(exits):
+            wrong.append(f'its exits are {tuple(exits)} (calibrated with {tuple(self.exits)})')
+        if self.num_classes != num_classes:
+            wrong.append(f'it has {num_classes} classes (calibrated with {self.num_classes})')
+        if 'dtype' in other:  # all values are rounded, so weights differ too
+            before, present = other['dtype']
+            wrong.append(f'the dtype is {present} (calibrated in {before})')
+        else:
+            if other.pop('backbone_digest', None):
+                wrong.append("the backbone's weights have changed")
+            if self.heads_hash != heads_hash:
+                wrong.append("the heads' weights have changed")
+            for name, (before, present) in other.items():
+                wrong.append(f'the {_NAMES.get(name, name)} is {present} (calibrated with {before})')
         if wrong:
             raise TableMismatchError(
-                f'this threshold table belongs to another cascade: {"; ".join(wrong)}. Calibrate this one, or load '
-                f'the table that was saved with it.'
+                f'this cascade is not the one that was calibrated: {"; ".join(wrong)}. Calibrate it again '
+                f'(timm_cascade.calibrate(model, held_out)), undo the change, or call model.forget_calibration().'
             )
 
     def to_json(self) -> str:
@@ -217,3 +225,7 @@ class ThresholdTable:
             confidences=file.confidences,
             extra=dict(file.model_extra or {}),
         )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, list)) else value

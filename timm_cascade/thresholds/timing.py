@@ -50,6 +50,11 @@ class Profile:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def setup(self) -> tuple[str, str, bool]:
+        """Device, dtype and whether compiled: how a model must run for these figures to apply."""
+        return self.device, self.dtype, self.compiled
+
+    @property
     def head_cost(self) -> Seconds:
         """(M,) what an open exit costs an image that comes to it."""
         return np.add(self.head_seconds, self.cut_seconds)

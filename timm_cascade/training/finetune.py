@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data import View, check_labels, check_training_classes, prepare_data
 from ..model import CascadeModel
-from ..utils.distributed import check_launch, create_accelerator
+from ..utils.distributed import check_launch, create_accelerator, share_gradients, share_values, sum_over_processes
 from ..utils.progress import progress
-from .trainer import log_to_trackers, share_gradients, sum_over_processes
+from .trainer import log_to_trackers
 from .work_dir import WorkDir
 
 if TYPE_CHECKING:
@@ -186,14 +186,12 @@ class _Finetuner:
                 line = dict(epoch=len(self.history) + 1, loss=round(loss, 5), accuracy=accuracy, best=best)
                 line['seconds'] = round(time.monotonic() - began, 2)
                 self.history.append(line)
-                scaler = accelerator.scaler
                 work_dir.save(
                     self.history,
                     backbone=self.backbone.state_dict(),
                     best=self.best,
                     ema=self.ema,
                     optimizer=optimizer.state_dict(),
-                    scaler=scaler.state_dict() if scaler else None,
                 )
                 log_to_trackers(accelerator, line)
                 bar.set_postfix_str(f'loss {loss:.3f}, accuracy {accuracy:.1%}')
@@ -210,8 +208,6 @@ class _Finetuner:
         if saved is not None:
             self.backbone.load_state_dict(saved['backbone'])
             optimizer.load_state_dict(saved['optimizer'])
-            if self.accelerator.scaler and saved['scaler']:
-                self.accelerator.scaler.load_state_dict(saved['scaler'])
             self.history, self.best = saved['history'], saved['best']
             self.ema = {name: t.to(self.accelerator.device) for name, t in saved['ema'].items()}
         elif self.settings['ema_decay']:
@@ -249,7 +245,7 @@ class _Finetuner:
                     self._average()
                     bar.update()
         bar.update((epoch + 1) * self.steps - updates)
-        self._share_buffers()
+        share_values(accelerator, self.backbone.buffers())  # running statistics
         loss = float(sum_over_processes(accelerator, total)) / sum(map(len, parts))
         if not np.isfinite(loss):
             raise ValueError(
@@ -276,15 +272,6 @@ class _Finetuner:
                 self.ema[name].lerp_(tensor, 1 - self.settings['ema_decay'])
             else:
                 self.ema[name].copy_(tensor)
-
-    @torch.no_grad()
-    def _share_buffers(self) -> None:
-        """Gives all processes the running statistics of the main one."""
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast
-
-            for buffer in self.backbone.buffers():
-                buffer.copy_(broadcast(buffer.clone()))
 
     @torch.no_grad()
     def _accuracy(self, val: Dataset) -> float:

@@ -25,7 +25,7 @@ from ..model import CascadeModel
 from ..utils.distributed import check_launch, create_accelerator, on_main
 from .features import FrozenFeatures, StoredFeatures, store
 from .threshold_path import path_from_features
-from .trainer import Classifier, Trainer, _in_order, moments
+from .trainer import Classifier, Trainer, in_order, moments
 from .work_dir import WorkDir
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def train_heads(
         trainer = Trainer(heads, sources[:views], (sources[views:] or [None])[0], accelerator, **recipe)
         settings = [recipe, keys, str(heads), trainer.step_size]
         history = trainer.run(WorkDir(folder, 'heads', accelerator, settings))
-        path = path_from_features(model, heads, _in_order(sources[0], accelerator), accelerator)
+        path = path_from_features(model, heads, in_order(sources[0], accelerator), accelerator)
     except BaseException:
         fresh.load_state_dict(before)
         raise

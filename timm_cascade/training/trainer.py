@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..data import UNLABELLED, check_labels
 from ..heads import NORMS
+from ..utils.distributed import share_gradients, share_values, sum_over_processes
 from ..utils.progress import progress
 from .features import Batch, FrozenFeatures, StoredFeatures
 from .work_dir import WorkDir
@@ -21,7 +22,7 @@ from .work_dir import WorkDir
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['Classifier', 'Trainer', 'log_to_trackers', 'moments', 'share_gradients', 'sum_over_processes']
+__all__ = ['Classifier', 'Trainer', 'in_order', 'log_to_trackers', 'moments']
 
 _logger = logging.getLogger(__name__)
 EPSILON = 1e-4  # share of the mean variance that is added to each: features may be of any scale
@@ -81,32 +82,11 @@ def _correct(logits: Sequence[Tensor], labels: Tensor, final: Tensor) -> Tensor:
     return torch.stack([(x.argmax(1) == target).sum() for x in logits])
 
 
-def _in_order(source: Source, accelerator: Accelerator) -> Iterator[Batch]:
+def in_order(source: Source, accelerator: Accelerator) -> Iterator[Batch]:
     """This process's share of all images."""
     n = len(source)
     plan = [np.arange(begin, min(begin + source.batch, n)) for begin in range(0, n, source.batch)]
     return source.batches(plan[accelerator.process_index :: accelerator.num_processes])
-
-
-def sum_over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    """The sum of a tensor that every process has, on its own device."""
-    if accelerator.num_processes == 1:
-        return tensor
-    return accelerator.reduce(tensor.to(accelerator.device), 'sum').to(tensor.device)
-
-
-def share_gradients(accelerator: Accelerator, module: nn.Module) -> None:
-    """Sums the gradients of all processes, in one piece.
-
-    DistributedDataParallel would split them differently after its first step, and so add in another order in a
-    training that is continued.
-    """
-    if accelerator.num_processes == 1:
-        return
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    total = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), 'sum')
-    for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
 
 
 def moments(
@@ -120,7 +100,7 @@ def moments(
     widths = views[0].widths
     sums = torch.zeros(2, sum(widths), dtype=torch.float64)
     for view in views:
-        for arrays, labels in _in_order(view, accelerator):
+        for arrays, labels in in_order(view, accelerator):
             values = torch.cat(arrays, 1).cpu().double()
             sums += torch.stack([values.sum(0), values.square().sum(0)])
             check_labels(labels, num_classes, labelled)
@@ -166,12 +146,7 @@ class Trainer:
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * self.steps)
         self.optimizer = accelerator.prepare(optimizer)
-        if accelerator.num_processes > 1:  # all start from the main process's heads
-            from accelerate.utils import broadcast
-
-            with torch.no_grad():
-                for tensor in heads.state_dict().values():
-                    tensor.copy_(broadcast(tensor.clone()))
+        share_values(accelerator, heads.state_dict().values())
         self.history: list[dict[str, Any]] = []
 
     def run(self, work_dir: WorkDir) -> list[dict[str, Any]]:
@@ -188,13 +163,11 @@ class Trainer:
             while len(self.history) < self.epochs:
                 line = self._run_epoch(bar)
                 self.history.append(line)
-                scaler = self.accelerator.scaler
                 work_dir.save(
                     self.history,
                     heads=self.heads.state_dict(),
                     optimizer=self.optimizer.state_dict(),
                     schedule=self.schedule.state_dict(),
-                    scaler=scaler.state_dict() if scaler else None,
                 )
                 log_to_trackers(self.accelerator, line)
                 shown = line.get('accuracy', line['train_accuracy'])
@@ -207,8 +180,6 @@ class Trainer:
         self.heads.load_state_dict(saved['heads'])
         self.optimizer.load_state_dict(saved['optimizer'])
         self.schedule.load_state_dict(saved['schedule'])
-        if self.accelerator.scaler and saved['scaler']:
-            self.accelerator.scaler.load_state_dict(saved['scaler'])
         self.history = saved['history']
 
     def _run_epoch(self, bar: Any) -> dict[str, Any]:
@@ -270,7 +241,7 @@ class Trainer:
         """Accuracy of each exit on the validation images, the backbone's own last."""
         device = self.accelerator.device
         correct = torch.zeros(len(held.widths))
-        for arrays, labels in _in_order(held, self.accelerator):
+        for arrays, labels in in_order(held, self.accelerator):
             arrays = [a.to(device) for a in arrays]
             logits = self._logits(arrays)
             logits += arrays[len(logits) :]  # a classifier that is not trained

@@ -40,7 +40,7 @@ class WorkDir:
         self.key = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()
 
     def load(self) -> dict[str, Any] | None:
-        """What `save` was last given by a training of the same settings."""
+        """What `save` was last given by a training of the same settings; the accelerator's loss scale is set to its own."""
         state = self.state
         if state is None or not on_main(self.accelerator, state.is_file):
             return None
@@ -60,16 +60,20 @@ class WorkDir:
         if self.accelerator.is_main_process:
             _logger.info('continuing after epoch %d, from %s', len(saved['history']), state)
             self._write_log(saved['history'])  # a process killed between the two files left it one line short
+        if self.accelerator.scaler and saved['scaler']:
+            self.accelerator.scaler.load_state_dict(saved['scaler'])
         return saved
 
     def save(self, history: list[dict[str, Any]], **parts: Any) -> None:
-        """Replaces state and log by those after the last epoch of `history`."""
+        """Replaces state and log by those after the last epoch of `history`; the accelerator's loss scale is kept too."""
         if self.state is None or self.log is None or not self.accelerator.is_main_process:
             return
         for file in self.state.parent.glob(f'.{self.state.name}.*.tmp'):  # of a process that was killed while writing
             file.unlink()
+        scaler = self.accelerator.scaler
+        state = dict(key=self.key, history=history, scaler=scaler.state_dict() if scaler else None, **parts)
         with replacing(self.state) as temporary:
-            torch.save(dict(key=self.key, history=history, **parts), temporary)
+            torch.save(state, temporary)
         self._write_log(history)
 
     def _write_log(self, history: list[dict[str, Any]]) -> None:

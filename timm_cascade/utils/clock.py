@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ['clock', 'device_name']
+__all__ = ['clock', 'default_device', 'device_name']
 
 
 def clock(device: torch.device) -> float:
@@ -17,6 +17,11 @@ def clock(device: torch.device) -> float:
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def default_device() -> str:
+    """Where a model runs unless something else is asked for."""
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 def device_name(device: torch.device) -> str:

@@ -1,19 +1,20 @@
-"""On how many processes a training really runs."""
+"""On how many processes a training runs, and what these tell each other."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from ..errors import LaunchError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['check_launch', 'create_accelerator', 'on_main']
+__all__ = ['check_launch', 'create_accelerator', 'on_main', 'share_gradients', 'share_values', 'sum_over_processes']
 
 T = TypeVar('T')
 
@@ -85,3 +86,34 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def sum_over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """The sum of a tensor that every process has, on its own device."""
+    if accelerator.num_processes == 1:
+        return tensor
+    return accelerator.reduce(tensor.to(accelerator.device), 'sum').to(tensor.device)
+
+
+def share_gradients(accelerator: Accelerator, module: nn.Module) -> None:
+    """Sums the gradients of all processes, in one piece.
+
+    DistributedDataParallel would split them differently after its first step, and so add in another order in a
+    training that is continued.
+    """
+    if accelerator.num_processes == 1:
+        return
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    total = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), 'sum')
+    for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+@torch.no_grad()
+def share_values(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
+    """Gives all processes the values that these tensors have on the main one."""
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast
+
+        for tensor in tensors:
+            tensor.copy_(broadcast(tensor.clone()))
