@@ -149,10 +149,8 @@ class ThresholdTable:
         """
         stored = {**self.provenance, 'input_size': self.input_size}
         now = {**provenance, 'input_size': input_size}
-        pairs = {
-            k: (_plain(stored[k]), _plain(v)) for k, v in now.items() if v is not None and stored.get(k) is not None
-        }
-        other = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        pairs = {name: (_plain(stored.get(name)), _plain(value)) for name, value in now.items()}
+        other = {name: pair for name, pair in pairs.items() if None not in pair and pair[0] != pair[1]}
         wrong = []
         if tuple(self.exits) != tuple(exits):
             wrong.append(f'its exits are {tuple(exits)} (calibrated with {tuple(self.exits)})')

@@ -40,7 +40,7 @@ class WorkDir:
         self.key = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()
 
     def load(self) -> dict[str, Any] | None:
-        """What `save` was last given by a training of the same settings; the accelerator's loss scale is set to its own."""
+        """What `save` was last given by a training of the same settings; the accelerator gets its loss scale."""
         state = self.state
         if state is None or not on_main(self.accelerator, state.is_file):
             return None
@@ -65,7 +65,7 @@ class WorkDir:
         return saved
 
     def save(self, history: list[dict[str, Any]], **parts: Any) -> None:
-        """Replaces state and log by those after the last epoch of `history`; the accelerator's loss scale is kept too."""
+        """Replaces state and log by those after the last epoch of `history`, the accelerator's loss scale included."""
         if self.state is None or self.log is None or not self.accelerator.is_main_process:
             return
         for file in self.state.parent.glob(f'.{self.state.name}.*.tmp'):  # of a process that was killed while writing
