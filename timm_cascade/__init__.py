@@ -8,29 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from timm import create_model
 
-from . import moved, registry  # noqa: F401  registry registers the models, moved says where old modules are
-from .errors import (
-    BackboneError,
-    BadImageError,
-    CascadeError,
-    ExitError,
-    ExportError,
-    FrontError,
-    HubUnavailableError,
-    LaunchError,
-    NotCalibratedError,
-    PlanError,
-    PointNotFoundError,
-    PushConflictError,
-    PushDeniedError,
-    PushError,
-    ReleaseError,
-    RequestError,
-    RoutingError,
-    TableFormatError,
-    TableMismatchError,
-    ThresholdError,
-)
+from . import errors, moved, registry  # noqa: F401  registry registers the models, moved says where old modules are
+from .errors import *  # noqa: F403  each is public
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -51,36 +30,16 @@ if TYPE_CHECKING:
     from .training.train import train_heads
 
 __all__ = [
-    'BackboneError',
-    'BadImageError',
     'Calibration',
-    'CascadeError',
     'CascadeModel',
     'CascadeOutput',
     'DriftWatch',
-    'ExitError',
-    'ExportError',
-    'FrontError',
-    'HubUnavailableError',
     'ImageData',
-    'LaunchError',
-    'NotCalibratedError',
     'OperatingPoint',
-    'PlanError',
-    'PointNotFoundError',
     'Profile',
-    'PushConflictError',
-    'PushDeniedError',
-    'PushError',
-    'ReleaseError',
     'Report',
-    'RequestError',
-    'RoutingError',
     'StreamOutput',
     'Suggestion',
-    'TableFormatError',
-    'TableMismatchError',
-    'ThresholdError',
     'ThresholdTable',
     '__version__',
     'calibrate',
@@ -96,6 +55,7 @@ __all__ = [
     'save',
     'suggest',
     'train_heads',
+    *errors.__all__,
 ]
 
 

@@ -112,9 +112,8 @@ def _large_network(args: argparse.Namespace, data: ImageData) -> CascadeModel:
     Raises:
         ValueError: The network has not learned the classes of the data.
     """
-    args.exits_asked, args.exits, args.front, args.head, args.classifier = args.exits, 1, None, 'linear', 'keep'
-    model, _ = create_cascade(args, len(data.class_names))
-    args.exits = args.exits_asked
+    plain = dict(exits=1, front=None, head='linear', classifier='keep')
+    model, _ = create_cascade(argparse.Namespace(**{**vars(args), **plain}), len(data.class_names))
     published = not args.no_pretrained and timm.models.is_model_pretrained(args.model.removeprefix('cascade_'))
     own = model.backbone.pretrained_cfg.get('num_classes') if published else 'no'
     if args.checkpoint is None and own != len(data.class_names):

@@ -3,7 +3,7 @@
 Only what loads and saves imports this package: it needs pydantic, which nothing else here does.
 """
 
-from .config_file import CONFIG_VERSION, ConfigFile, FrontEntry, FullEntry, HeadsEntry, PublishedEntry
+from .config_file import CONFIG_VERSION, ConfigFile, FrontEntry, HeadsEntry, PublishedEntry
 from .dial_files import (
     CALIBRATION_VERSION,
     PATH_VERSION,
@@ -15,7 +15,7 @@ from .dial_files import (
     ProfilesFile,
     TableFile,
 )
-from .fields import parse
+from .fields import parse, values_of
 
 __all__ = [
     'CALIBRATION_VERSION',
@@ -26,7 +26,6 @@ __all__ = [
     'CalibrationEntry',
     'ConfigFile',
     'FrontEntry',
-    'FullEntry',
     'HeadsEntry',
     'PathFile',
     'PointEntry',
@@ -34,4 +33,5 @@ __all__ = [
     'PublishedEntry',
     'TableFile',
     'parse',
+    'values_of',
 ]

@@ -33,6 +33,7 @@ __all__ = [
     'known_version',
     'parse',
     'show',
+    'values_of',
 ]
 
 MAX_DEPTH = 16
@@ -127,6 +128,11 @@ class Described(BaseModel):
     """Values must have the right type: no text is taken for a number, no number for a truth value."""
 
     model_config = ConfigDict(strict=True, extra='forbid', allow_inf_nan=False, protected_namespaces=())
+
+
+def values_of(entry: BaseModel) -> dict[str, Any]:
+    """The values of a description, with tuples for lists, as the library's own objects hold them."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in entry.model_dump().items()}
 
 
 class Open(Described):

@@ -114,7 +114,7 @@ def parse_config(text: str, source: str = 'config.json') -> ReleaseConfig:
     Raises:
         ReleaseError: Not a cascade's, of a newer format, or with values that cannot be right.
     """
-    from ..formats import ConfigFile, HeadsEntry, parse
+    from ..formats import ConfigFile, HeadsEntry, parse, values_of
 
     file = parse(ConfigFile, text, source, ReleaseError)
     architecture = file.architecture[:100]
@@ -154,14 +154,9 @@ def parse_config(text: str, source: str = 'config.json') -> ReleaseConfig:
             **{k: v for k, v in cfg.items() if k not in SOURCE_KEYS},
             **{k: v for k, v in labels.items() if v},
         },
-        points=tuple(_exit_point(e.model_dump()) for e in cascade.exits) if cascade else None,
+        points=tuple(ExitPoint(**values_of(e)) for e in cascade.exits) if cascade else None,
         heads_hash=cascade.heads_hash if cascade else None,
         digest=digest,
         published=published,
         base_model=base_model,
     )
-
-
-def _exit_point(values: dict[str, Any]) -> ExitPoint:
-    known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return ExitPoint(**known)

@@ -25,7 +25,7 @@ from .described import bounded, described_by, plan
 from .download import Folder, Repository
 from .front_networks import named_fronts, released_fronts
 from .pretrained import fetch_published, identify
-from .release import CONFIG, MAX_CONFIG, Release
+from .release import CONFIG, MAX_CONFIG, Release, part_of
 
 __all__ = ['create_cascade', 'load']
 
@@ -142,13 +142,8 @@ def _load_release(
     size = fetch_published(config.published, cache_dir) if config.published else None
     described = plan(config, str(release), size)
     state = release.weights(described.tensors)
-    if config.published is None:
-        source = dict.fromkeys(SOURCE_KEYS) | dict(
-            custom_load=False,
-            state_dict={k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')},
-        )
-    else:
-        source = config.published.source
+    own_weights = dict.fromkeys(SOURCE_KEYS) | dict(custom_load=False, state_dict=part_of(state, 'backbone'))
+    source = config.published.source if config.published else own_weights
     with described_by(str(release)), bounded():
         backbone = create_model(
             base,
@@ -180,7 +175,7 @@ def _load_release(
             config.published.check(backbone, str(release))
             model.published = config.published
     model.base_model = config.base_model
-    heads = {k.removeprefix('heads.'): v for k, v in state.items() if k.startswith('heads.')}
+    heads = part_of(state, 'heads')
     named = tuple(f'{k}.network.' for k, f in enumerate(config.fronts) if not f.is_stored(config.layout))
     if not same_fronts:  # the heads behind them are kept, under their new numbers
         heads = _behind(heads, len(config.fronts), len(fronts))

@@ -28,7 +28,7 @@ from ..utils.digest import state_digest
 from .config import ReleaseConfig, parse_config
 from .download import Folder, Repository, sha256_of
 
-__all__ = ['CALIBRATION', 'CARD', 'CONFIG', 'FILES', 'PATH', 'PROFILES', 'TABLE', 'WEIGHTS', 'Release']
+__all__ = ['CALIBRATION', 'CARD', 'CONFIG', 'FILES', 'PATH', 'PROFILES', 'TABLE', 'WEIGHTS', 'Release', 'part_of']
 
 CONFIG, WEIGHTS, TABLE, CALIBRATION, PROFILES, PATH, CARD = FILES = (
     'config.json',
@@ -157,7 +157,7 @@ class Release:
 
     def _check_hashes(self, path: Path, state: Mapping[str, Tensor]) -> None:
         config = self.config
-        heads = _part(state, 'heads')
+        heads = part_of(state, 'heads')
         for k, front in config.stored_fronts.items():
             network = {name.split('.', 2)[2]: heads.pop(name) for name in [*heads] if name.startswith(f'{k}.network.')}
             digest = state_digest(network)
@@ -169,7 +169,7 @@ class Release:
         self._heads_hash = state_digest(heads, also=[*config.exit_names, *(f.digest for f in config.fronts)])
         self._backbone_digest = config.published.digest if config.published else None
         if config.layout == 'full':
-            self._backbone_digest = state_digest(_part(state, 'backbone'))
+            self._backbone_digest = state_digest(part_of(state, 'backbone'))
         if config.files is not None:  # digests of older formats were taken in another way
             for what, found, expected in (
                 ('heads are', self._heads_hash, config.heads_hash),
@@ -280,7 +280,7 @@ class Release:
         self.path()
 
 
-def _part(state: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
+def part_of(state: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
     """The tensors of `backbone` or `heads`, under their names there."""
     return {name.partition('.')[2]: t for name, t in state.items() if name.partition('.')[0] == group}
 

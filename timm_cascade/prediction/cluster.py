@@ -79,10 +79,11 @@ def predict_on_ray(
     gpu = resources.get('GPU', 0) > 0
     most = min(len(units), actors or int(resources['GPU' if gpu else 'CPU']))
     model = predictor.model
-    weight = next(model.parameters(), None)  # an exported cascade has none
-    reference = ray.put(_on_cpu(predictor))
-    if weight is not None:
-        model.to(weight.device)
+    device = next((p.device for p in model.parameters()), None)  # an exported cascade has none
+    model.to('cpu')
+    reference = ray.put(predictor)
+    if device is not None:
+        model.to(device)
     rows = ray.data.from_items([dict(vars(u)) for u in units], override_num_blocks=len(units))
     done = rows.map_batches(
         _Worker,
@@ -104,8 +105,3 @@ def _actors(most: int) -> Any:
 
     knows = 'initial_size' in inspect.signature(ActorPoolStrategy).parameters
     return ActorPoolStrategy(min_size=1, max_size=most, **(dict(initial_size=most) if knows else {}))
-
-
-def _on_cpu(predictor: UnitPredictor) -> UnitPredictor:
-    predictor.model.to('cpu')
-    return predictor

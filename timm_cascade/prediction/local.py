@@ -171,20 +171,13 @@ class UnitPredictor:
                 if len(chunk.images):
                     yield chunk.images
 
-        index, prob, exits = [], [], []
+        index = [np.zeros((0, self.topk), np.int64)]
+        prob, exits = [np.zeros((0, self.topk), np.float32)], [np.zeros(0, np.int64)]
         for output in self.model.stream(batches(), batch_size=self.batch_size):
             p, i = output.logits.float().softmax(-1).topk(self.topk)
             index.append(i.cpu().numpy())
             prob.append(p.cpu().numpy())
             exits.append(output.exit.cpu().numpy())
-        if not index:
-            return Predicted(
-                names,
-                errors,
-                np.zeros((0, self.topk), np.int64),
-                np.zeros((0, self.topk), np.float32),
-                np.zeros(0, np.int64),
-            )
         return Predicted(names, errors, np.concatenate(index), np.concatenate(prob), np.concatenate(exits))
 
     def _refuse_bad(self, chunk: Chunk) -> None:

@@ -37,30 +37,26 @@ def to_table(predicted: Predicted, label_names: Sequence[str] | None) -> pa.Tabl
     """Columns named as in timm's inference.py: filename, row, index, label, prob, exit, their top-k lists, error."""
     import pyarrow as pa
 
-    n, k = len(predicted.names), predicted.index.shape[1] if predicted.index.ndim == 2 else 0
     good = np.array([e is None for e in predicted.errors], dtype=bool)
     mask = ~good
 
     def spread(values: np.ndarray, kind: Any) -> Any:
-        full = np.zeros((n, *values.shape[1:]), dtype=values.dtype)
+        full = np.zeros((len(good), *values.shape[1:]), dtype=values.dtype)
         full[good] = values
         if values.ndim == 1:
             return pa.array(full, kind, mask=mask)
         return pa.array([None if bad else row for row, bad in zip(full.tolist(), mask, strict=True)], kind)
 
-    best = predicted.index[:, 0] if k else np.zeros(0, dtype=np.int64)
-    labels = [str(c) if label_names is None else label_names[c] for c in best.tolist()]
-    spread_labels: list[str | None] = [None] * n
-    for place, label in zip(np.flatnonzero(good).tolist(), labels, strict=True):
-        spread_labels[place] = label
-    first = predicted.prob[:, 0] if k else np.zeros(0, dtype=np.float32)
+    best = predicted.index[:, 0]
+    labels = np.full(len(good), None, dtype=object)
+    labels[good] = [str(c) if label_names is None else label_names[c] for c in best.tolist()]
     return pa.table(
         {
             'filename': pa.array([name for name, _ in predicted.names], pa.string()),
             'row': pa.array([row for _, row in predicted.names], pa.int64()),
             'index': spread(best, pa.int32()),
-            'label': pa.array(spread_labels, pa.string()),
-            'prob': spread(first, pa.float32()),
+            'label': pa.array(labels, pa.string()),
+            'prob': spread(predicted.prob[:, 0], pa.float32()),
             'exit': spread(predicted.exit, pa.int16()),
             'topk_index': spread(predicted.index, pa.list_(pa.int32())),
             'topk_prob': spread(predicted.prob, pa.list_(pa.float32())),

@@ -7,9 +7,9 @@ import hmac
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from importlib import resources
 from typing import Any
 
@@ -100,15 +100,11 @@ class _Application:
     async def _respond(self, request: Request, began: float) -> Response:
         try:
             self._authorise(request)
-            if self.waiting >= self.limits.queue:
-                raise RequestError(503, 'busy', f'{self.waiting} requests are waiting, which is the limit; try again.')
+            self._refuse_if_busy()
             with self.held.share() as take:
                 body = await read_body(request, self.limits, take)
-                self._enter()
-                try:
+                with self._waiting():
                     asked, answer = await self._unless_gone(request, self._answer(body))
-                finally:
-                    self._leave()
             described = self.service.describe(asked, answer)
             self.metrics.answered(asked, answer, time.perf_counter() - began)
             return JSONResponse(described)
@@ -120,15 +116,19 @@ class _Application:
             _logger.exception('a request failed')
             return self._refuse(RequestError(500, 'failed', 'the answer could not be computed; see the log.'))
 
-    def _enter(self) -> None:
-        if self.waiting >= self.limits.queue:  # others arrived while this one was received
+    def _refuse_if_busy(self) -> None:
+        if self.waiting >= self.limits.queue:
             raise RequestError(503, 'busy', f'{self.waiting} requests are waiting, which is the limit; try again.')
-        self.waiting += 1
-        self.metrics.queue.inc()
 
-    def _leave(self) -> None:
-        self.waiting -= 1
-        self.metrics.queue.dec()
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self._refuse_if_busy()  # others may have arrived while this one was received
+        self.waiting += 1
+        with self.metrics.queue.track_inprogress():
+            try:
+                yield
+            finally:
+                self.waiting -= 1
 
     async def _answer(self, body: Body) -> tuple[Asked, Answer]:
         if self.batcher is None:

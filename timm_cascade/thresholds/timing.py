@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -98,11 +97,9 @@ def profiles_from_json(text: str, source: str = 'profiles.json') -> list[Profile
     Raises:
         TableFormatError: Not such a text, a newer format version, or values that cannot be right.
     """
-    from ..formats import ProfilesFile, parse
+    from ..formats import ProfilesFile, parse, values_of
 
-    found = [p.model_dump() for p in parse(ProfilesFile, text, source, TableFormatError).profiles]
-    known: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in p.items()} for p in found]
-    return [Profile(**values) for values in known]
+    return [Profile(**values_of(p)) for p in parse(ProfilesFile, text, source, TableFormatError).profiles]
 
 
 def in_time(calibration: Calibration, profile: Profile) -> Calibration:
