@@ -160,7 +160,7 @@ def test_bad_images_are_counted_named_and_left_out(mixed, caplog):
     (message,) = [r.getMessage() for r in caplog.records if r.name.endswith('data.images')]
     assert message.startswith('2 of 12 images') and 'cut.png' in message and 'text.png' in message
     assert data.fingerprint != load_data(mixed, extensions='tif').fingerprint
-    with pytest.raises(BadImageError, match=r'(cut|text)\.png is no image that can be read .*--on-bad-image skip'):
+    with pytest.raises(BadImageError, match=r'(cut|text)\.png is not an image that can be read .*--on-bad-image skip'):
         list(create_loader(timm.create_model('cifar_resnet20'), load_data(mixed)))
     with pytest.raises(ValueError, match='choose fail or skip'):
         load_data(mixed, on_bad_image='ignore')

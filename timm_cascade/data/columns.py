@@ -84,13 +84,9 @@ def load_parquet(files: Sequence[Path], split: str | None, root: Path | None = N
                 f'{where}: some parquet files are named as a split ({", ".join(sorted(filter(None, groups)))}), '
                 f'{groups[None][0]} is not. Name the files that you mean.'
             )
-        wanted = canonical(split) if split else next(iter(groups)) if len(groups) == 1 else None
-        if None in groups and (split is None or wanted == 'train'):
-            wanted = None
-        elif wanted not in groups or wanted is None:
-            have = sorted(filter(None, groups)) or ['train']
-            raise ValueError(f'{where} has the splits {have}; asked was {split!r}. Choose one of them.')
-        chosen, name = groups[wanted], split or wanted or 'train'
+        named = {name or 'train': found for name, found in groups.items()}
+        known = choose_split(named, split, where)
+        chosen, name = named[known], split or known
     _check_shards(chosen)
     names = [glob.escape(str(p.absolute())) for p in chosen]  # a pattern to the reader, a name to the user
     with bars_on_terminal_only():
@@ -170,7 +166,7 @@ def _ask_hub(load: Callable[..., Any], repo: str, **kwargs: Any) -> Any:
             return load(name, configuration or None, **kwargs)
     except (OSError, datasets.exceptions.DatasetsError) as e:
         raise FileNotFoundError(
-            f'{name} is neither a folder nor a file here, and cannot be had from the Hub as a data set: {e}'
+            f'{name} is neither a folder nor a file here, and cannot be loaded from the Hub as a data set: {e}'
         ) from e
     except ValueError as e:
         if 'onfig' in str(e):

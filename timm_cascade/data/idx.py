@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .images import ImageData
-from .splits import canonical
+from .splits import choose_split
 
 __all__ = ['is_idx_folder', 'load_idx', 'read_idx']
 
@@ -27,9 +27,7 @@ def load_idx(folder: Path, split: str | None) -> ImageData:
         FileNotFoundError: A file of the split is not there.
         ValueError: Another split, or damaged files.
     """
-    name = canonical(split or '')
-    if name not in FILES:
-        raise ValueError(f'{folder} has the splits {sorted(FILES)}; asked was {split!r}. Choose one of them.')
+    name = choose_split(FILES, split, str(folder))
     arrays = []
     for kind in ('images-idx3', 'labels-idx1'):
         found = sorted(folder.glob(f'{FILES[name]}-{kind}-ubyte*'))

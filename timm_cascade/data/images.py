@@ -90,7 +90,7 @@ class ImageData(Dataset):
             image = upright(self.images[index])
         except Exception as e:  # decoders raise whatever they like
             raise BadImageError(
-                f'{self.name_of(index)} is no image that can be read ({e}). Remove or replace it, or '
+                f'{self.name_of(index)} is not an image that can be read ({e}). Remove or replace it, or '
                 f'leave all such images out: --on-bad-image skip, on_bad_image="skip".'
             ) from e
         if self.transform is not None:

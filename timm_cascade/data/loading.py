@@ -153,7 +153,7 @@ def _table(given: Sequence[Any], paths: list[Path], folder: Path | None, split: 
     raise FileNotFoundError(
         f'{text} does not exist'
         + (f'; did you mean {paths[0].parent / alike[0]}?' if alike else f' (seen from {Path.cwd().name}).')
-        + ' It is no IDX folder, no image folder, no parquet file, and no Hub data set id, which is user/name.'
+        + ' It is neither an IDX folder, an image folder, a parquet file nor a Hub data set id, which is user/name.'
     )
 
 

@@ -107,10 +107,6 @@ def cascade_entry(
 def parse_config(text: str, source: str = 'config.json') -> ReleaseConfig:
     """Reads config.json.
 
-    Args:
-        text: JSON.
-        source: Name of the file, for messages.
-
     Raises:
         ReleaseError: Not a cascade's, of a newer format, or with values that cannot be right.
     """

@@ -18,7 +18,7 @@ from ..heads import create_heads, head_configs
 from ..utils.timm_models import on_meta
 from .config import ReleaseConfig
 
-__all__ = ['Plan', 'bounded', 'described_by', 'difference', 'plan']
+__all__ = ['Plan', 'bounded', 'described_by', 'difference', 'plan', 'shared_memory']
 
 MAX_TENSORS, MAX_MODULES, MAX_NUMBERS = 20_000, 100_000, 50_000_000_000  # timm's largest: 3 thousand, 18 billion
 
@@ -74,9 +74,8 @@ def plan(config: ReleaseConfig, source: str, size: int | None = None) -> Plan:
     return Plan(points, tensors, _same(tensors, id))
 
 
-def difference(state: Mapping[str, Tensor], wanted: Plan) -> str | None:
-    """The first difference between a model's tensors and those that its config describes; None if there is none."""
-    tensors = wanted.tensors
+def difference(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str | None:
+    """The first difference between tensors and those that a config describes; None if there is none."""
     for name in [*tensors, *(n for n in state if n not in tensors)]:
         if name not in tensors:
             return f'{name[:200]} is not part of the model that the config describes'
@@ -88,6 +87,11 @@ def difference(state: Mapping[str, Tensor], wanted: Plan) -> str | None:
         floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         if mine.dtype != theirs.dtype and not (mine.dtype in floats and theirs.dtype in floats):
             return f'{name} holds {mine.dtype}, not {theirs.dtype}'
+    return None
+
+
+def shared_memory(state: Mapping[str, Tensor], wanted: Plan) -> str | None:
+    """Tensors that share their memory and would not in a model that is loaded; None if there are none."""
     shared = [group for group in _same(state, _storage) if group not in wanted.shared]
     return f'{" and ".join(shared[0][:3])} share their memory; loaded, each would have its own' if shared else None
 

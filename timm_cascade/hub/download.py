@@ -91,7 +91,7 @@ class Repository:
             except (HTTPError, OSError):
                 pass  # the cache may do
         if self.path(name, limit) is None:
-            raise ReleaseError(f'{self} is no release: it has no {name}.')
+            raise ReleaseError(f'{self} is not a release: it has no {name}.')
 
     def has(self, name: str) -> bool:
         """Whether the Hub has the file; nothing is downloaded."""
@@ -185,7 +185,7 @@ class Repository:
                 f'{self} is not on the Hub, or is private to others. Check the name; for a private repository log '
                 f'in, or set HF_TOKEN.'
             )
-        return f'{self} is no release: it has no {name}.'
+        return f'{self} is not a release: it has no {name}.'
 
 
 def sha256_of(path: Path) -> str:

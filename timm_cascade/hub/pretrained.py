@@ -50,12 +50,6 @@ class Published:
     def from_entry(cls, entry: PublishedEntry, base: str, source: str, what: str = 'cascade.backbone') -> Published:
         """The checkpoint that a file describes.
 
-        Args:
-            entry: The description.
-            base: timm's name of the backbone, without a tag.
-            source: Name of the file, for messages.
-            what: Where in the file.
-
         Raises:
             ReleaseError: A description of another backbone, or of one that cannot be fetched.
         """
@@ -136,7 +130,7 @@ def identify(backbone: nn.Module, cache_dir: str | Path | None = None) -> Publis
 
 
 def fetch_published(published: Published, cache_dir: str | Path | None = None) -> int | None:
-    """Makes sure that the weights are a sound safetensors file in the cache, where timm then finds them.
+    """Makes sure that the weights are a whole safetensors file in the cache, where timm then finds them.
 
     Returns:
         Size of the file in bytes; None for a checkpoint that is not on the Hub.
@@ -160,5 +154,5 @@ def fetch_published(published: Published, cache_dir: str | Path | None = None) -
         with safe_open(path, framework='pt'):
             pass
     except Exception as e:  # from an untrusted file: anything may be raised
-        raise ReleaseError(f'{path} ({repository}) is no safetensors file ({e}).') from e
+        raise ReleaseError(f'{path} ({repository}) is not a safetensors file ({e}).') from e
     return path.stat().st_size

@@ -90,7 +90,7 @@ def push_to_hub(
         commit_message: Text of the commit; the default says which files are new.
 
     Raises:
-        PushConflictError: Somebody pushed meanwhile; nothing of this was.
+        PushConflictError: The repository received another commit meanwhile; nothing was published.
         PushDeniedError: No token, one that is not valid, or one that may not write there.
         PushError: The Hub refused for another reason.
         HubUnavailableError: The Hub cannot be reached.

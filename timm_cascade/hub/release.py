@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..thresholds.path import path_from_json
 from ..thresholds.samples import FloatArray
 from ..utils.digest import state_digest
 from .config import ReleaseConfig, parse_config
+from .described import difference
 from .download import Folder, Repository, sha256_of
 
 __all__ = ['CALIBRATION', 'CARD', 'CONFIG', 'FILES', 'PATH', 'PROFILES', 'TABLE', 'WEIGHTS', 'Release', 'part_of']
@@ -71,7 +72,7 @@ class Release:
         """
         path = self.source.path(CONFIG, MAX_CONFIG)
         if path is None:
-            raise ReleaseError(f'{self} is no release: it has no {CONFIG}.')
+            raise ReleaseError(f'{self} is not a release: it has no {CONFIG}.')
         try:
             return parse_config(path.read_text(encoding='utf-8'), str(path))
         except UnicodeDecodeError as e:
@@ -106,14 +107,14 @@ class Release:
             if length > MAX_HEADER:
                 raise ReleaseError(f'{path} has a header of {length} bytes; expected are at most {MAX_HEADER}.')
             with safe_open(path, framework='pt') as tensors:
-                names = list(tensors.keys())
-                found = {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
-                self._check_names(path, found, shapes)
-                state = {name: tensors.get_tensor(name) for name in names}
+                self._check_groups(path, tensors.keys())
+                state = {name: tensors.get_tensor(name) for name in tensors.keys()}
         except ReleaseError:
             raise
         except Exception as e:  # a file from outside: whatever reading it raises, it is damaged
             raise ReleaseError(f'{path} is truncated or damaged ({e}); fetch or save it again.') from e
+        if shapes is not None and (found := difference(state, shapes)) is not None:
+            raise ReleaseError(f'{path}: the tensors do not fit {CONFIG}: {found}.')
         wrong = [name for name, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
         if wrong:
             raise ReleaseError(f'{path}: {", ".join(wrong[:5])} holds NaN or infinite values; the file is damaged.')
@@ -126,11 +127,9 @@ class Release:
             )
         return state
 
-    def _check_names(
-        self, path: Path, found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, Tensor] | None
-    ) -> None:
-        groups = {name.partition('.')[0] for name in found}
-        strange = sorted(name for name in found if name.partition('.')[0] not in ('backbone', 'heads'))
+    def _check_groups(self, path: Path, names: Iterable[str]) -> None:
+        groups = {name.partition('.')[0] for name in names}
+        strange = sorted(name for name in names if name.partition('.')[0] not in ('backbone', 'heads'))
         if strange:
             raise ReleaseError(f'{path} holds {strange[0][:200]!r}; expected were backbone.* and heads.* only.')
         wanted = {'heads'} if self.config.layout == 'heads' else {'backbone', 'heads'}
@@ -139,20 +138,6 @@ class Release:
                 f'{path} holds {" and ".join(sorted(groups)) or "nothing"}; a release with the layout '
                 f'{self.config.layout!r} holds {" and ".join(sorted(wanted))}. There is no '
                 f'{" and no ".join(sorted(wanted - groups)) or "place for the backbone"} in it.'
-            )
-        if shapes is None:
-            return
-        missing, extra = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
-        other = [
-            f'{name} is {found[name]}, not {tuple(t.shape)}'
-            for name, t in shapes.items()
-            if name in found and found[name] != tuple(t.shape)
-        ]
-        if missing or extra or other:
-            differences = [f'{n} is missing' for n in missing] + [f'{n[:200]} is not expected' for n in extra] + other
-            raise ReleaseError(
-                f'{path}: the tensors do not fit {CONFIG}: {"; ".join(differences[:5])}'
-                f'{f" and {len(differences) - 5} more" if len(differences) > 5 else ""}.'
             )
 
     def _check_hashes(self, path: Path, state: Mapping[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from ..utils.files import replacing
 from ..utils.timm_models import save_config
 from .card import GENERATED, PICTURE, render
 from .config import LAYOUTS, cascade_entry, parse_config
-from .described import Plan, difference, plan
+from .described import Plan, difference, plan, shared_memory
 from .download import sha256_of
 from .front_networks import FrontConfig, describe_fronts
 from .pretrained import Published
@@ -78,7 +78,7 @@ def save(model: nn.Module, folder: str | Path, layout: str | None = None, card: 
 
     config = _config(model, layout, published, now, fronts)
     described = plan(parse_config(json.dumps(config)), str(folder))
-    wrong = difference(state, described)
+    wrong = difference(state, described.tensors) or shared_memory(state, described)
     if wrong is not None:
         raise ReleaseError(
             f'{wrong}. The cascade is not the one that its config describes ({config["architecture"]} with model_args '

@@ -34,7 +34,7 @@ class CascadeOutput(NamedTuple):
 
 
 class Exited(NamedTuple):
-    """Samples that left at one exit: ids (K,), logits (K, C), confidence (K,), and the number of the exit."""
+    """Samples that exited at one exit: ids (K,), logits (K, C), confidence (K,), and the number of the exit."""
 
     ids: Tensor
     logits: Tensor
@@ -97,7 +97,7 @@ class ActiveBatch:
         self._open = ids.numel()  # rows that have not exited
 
     def is_open(self, index: int) -> bool:
-        """Whether a remaining sample may leave at exit `index`."""
+        """Whether a remaining sample may exit at exit `index`."""
         return self.thresholds[index] != math.inf
 
     def exit_confident(self, index: int, features: Tensor, answer: Answer | None = None) -> Tensor | None:

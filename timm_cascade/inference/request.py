@@ -21,10 +21,6 @@ Model = TypeVar('Model', bound=nn.Module)
 def unwrap(model: Any, kind: type[Model]) -> Model:
     """The cascade inside torch.compile, DistributedDataParallel, an EMA and the like.
 
-    Args:
-        model: A cascade, or a module that wraps one.
-        kind: CascadeModel.
-
     Raises:
         TypeError: There is no cascade inside.
     """

@@ -19,7 +19,7 @@ from .engine import Boundary, Runner
 __all__ = ['measure', 'measure_soon']
 
 NEVER = 2.0  # a threshold that no confidence reaches: exits decide, and no sample exits early
-SOON = 6.0  # seconds that a measurement takes which nobody asked for, about
+SOON = 6.0  # seconds that a measurement takes that was not asked for, about
 BATCHES = (64, 16, 4, 1)  # sizes for such a measurement
 PASSES = 12  # forwards that it takes
 
@@ -29,11 +29,6 @@ def measure(model: Any, images: Tensor, repeats: int) -> dict[str, Any]:
     """The fields of a `thresholds.Profile`, as medians.
 
     The plain backbone takes turns with the stages. The model is measured where it is, in its dtype, compiled if it is.
-
-    Args:
-        model: The cascade.
-        images: (N, C, H, W) as the model takes them.
-        repeats: Measurements.
     """
     training = model.training
     model.eval()

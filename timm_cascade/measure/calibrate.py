@@ -61,10 +61,7 @@ def observe(
     Args:
         model: The cascade whose transform, device and dtype the images get; in evaluation mode meanwhile.
         forward: Images (N, C, H, W) to k of (N, num_classes).
-        data: See `prepare_data`.
         batch_size: Images per batch, over all processes together.
-        workers: Processes that decode.
-        accelerator: Device and processes.
         what: Name of the progress bar.
 
     Raises:

@@ -42,8 +42,9 @@ class DriftWatch:
     `warning_detected` ("changed"): confidences of the first open exit no longer come from where the calibration's did.
     The certificate assumes that they do, so it has ended. `drift_detected` ("broken"): on a random share of the images
     the early answers disagree with the full network more often than the calibration allows. While nothing changes,
-    each is false with probability at least 1 - false_alarm, for ever. Neither being set is not an all-clear: a change
-    that leaves the first exit's confidences alone, or labels that have changed their meaning, are not seen.
+    each is false with probability at least 1 - false_alarm, however long it runs. Neither being set is not an
+    all-clear: a change that leaves the first exit's confidences alone, or labels that have changed their meaning, are
+    not seen.
 
     Safe for use from several threads. What is found does not depend on how the images are split into batches. If the
     model's thresholds change, both comparisons start again for the new ones.

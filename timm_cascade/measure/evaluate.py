@@ -33,7 +33,7 @@ class EveryExit:
         accuracy: (M+1,) top-1 of each exit on all images.
         auroc: (M+1,) how well each exit's confidence tells its right answers from its wrong ones; 0.5 is chance,
             nan where all are right or all wrong.
-        oracle_accuracy, oracle_macs_share: Figures of a policy that knows the labels: each image leaves at the first
+        oracle_accuracy, oracle_macs_share: Figures of a policy that knows the labels: each image exits at the first
             exit that is right, or at exit 0 where none is. No thresholds can do better with these heads.
     """
 
@@ -55,7 +55,7 @@ class Report:
         time_share: Median time of the cascade over the backbone's, batch by batch, alternating; nan if not timed.
         exit_shares: (M+1,) share of the images that each exit answered.
         exit_accuracy: (M+1,) accuracy among the images that each exit answered; nan where there were none.
-        survivors: (M+1,) share of the images that come to each exit.
+        survivors: (M+1,) share of the images that reach each exit.
         every_exit: What each exit does on all images, and the best any policy could do; None if not asked for.
     """
 
@@ -136,7 +136,7 @@ def evaluate(
             weights.append(len(images))
     finally:
         model.train(training)
-    # batches that are not full (the last one) are no fair sample of the time
+    # batches that are not full (the last one) are not a fair sample of the time
     whole = [r for r, w in zip(ratios, weights, strict=True) if w == max(weights)]
     exit_of, correct, full_correct = (np.concatenate(a) for a in (exits, right, full_right))
     report = _report(
@@ -171,7 +171,7 @@ def _report(
     time_share: float = float('nan'),
     every_exit: EveryExit | None = None,
 ) -> Report:
-    """The figures of images that left at `exit_of`; all three arrays are (n,)."""
+    """The figures of images that exited at `exit_of`; all three arrays are (n,)."""
     paired = correct.astype(float) - full_correct
     half = float(1.96 * paired.std() / np.sqrt(len(paired)))
     macs = exit_costs(model.stage_macs(), model.head_macs(), model.thresholds)[exit_of].mean()
@@ -199,8 +199,7 @@ def every_exit_of(model: CascadeModel, seen: dict[str, np.ndarray]) -> EveryExit
     """What each exit does on all images, from what `calibrate.record` measured."""
     correct = seen['correct']
     # the first exit that is right; argmax of a row without any is 0, the cheapest way to be wrong
-    leaves = correct.argmax(1)
-    macs = np.cumsum(model.stage_macs())[leaves].mean()
+    macs = np.cumsum(model.stage_macs())[correct.argmax(1)].mean()
     return EveryExit(
         accuracy=tuple(correct.mean(0).tolist()),
         auroc=tuple(_auroc(c, r) for c, r in zip(seen['confidence'].T, correct.T, strict=True)),

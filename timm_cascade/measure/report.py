@@ -38,7 +38,7 @@ def write_report(
     Args:
         model: A calibrated cascade at its active thresholds.
         data: Labelled images that were used neither for training nor for calibration.
-        path: The HTML file; replaced in one step.
+        path: The HTML file; replaced atomically.
         batch_size: Images per batch.
         workers: Processes that decode images.
 

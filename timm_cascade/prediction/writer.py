@@ -1,4 +1,4 @@
-"""Part files: the predictions of one unit, which appear as a whole or not at all."""
+"""Part files: the predictions of one unit, which are written whole or not at all."""
 
 from __future__ import annotations
 

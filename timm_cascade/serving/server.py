@@ -96,7 +96,7 @@ def run(application: Starlette | str, bound: socket.socket, workers: int = 1, dr
     )
     if workers == 1:
         before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:  # uvicorn has drained when it raises the signal again: an end as asked is no failure
+        try:  # uvicorn has drained when it raises the signal again: an end that was asked for is not a failure
             uvicorn.Server(config).run([bound])
         finally:
             for number, handler in before.items():

@@ -285,7 +285,7 @@ class Calibration:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes one .safetensors file; an existing one is replaced in one step."""
+        """Writes one .safetensors file; an existing one is replaced atomically."""
         from safetensors.numpy import save_file
 
         from ..formats import CALIBRATION_VERSION

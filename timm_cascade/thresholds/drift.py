@@ -1,4 +1,4 @@
-"""Evidence that images are no longer like those of the calibration, without labels: test martingales, valid for ever.
+"""Evidence that images are no longer like those of the calibration, without labels: test martingales, always valid.
 
 Each process starts at 1 and can be stopped at any time: where nothing has changed, the probability that it ever reaches
 1 / false_alarm is at most false_alarm (Ville). See docs/pages/how-to/watch-for-drift.md.

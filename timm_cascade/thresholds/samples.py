@@ -263,7 +263,7 @@ def exact(value: float) -> Fraction:
 
 
 def check_softmax(confidence: FloatArray) -> None:
-    """Refuses numbers that are no max softmax."""
+    """Refuses numbers that are not a max softmax."""
     if ((confidence < 0) | (confidence > 1)).any():
         raise ThresholdError(
             f'confidence goes from {np.nanmin(confidence):g} to {np.nanmax(confidence):g}; expected max softmax, '

@@ -203,10 +203,6 @@ class ThresholdTable:
     def from_json(cls, text: str, source: str = 'thresholds.json') -> ThresholdTable:
         """Reads what `to_json` wrote; unknown keys are kept.
 
-        Args:
-            text: JSON.
-            source: Name of the file, for messages.
-
         Raises:
             TableFormatError: Not such a table, a newer format version, or values that cannot be right.
         """

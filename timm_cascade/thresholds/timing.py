@@ -30,7 +30,7 @@ class Profile:
         exits: Module names of the M exits.
         stage_seconds: (M+1,) backbone between two exits, no heads.
         head_seconds: (M,) head and decision.
-        cut_seconds: (M,) copying out an image that goes on, where others leave.
+        cut_seconds: (M,) copying out an image that goes on, where others exit.
         backbone_seconds: The backbone, run alike without heads.
         repeats: Times that all this was measured; these are medians.
         versions: Versions of the packages.
@@ -55,7 +55,7 @@ class Profile:
 
     @property
     def head_cost(self) -> Seconds:
-        """(M,) what an open exit costs an image that comes to it."""
+        """(M,) what an open exit costs an image that reaches it."""
         return np.add(self.head_seconds, self.cut_seconds)
 
     @property
@@ -70,12 +70,12 @@ class Profile:
 
     @property
     def break_even(self) -> Seconds:
-        """(M,) share of the images coming to an exit that must leave there for it to save time; 1 and more: never."""
+        """(M,) share of the images reaching an exit that must exit there for it to save time; never from 1 on."""
         return self.head_cost / (self.rest + self.cut_seconds)
 
     @property
     def cut_share(self) -> Seconds:
-        """(M,) share of the images in flight that must have left for a cut to save time; see the model's min_leave."""
+        """(M,) share of the batch that must have exited for a cut to save time; see the model's min_leave."""
         return np.array(self.cut_seconds) / (self.rest + self.cut_seconds)
 
 
@@ -89,10 +89,6 @@ def profiles_to_json(profiles: Sequence[Profile]) -> str:
 
 def profiles_from_json(text: str, source: str = 'profiles.json') -> list[Profile]:
     """Reads what `profiles_to_json` wrote.
-
-    Args:
-        text: JSON.
-        source: Name of the file, for messages.
 
     Raises:
         TableFormatError: Not such a text, a newer format version, or values that cannot be right.

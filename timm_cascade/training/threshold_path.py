@@ -30,10 +30,8 @@ def path_from_features(
     calibration test it, all of them, as none has to propose it.
 
     Args:
-        model: The cascade.
         heads: Classify the features of the M exits, and of the final one where it is trained too.
         batches: This process's share of the training features, with labels, which are not looked at.
-        accelerator: The device, and the other processes.
     """
     from accelerate.utils import gather_object
 

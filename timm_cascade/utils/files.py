@@ -36,6 +36,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replaces `path` by `text` (UTF-8) in one step."""
+    """Replaces `path` by `text` (UTF-8) atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding='utf-8')
