@@ -159,7 +159,7 @@ def test_a_table_of_other_heads_is_refused(tmp_path):
         (lambda m: m.update(thresholds=[None]), '1 thresholds for 2 exits'),
         (lambda m: m.update(format_version=9), 'format_version'),
         (lambda m: m['preprocessing'].update(std=[0.0]), 'preprocessing.std.0'),
-        (lambda m: m['table'].update(heads_hash='other'), 'another cascade'),
+        (lambda m: m['table'].update(heads_hash='other'), 'not the one that was calibrated'),
         (lambda m: m.pop('stages'), 'stages'),
     ],
 )

@@ -1,7 +1,6 @@
 """Seconds as costs."""
 
 import json
-import time
 import warnings
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ from helpers import Stubborn, run
 
 import timm_cascade
 from timm_cascade import hub
+from timm_cascade.inference import stopwatch
 from timm_cascade.thresholds import (
     Profile,
     TableFormatError,
@@ -39,25 +39,33 @@ def made(model, stages, heads, **kwargs):
     return model.profiles[0]
 
 
-def sleeping(seconds):
-    return lambda *args: time.sleep(seconds)
+def test_what_takes_longer_is_seen_to(small, monkeypatch):
+    now = [0.0]
 
+    def passing(seconds):
+        def wait(*args):
+            now[0] += seconds
 
-def test_what_takes_longer_is_seen_to(small):
+        return wait
+
+    def clock(device):  # a tick whenever it is looked at
+        passing(1)()
+        return now[0]
+
+    monkeypatch.setattr(stopwatch, 'clock', clock)
     handles = [
-        small.backbone.layer1.register_forward_pre_hook(sleeping(0.02)),
-        small.backbone.layer3.register_forward_pre_hook(sleeping(0.06)),
-        small.heads[1].register_forward_pre_hook(sleeping(0.04)),
+        small.backbone.layer1.register_forward_pre_hook(passing(20)),
+        small.backbone.layer3.register_forward_pre_hook(passing(60)),
+        small.heads[1].register_forward_pre_hook(passing(40)),
     ]
     small.train()
     p = timm_cascade.profile(small, batch_size=2, repeats=3)
     for h in handles:
         h.remove()
     assert small.training and small.profiles == [p]
-    stages, heads = 2 * np.array(p.stage_seconds), 2 * np.array(p.head_seconds)  # of a batch
-    assert 0.02 <= stages[0] and 0.06 <= stages[2] and 0.04 <= heads[1]
-    assert stages[2] > stages[1] and heads[1] > heads[0] and min(p.cut_seconds) > 0
-    assert 0.08 <= 2 * p.backbone_seconds
+    assert [2 * s for s in p.stage_seconds] == [21, 1, 61]  # of a batch
+    assert [2 * s for s in p.head_seconds] == [1, 41] and [2 * s for s in p.cut_seconds] == [1, 1]
+    assert 2 * p.backbone_seconds == 81
     assert np.allclose(p.stage_cost, np.add(p.stage_seconds, [*p.head_cost, 0]))
     assert p.exits == ('layer1', 'layer2') and p.batch_size == 2 and p.dtype == 'float32' and not p.compiled
     timm_cascade.profile(small, batch_size=2, repeats=1)
@@ -110,7 +118,12 @@ def test_exits_that_save_macs_but_no_time_are_named(calibrated):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """Where profiles are kept on this machine."""
+    """Where profiles are kept on this machine, whose clock is steady."""
+    steady = dict(
+        stage_seconds=(1e-3, 1e-3, 8e-3), head_seconds=(1e-5, 1e-5), cut_seconds=(0.0, 0.0), backbone_seconds=1e-2
+    )
+    measure_soon = stopwatch.measure_soon
+    monkeypatch.setattr('timm_cascade.model.measure_soon', lambda model: {**measure_soon(model), **steady})
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     return tmp_path / 'cache' / 'timm_cascade' / 'profiles'
 
@@ -240,7 +253,6 @@ def test_a_profile_of_other_exits_is_refused(small, tmp_path):
 
 
 def test_profiling_export_cut_backbones():
-
     model = timm_cascade.CascadeModel(Stubborn().eval(), 3).eval()
     p = timm_cascade.profile(model, images=torch.randn(4, 3, 16, 16), repeats=1)
     assert len(p.stage_seconds) == 4 and min(p.stage_seconds) > 0 and len(model._router._exported) == 1

@@ -228,11 +228,11 @@ def test_a_tiny_pair_from_backbone_to_page(recipe, images, tmp_path, monkeypatch
     assert taps.pooled['train', 'layer1', 4].shape == (96, 16, 16)
     config = dict(grid=4, hidden=0, norm=True, mean=True, tokens=True)
     assert taps.of('train', 'layer1', config, slice(7)).shape == (7, 16 * 17)
-    np.testing.assert_allclose(  # every grid is pooled from the tap itself; 8 divides into all of them
-        taps.pooled['test', 'layer2', 4].reshape(96, 32, 2, 2, 2, 2).mean((3, 5)).reshape(96, 32, 4),
-        taps.pooled['test', 'layer2', 2],
-        atol=2e-3,
-    )
+    fine, coarse = (taps.pooled['test', 'layer2', grid].astype(np.float64) for grid in (4, 2))
+    from_fine = fine.reshape(96, 32, 2, 2, 2, 2).mean((3, 5)).reshape(96, 32, 4)
+    # every grid is pooled from the tap itself; 8 divides into all of them, so that they differ by their rounding alone
+    rounding = np.finfo(np.float16).eps * max(np.abs(fine).max(), np.abs(coarse).max())
+    assert np.abs(from_fine - coarse).max() <= rounding < np.abs(coarse).std()
     assert not np.array_equal(taps.pooled['train', 'layer1', 4], taps.pooled['view0', 'layer1', 4])
     assert ablation.exits_of(ablation.ROWS[0], 'tiny', taps) == ['layer1', 'layer2']
     table = json.loads((tmp_path / 'docs' / 'results' / 'ablation.json').read_text())['rows']
