@@ -23,7 +23,7 @@ from .inference.router import CompiledNetwork, Router
 from .inference.stopwatch import measure_soon
 from .inference.stream import StreamedModel, StreamOutput, stream
 from .inference.weights import CalibrationGuard, calibrated_as, dtype_of, setup_of
-from .thresholds.dial import Dial, Setup
+from .thresholds.dial import Dial
 from .thresholds.operating_point import OperatingPoint
 from .utils.timm_models import kept_args
 
@@ -275,7 +275,7 @@ class CascadeModel(nn.Module):
 
     def _turn(self, choose: Callable[..., OperatingPoint], *args: Any) -> OperatingPoint:
         self.check_calibration()
-        point = choose(*args, Setup(*setup_of(self)), partial(measure_soon, self))
+        point = choose(*args, setup_of(self), partial(measure_soon, self))
         self.thresholds = point.thresholds
         self._guard.begin(self)
         return point
@@ -286,7 +286,7 @@ class CascadeModel(nn.Module):
 
     def exits_without_time(self) -> list[str]:
         """Messages about open exits that save MACs but no time on this machine, by calibration and profile."""
-        return self.dial.exits_without_time(self.thresholds, Setup(*setup_of(self)))
+        return self.dial.exits_without_time(self.thresholds, setup_of(self))
 
     def forget_calibration(self) -> None:
         """Closes all exits and drops calibration, table and profiles."""

@@ -26,7 +26,7 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def setup_of(model: Any) -> tuple[str, str, bool]:
-    """Device, dtype and whether stages are compiled, see `thresholds.dial.Setup`."""
+    """Device, dtype and whether stages are compiled, see `thresholds.timing.Setup`."""
     device = next(model.parameters()).device
     return device_name(device), str(dtype_of(model)).removeprefix('torch.'), model.compiled
 

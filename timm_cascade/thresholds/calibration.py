@@ -25,7 +25,7 @@ from .rule_certified import SETTINGS, Certificate, certify, settings_for
 from .rule_joint import Fit, cross_fit, joint_choice, within_budget
 from .rule_per_exit import per_exit
 from .samples import BoolArray, FloatArray, IntArray, Samples, check_level, check_max_drop, check_softmax, outcome
-from .table import ThresholdTable
+from .table import ThresholdTable, check_same_model
 
 __all__ = ['Calibration']
 
@@ -343,9 +343,9 @@ class Calibration:
         except Exception as error:  # a file from outside: whatever reading it raises, it is damaged
             raise TableFormatError(f'{path} is not a calibration file: {error!r}.') from error
 
-    def check(self, **model: Any) -> None:
-        """Makes sure that the calibration belongs to a cascade; see `ThresholdTable.check`."""
-        self.table(max_drops=()).check(**model)
+    def check(self, exits: Sequence[str], num_classes: int, heads_hash: str, **provenance: Any) -> None:
+        """Makes sure that the calibration belongs to this cascade; see `ThresholdTable.check`."""
+        check_same_model(self, self.provenance, exits, num_classes, heads_hash, provenance)
 
     def disagreeing(self, thresholds: ArrayLike) -> int:
         """Number of samples that are answered otherwise than by the full network at these thresholds (M,)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from numpy.typing import ArrayLike
 
@@ -14,28 +14,14 @@ from .operating_point import OperatingPoint
 from .profile_store import load_profile, profile_key, store_profile
 from .samples import FloatArray
 from .table import ThresholdTable
-from .timing import Profile, in_time, savings
+from .timing import Profile, Setup, in_time, savings
 
-__all__ = ['Dial', 'Measure', 'Setup']
+__all__ = ['Dial', 'Measure']
 
 Measure = Callable[[], Mapping[str, Any]]  # returns the fields of a Profile
 
 COSTS = ('macs', 'time')
 QUESTIONED = 0.5  # a max_drop from which a number of points was probably meant
-
-
-class Setup(NamedTuple):
-    """How a model runs now; a profile serves one setup only.
-
-    Attributes:
-        device: Name of the device, with the number of threads on a CPU.
-        dtype: Data type of the weights, such as `float32`.
-        compiled: Whether the stages are compiled.
-    """
-
-    device: str
-    dtype: str
-    compiled: bool
 
 
 class Dial:

@@ -11,13 +11,13 @@ from pathlib import Path
 from ..errors import TableFormatError
 from ..utils.files import write_text
 from .calibration import Calibration
-from .timing import Profile, profiles_from_json, profiles_to_json
+from .timing import Profile, Setup, profiles_from_json, profiles_to_json
 
 __all__ = ['load_profile', 'profile_key', 'store_profile']
 
 
-def profile_key(calibration: Calibration, setup: tuple[str, str, bool]) -> str:
-    """Identifies a calibrated model, its setup (device, dtype, compiled) and the versions that run it."""
+def profile_key(calibration: Calibration, setup: Setup) -> str:
+    """Identifies a calibrated model, how it runs and the versions that run it."""
     versions = [metadata.version(name) for name in ('torch', 'timm')]
     backbone = calibration.provenance.get('backbone_digest')
     parts = (*setup, *versions, tuple(calibration.exits), calibration.heads_hash, backbone)

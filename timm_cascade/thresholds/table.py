@@ -13,7 +13,7 @@ from ..errors import PointNotFoundError, TableFormatError, TableMismatchError
 from .operating_point import OperatingPoint
 from .samples import check_level, check_max_drop
 
-__all__ = ['ThresholdTable']
+__all__ = ['ThresholdTable', 'check_same_model']
 
 _NAMES = dict(input_size='input size', std='standard deviation', crop_pct='crop')
 
@@ -141,36 +141,13 @@ class ThresholdTable:
             num_classes: Number of classes.
             heads_hash: Identifies the heads.
             input_size: (channels, height, width) of the images.
-            **provenance: What else the figures follow from (backbone_digest, dtype, mean, ...); compared where both
-                have it.
+            **provenance: What else the figures follow from (backbone_digest, dtype, mean, ...), where both have it.
 
         Raises:
             TableMismatchError: Lists all that differs.
         """
         stored = {**self.provenance, 'input_size': self.input_size}
-        now = {**provenance, 'input_size': input_size}
-        pairs = {name: (_plain(stored.get(name)), _plain(value)) for name, value in now.items()}
-        other = {name: pair for name, pair in pairs.items() if None not in pair and pair[0] != pair[1]}
-        wrong = []
-        if tuple(self.exits) != tuple(exits):
-            wrong.append(f'its exits are {tuple(exits)} (calibrated with {tuple(self.exits)})')
-        if self.num_classes != num_classes:
-            wrong.append(f'it has {num_classes} classes (calibrated with {self.num_classes})')
-        if 'dtype' in other:  # all values are rounded, so weights differ too
-            before, present = other['dtype']
-            wrong.append(f'the dtype is {present} (calibrated in {before})')
-        else:
-            if other.pop('backbone_digest', None):
-                wrong.append("the backbone's weights have changed")
-            if self.heads_hash != heads_hash:
-                wrong.append("the heads' weights have changed")
-            for name, (before, present) in other.items():
-                wrong.append(f'the {_NAMES.get(name, name)} is {present} (calibrated with {before})')
-        if wrong:
-            raise TableMismatchError(
-                f'this cascade is not the one that was calibrated: {"; ".join(wrong)}. Calibrate it again '
-                f'(timm_cascade.calibrate(model, held_out)), undo the change, or call model.forget_calibration().'
-            )
+        check_same_model(self, stored, exits, num_classes, heads_hash, {**provenance, 'input_size': input_size})
 
     def to_json(self) -> str:
         """JSON with sorted keys, lists of numbers on one line, a closed exit as null."""
@@ -218,6 +195,43 @@ class ThresholdTable:
             provenance=file.provenance,
             confidences=file.confidences,
             extra=dict(file.model_extra or {}),
+        )
+
+
+def check_same_model(
+    measured: Any,
+    stored: Mapping[str, Any],
+    exits: Sequence[str],
+    num_classes: int,
+    heads_hash: str,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Makes sure that a table or calibration, `measured`, with the provenance `stored` is of this model.
+
+    Raises:
+        TableMismatchError: Lists all that differs.
+    """
+    pairs = {name: (_plain(stored.get(name)), _plain(value)) for name, value in provenance.items()}
+    other = {name: pair for name, pair in pairs.items() if None not in pair and pair[0] != pair[1]}
+    wrong = []
+    if tuple(measured.exits) != tuple(exits):
+        wrong.append(f'its exits are {tuple(exits)} (calibrated with {tuple(measured.exits)})')
+    if measured.num_classes != num_classes:
+        wrong.append(f'it has {num_classes} classes (calibrated with {measured.num_classes})')
+    if 'dtype' in other:  # all values are rounded, so weights differ too
+        before, present = other['dtype']
+        wrong.append(f'the dtype is {present} (calibrated in {before})')
+    else:
+        if other.pop('backbone_digest', None):
+            wrong.append("the backbone's weights have changed")
+        if measured.heads_hash != heads_hash:
+            wrong.append("the heads' weights have changed")
+        for name, (before, present) in other.items():
+            wrong.append(f'the {_NAMES.get(name, name)} is {present} (calibrated with {before})')
+    if wrong:
+        raise TableMismatchError(
+            f'this cascade is not the one that was calibrated: {"; ".join(wrong)}. Calibrate it again '
+            f'(timm_cascade.calibrate(model, held_out)), undo the change, or call model.forget_calibration().'
         )
 
 

@@ -13,9 +13,10 @@ from ..errors import TableFormatError
 from .calibration import Calibration
 from .samples import check_thresholds, outcome
 
-__all__ = ['Profile', 'Saving', 'in_time', 'profiles_from_json', 'profiles_to_json', 'savings']
+__all__ = ['Profile', 'Saving', 'Setup', 'in_time', 'profiles_from_json', 'profiles_to_json', 'savings']
 
 Seconds = NDArray[np.float64]
+Setup = tuple[str, str, bool]  # how a model runs: device (with threads on a CPU), dtype of its weights, compiled or not
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Profile:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def setup(self) -> tuple[str, str, bool]:
-        """Device, dtype and whether compiled: how a model must run for these figures to apply."""
+    def setup(self) -> Setup:
+        """How a model must run for these figures to apply."""
         return self.device, self.dtype, self.compiled
 
     @property
