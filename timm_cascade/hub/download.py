@@ -87,7 +87,7 @@ class Repository:
                 url = hf_hub_url(self.repo, name, revision=self.revision)
                 self._commit = self._api.get_hf_file_metadata(url=url).commit_hash
             except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError) as e:
-                raise ReleaseError(self._not_found(name, e)) from e
+                raise self._error(name, e) from e
             except (HTTPError, OSError):
                 pass  # the cache may do
         if self.path(name, limit) is None:
@@ -132,7 +132,7 @@ class Repository:
                 hf_hub_download(self.repo, name, revision=revision, cache_dir=self.cache_dir)
             return None
         except (HTTPError, OSError) as e:
-            raise self._unavailable(name, e) from e
+            raise self._error(name, e) from e
         if size is None:
             raise ReleaseError(f'{self}: the Hub does not say how large {name} is; it is not downloaded.')
         _check_size(f'{name} of {self}', size, limit)
@@ -154,7 +154,7 @@ class Repository:
                     f'{damaged} ({name} of {self}) is damaged: its hash is not the one the Hub gave. Delete the file '
                     f'and load again; a new download failed ({e}).'
                 ) from e
-            raise self._unavailable(name, e) from e
+            raise self._error(name, e) from e
         if _is_intact(path):
             return path
         if not force:
@@ -164,9 +164,19 @@ class Repository:
             f'file and load again later; do not use it.'
         )
 
-    def _unavailable(self, name: str, e: Exception) -> ReleaseError:
-        if isinstance(e, (RepositoryNotFoundError, RevisionNotFoundError)):
-            return ReleaseError(self._not_found(name, e))
+    def _error(self, name: str, e: Exception) -> ReleaseError:
+        """What is raised where the Hub does not give a file."""
+        if isinstance(e, GatedRepoError):
+            return ReleaseError(f'{self} is gated: ask for access on its page and log in.')
+        if isinstance(e, RevisionNotFoundError):
+            return ReleaseError(f'{self.repo} has no revision {self.revision!r}; check the name after the @.')
+        if isinstance(e, RepositoryNotFoundError):
+            return ReleaseError(
+                f'{self} is not on the Hub, or is private to others. Check the name; for a private repository log '
+                f'in, or set HF_TOKEN.'
+            )
+        if isinstance(e, RemoteEntryNotFoundError):
+            return ReleaseError(f'{self} is not a release: it has no {name}.')
         if isinstance(e, HfHubHTTPError) and e.response.status_code in (401, 403):
             return ReleaseError(f'{self}: the Hub refuses access to {name} ({e}). Log in, or set HF_TOKEN.')
         reason = 'cannot be reached' if not isinstance(e, LocalEntryNotFoundError) else 'could not be asked'
@@ -174,18 +184,6 @@ class Repository:
             f'{name} of {self} is not in the cache, and the Hub {reason} ({type(e).__name__}: {e}). Load it once '
             f'while online, without HF_HUB_OFFLINE.'
         )
-
-    def _not_found(self, name: str, e: Exception) -> str:
-        if isinstance(e, GatedRepoError):
-            return f'{self} is gated: ask for access on its page and log in.'
-        if isinstance(e, RevisionNotFoundError):
-            return f'{self.repo} has no revision {self.revision!r}; check the name after the @.'
-        if isinstance(e, RepositoryNotFoundError):
-            return (
-                f'{self} is not on the Hub, or is private to others. Check the name; for a private repository log '
-                f'in, or set HF_TOKEN.'
-            )
-        return f'{self} is not a release: it has no {name}.'
 
 
 def sha256_of(path: Path) -> str:

@@ -39,7 +39,7 @@ class _Worker:
         for unit in units:
             if not unit.part(self.folder).exists():  # Ray asks again for what a lost node had done
                 try:
-                    self.predictor.write([unit], self.folder)
+                    list(self.predictor.write([unit], self.folder))
                 except BadImageError as e:  # told as a value: Ray would wrap it, and try again
                     error = str(e)
         return {**batch, 'error': [error] * len(units)}

@@ -125,11 +125,7 @@ class UnitPredictor:
         self.topk = min(topk, model.num_classes)
         self.transform = eval_transform(cast('torch.nn.Module', model))
 
-    def write(self, units: Sequence[Unit], folder: Path) -> list[Unit]:
-        """Predicts the units and writes their parts."""
-        return list(self.write_each(units, folder))
-
-    def write_each(self, units: Sequence[Unit], folder: Path) -> Iterator[Unit]:
+    def write(self, units: Sequence[Unit], folder: Path) -> Iterator[Unit]:
         """Predicts the units; yields each once its part is written."""
         for unit, predicted in self.predict(units):
             write_part(unit.part(folder), to_table(predicted, self.model.label_names))
@@ -269,7 +265,7 @@ def predict(
     mine = units[first - 1 :: of]
     todo = [u for u in mine if not u.part(folder).exists()]
     _remove_leftovers(folder)
-    run = UnitPredictor.write_each if engine == 'local' else partial(predict_on_ray, actors=actors)
+    run = UnitPredictor.write if engine == 'local' else partial(predict_on_ray, actors=actors)
     predictor = UnitPredictor(model, sources, batch_size, topk, workers, on_bad_image)
     training = model.training
     model.eval()
