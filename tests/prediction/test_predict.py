@@ -9,12 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import as_png, near, write_idx
+from PIL import Image
 
 import timm_cascade
 from timm_cascade.data.views import eval_transform
 from timm_cascade.errors import BadImageError, PlanError
 from timm_cascade.inference.batch import confidence
 from timm_cascade.prediction import local
+from timm_cascade.prediction.inputs import open_image
 from timm_cascade.prediction.units import PLAN
 
 
@@ -274,3 +276,11 @@ def test_killed_at_random_times_nothing_is_lost_or_doubled(interpreter, folder, 
     assert done.returncode == 0 and done.stdout.split() == ['0', '0'], done.stderr
     assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
     assert json.loads((tmp_path / 'out' / PLAN).read_text())['units'] == len(contents(tmp_path / 'out')) == 24
+
+
+def test_pictures_are_upright_whether_in_files_bytes_or_arrays(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held sideways
+    Image.fromarray(np.zeros((4, 8, 3), np.uint8)).save(tmp_path / 'a.jpg', exif=exif)
+    assert [open_image(given).size for given in (tmp_path / 'a.jpg', (tmp_path / 'a.jpg').read_bytes())] == [(4, 8)] * 2
+    assert open_image(np.zeros((4, 8), np.uint8)).size == (8, 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,6 @@ from torch.utils.data import DataLoader, Dataset
 from ..data import View, check_labels, check_training_classes, prepare_data
 from ..model import CascadeModel
 from ..utils.distributed import check_launch, create_accelerator, share_gradients, share_values, sum_over_processes
-from ..utils.progress import progress
-from .trainer import log_to_trackers
 from .work_dir import WorkDir
 
 if TYPE_CHECKING:
@@ -168,33 +165,20 @@ class _Finetuner:
         decisive = {name: value for name, value in settings.items() if name != 'workers'}
         work_dir = WorkDir(folder, 'backbone', accelerator, [decisive, fingerprints, self._shapes(), self.step_size])
         self._continue(work_dir.load(), optimizer)
-        bar = progress(
-            None,
-            'fine-tuning',
-            accelerator.is_main_process,
-            total=self.epochs * self.steps,
-            initial=len(self.history) * self.steps,
-        )
-        with bar:
-            while len(self.history) < self.epochs:
-                began = time.monotonic()
-                loss = self._run_epoch(optimizer, schedule, bar)
-                accuracy = self._accuracy(val)
-                best = accuracy > max((line['accuracy'] for line in self.history), default=-1.0)
-                if best:
-                    self.best = {name: t.cpu().clone() for name, t in self._weights().items()}
-                line = dict(epoch=len(self.history) + 1, loss=round(loss, 5), accuracy=accuracy, best=best)
-                line['seconds'] = round(time.monotonic() - began, 2)
-                self.history.append(line)
-                work_dir.save(
-                    self.history,
-                    backbone=self.backbone.state_dict(),
-                    best=self.best,
-                    ema=self.ema,
-                    optimizer=optimizer.state_dict(),
-                )
-                log_to_trackers(accelerator, line)
-                bar.set_postfix_str(f'loss {loss:.3f}, accuracy {accuracy:.1%}')
+
+        def epoch(bar: Any) -> dict[str, Any]:
+            number, loss = len(self.history) + 1, self._run_epoch(optimizer, schedule, bar)
+            accuracy = self._accuracy(val)
+            best = accuracy > max((line['accuracy'] for line in self.history), default=-1.0)
+            if best:
+                self.best = {name: t.cpu().clone() for name, t in self._weights().items()}
+            return dict(epoch=number, loss=round(loss, 5), accuracy=accuracy, best=best)
+
+        def state() -> dict[str, Any]:
+            parts = dict(backbone=self.backbone.state_dict(), best=self.best, ema=self.ema)
+            return dict(parts, optimizer=optimizer.state_dict())
+
+        work_dir.run(self.history, self.epochs, self.steps, epoch, state)
         self.backbone.load_state_dict(self.best)
         return self.history
 

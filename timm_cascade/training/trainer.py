@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +14,13 @@ from torch import Tensor, nn
 from ..data import UNLABELLED, check_labels
 from ..heads import NORMS
 from ..utils.distributed import share_gradients, share_values, sum_over_processes
-from ..utils.progress import progress
 from .features import Batch, FrozenFeatures, StoredFeatures
 from .work_dir import WorkDir
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['Classifier', 'Trainer', 'in_order', 'log_to_trackers', 'moments']
+__all__ = ['Classifier', 'Trainer', 'in_order', 'moments']
 
 _logger = logging.getLogger(__name__)
 EPSILON = 1e-4  # share of the mean variance that is added to each: features may be of any scale
@@ -152,34 +150,17 @@ class Trainer:
     def run(self, work_dir: WorkDir) -> list[dict[str, Any]]:
         """Trains the epochs that `work_dir` does not have yet; one dict per epoch."""
         self._continue(work_dir.load())
-        bar = progress(
-            None,
-            'heads',
-            self.accelerator.is_main_process,
-            total=self.epochs * self.steps,
-            initial=len(self.history) * self.steps,
-        )
-        with bar:
-            while len(self.history) < self.epochs:
-                line = self._run_epoch(bar)
-                self.history.append(line)
-                work_dir.save(
-                    self.history,
-                    heads=self.heads.state_dict(),
-                    optimizer=self.optimizer.state_dict(),
-                    schedule=self.schedule.state_dict(),
-                )
-                log_to_trackers(self.accelerator, line)
-                shown = line.get('accuracy', line['train_accuracy'])
-                bar.set_postfix_str(f'loss {line["loss"]:.3f}, accuracy {" ".join(f"{a:.1%}" for a in shown)}')
+        work_dir.run(self.history, self.epochs, self.steps, self._run_epoch, self._state)
         return self.history
+
+    def _state(self) -> dict[str, Any]:
+        return {name: getattr(self, name).state_dict() for name in ('heads', 'optimizer', 'schedule')}
 
     def _continue(self, saved: dict[str, Any] | None) -> None:
         if saved is None:
             return
-        self.heads.load_state_dict(saved['heads'])
-        self.optimizer.load_state_dict(saved['optimizer'])
-        self.schedule.load_state_dict(saved['schedule'])
+        for name in ('heads', 'optimizer', 'schedule'):
+            getattr(self, name).load_state_dict(saved[name])
         self.history = saved['history']
 
     def _run_epoch(self, bar: Any) -> dict[str, Any]:
@@ -192,7 +173,6 @@ class Trainer:
         batches = self.views[epoch % len(self.views)].batches(
             [part[rank::processes] for step in parts for part in step]
         )
-        began = time.monotonic()
         totals = torch.zeros(1 + len(self.heads), device=accelerator.device)  # loss, correct answers of each head
         for images, step in zip(map(len, chosen), parts, strict=True):
             for _ in step:
@@ -214,7 +194,6 @@ class Trainer:
         line: dict[str, Any] = dict(epoch=epoch + 1, loss=round(loss, 5), train_accuracy=[round(c, 4) for c in correct])
         if self.held is not None:
             line['accuracy'] = [round(a, 4) for a in self._accuracies(self.held)]
-        line['seconds'] = round(time.monotonic() - began, 2)
         return line
 
     def _backward(self, arrays: list[Tensor], labels: Tensor, images: int) -> Tensor:
@@ -247,11 +226,3 @@ class Trainer:
             logits += arrays[len(logits) :]  # a classifier that is not trained
             correct += _correct(logits, labels.to(device), logits[-1]).cpu()
         return (sum_over_processes(self.accelerator, correct) / len(held)).tolist()
-
-
-def log_to_trackers(accelerator: Accelerator, line: dict[str, Any]) -> None:
-    """Hands a line of the log to Accelerate's trackers, one number per name."""
-    flat: dict[str, Any] = {}
-    for name, value in line.items():
-        flat |= {f'{name}/exit_{i}': v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
-    accelerator.log(flat, step=line['epoch'])

@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 import pickle
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ import torch
 
 from ..utils.distributed import on_main
 from ..utils.files import replacing, write_text
+from ..utils.progress import progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,14 +36,14 @@ class WorkDir:
     """
 
     def __init__(self, folder: Path | None, name: str, accelerator: Accelerator, settings: list[Any]) -> None:
-        self.accelerator = accelerator
+        self.name, self.accelerator = name, accelerator
         self.state = None if folder is None else folder / f'{name}.pt'
         self.log = None if folder is None else folder / f'{name}.jsonl'
         settings = [*settings, accelerator.num_processes, str(accelerator.mixed_precision)]
         self.key = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()
 
     def load(self) -> dict[str, Any] | None:
-        """What `save` was last given by a training of the same settings; the accelerator gets its loss scale."""
+        """The state after the last epoch of a training of the same settings; the accelerator gets its loss scale."""
         state = self.state
         if state is None or not on_main(self.accelerator, state.is_file):
             return None
@@ -64,8 +67,33 @@ class WorkDir:
             self.accelerator.scaler.load_state_dict(saved['scaler'])
         return saved
 
-    def save(self, history: list[dict[str, Any]], **parts: Any) -> None:
-        """Replaces state and log by those after the last epoch of `history`, the accelerator's loss scale included."""
+    def run(
+        self,
+        history: list[dict[str, Any]],
+        epochs: int,
+        steps: int,
+        epoch: Callable[[Any], dict[str, Any]],
+        state: Callable[[], dict[str, Any]],
+    ) -> None:
+        """Runs the epochs that `history` lacks; state and log are replaced after each.
+
+        `epoch` runs one, moves the progress bar by one at each of its `steps`, and returns a line with its number, loss
+        and accuracy. `state` returns what `load` has to give a training that continues.
+        """
+        main = self.accelerator.is_main_process
+        with progress(None, self.name, main, total=epochs * steps, initial=len(history) * steps) as bar:
+            while len(history) < epochs:
+                began = time.monotonic()
+                line = epoch(bar)
+                line['seconds'] = round(time.monotonic() - began, 2)
+                history.append(line)
+                self._save(history, state())
+                _track(self.accelerator, line)
+                shown = line.get('accuracy', line.get('train_accuracy'))
+                accuracy = ' '.join(f'{a:.1%}' for a in (shown if isinstance(shown, list) else [shown]))
+                bar.set_postfix_str(f'loss {line["loss"]:.3f}, accuracy {accuracy}')
+
+    def _save(self, history: list[dict[str, Any]], parts: Mapping[str, Any]) -> None:
         if self.state is None or self.log is None or not self.accelerator.is_main_process:
             return
         for file in self.state.parent.glob(f'.{self.state.name}.*.tmp'):  # of a process that was killed while writing
@@ -79,3 +107,11 @@ class WorkDir:
     def _write_log(self, history: list[dict[str, Any]]) -> None:
         assert self.log is not None
         write_text(self.log, ''.join(json.dumps(line) + '\n' for line in history))
+
+
+def _track(accelerator: Accelerator, line: dict[str, Any]) -> None:
+    """Hands a line of the log to Accelerate's trackers, one number per name."""
+    flat: dict[str, Any] = {}
+    for name, value in line.items():
+        flat |= {f'{name}/exit_{i}': v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
+    accelerator.log(flat, step=line['epoch'])
