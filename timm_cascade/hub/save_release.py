@@ -101,18 +101,19 @@ def save(model: nn.Module, folder: str | Path, layout: str | None = None, card: 
         except Exception as e:  # safetensors' own: it names tensors, and says why it does not take them
             raise ReleaseError(f'{folder}: safetensors does not take these weights ({e}); nothing was saved.') from e
         paths = {WEIGHTS: path}
-        texts = {PROFILES: profiles_to_json(model.profiles) if model.profiles else ''}
+        texts = {}
         if model.table is not None:
             texts[TABLE] = model.table.to_json()
+        if model.profiles:
+            texts[PROFILES] = profiles_to_json(model.profiles)
         if model.dial.path is not None:
             texts[PATH] = path_to_json(model.dial.path, [p.module for p in model.exits], model.heads_hash())
         if model.calibration is not None:
             paths[CALIBRATION] = stack.enter_context(replacing(folder / CALIBRATION))
             model.calibration.save(paths[CALIBRATION])
         for name, text in texts.items():
-            if text:
-                paths[name] = stack.enter_context(replacing(folder / name))
-                paths[name].write_text(text, encoding='utf-8')
+            paths[name] = stack.enter_context(replacing(folder / name))
+            paths[name].write_text(text, encoding='utf-8')
         config['cascade']['files'] = {name: _entry(path) for name, path in sorted(paths.items())}
         staged.write_text(_dumps(config), encoding='utf-8')
         if card is not None or not (folder / CARD).exists() or GENERATED in (folder / CARD).read_text(encoding='utf-8'):
