@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import hub
 from ..hub.members import members
+from ..utils.files import plain
 from .options import Commands, output_options
 
 __all__ = ['add_command', 'run']
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         stage_macs=model.stage_macs().tolist(),
         backbone_macs=model.exits[-1].total,
         heads_hash=model.heads_hash(),
-        thresholds=[None if t == float('inf') else t for t in model.thresholds.tolist()],
+        thresholds=plain(model.thresholds.tolist()),
         calibrated_on=None
         if model.calibration is None
         else dict(n=len(model.calibration.confidence), **model.calibration.provenance),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from importlib.resources import files
@@ -13,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..fronts import name_of
 from ..model import CascadeModel
+from ..utils.files import plain
 from ..version import __version__
 from .members import members
 
@@ -50,7 +50,7 @@ def render(
     certified = [p for p in points if p.rule == 'certified' and p.max_drop is not None]
     usual = next(iter(certified or [p for p in points if p.max_drop is not None]), None)
     dial = next((p for p in certified if p.max_drop == 0.01), usual)
-    active = [None if math.isinf(t) else t for t in model.thresholds.tolist()]
+    active = plain(model.thresholds.tolist())
     accuracy = [None] * (len(active) + 1) if model.calibration is None else model.calibration.correct.mean(0).tolist()
     exits = [
         dict(module=p.module, fraction=p.fraction, threshold=t, accuracy=a)

@@ -9,6 +9,7 @@ from torch import nn
 from ..backbone import input_size_of
 from ..fronts import name_of
 from ..model import CascadeModel
+from ..utils.files import plain
 
 __all__ = ['members']
 
@@ -33,9 +34,9 @@ def members(model: CascadeModel) -> list[dict[str, Any]]:
             macs=f.macs(),
             share=round(f.macs() / total, 4),
             accuracy=a,
-            threshold=None if t == float('inf') else t,
+            threshold=t,
         )
-        for f, a, t in zip(model.fronts, accuracy, model.thresholds.tolist(), strict=False)
+        for f, a, t in zip(model.fronts, accuracy, plain(model.thresholds.tolist()), strict=False)
     ]
     _, height, width = input_size_of(model.backbone)
     large: dict[str, Any] = dict(network=name_of(model.backbone), weights=_source(model.published))

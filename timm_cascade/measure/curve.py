@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from ..errors import NotCalibratedError, ThresholdError
 from ..model import CascadeModel
 from ..thresholds import Samples, outcome
-from ..utils.files import replacing
+from ..utils.files import plain, replacing
 from .calibrate import record
 
 __all__ = ['CurvePoint', 'curve', 'curve_of', 'plot_curve']
@@ -87,7 +87,7 @@ def curve_of(model: CascadeModel, seen: dict[str, np.ndarray]) -> list[CurvePoin
                 accuracy=found.accuracy,
                 change=-found.drop,
                 exit_shares=found.exit_shares,
-                thresholds=tuple(None if np.isinf(t) else t for t in thresholds),
+                thresholds=tuple(plain(thresholds)),
             )
         )
     return sorted(points, key=lambda point: (point.macs_share, point.accuracy))

@@ -17,6 +17,7 @@ from ..inference.request import unwrap
 from ..model import CascadeModel
 from ..thresholds import OperatingPoint, route
 from ..thresholds.drift import ConfidenceShift, DisagreementRise, bins_of, histogram_of
+from ..utils.files import plain
 from .calibrate import calibration_of
 
 __all__ = ['DriftWatch']
@@ -275,7 +276,7 @@ class DriftWatch:
             return dict(
                 version=STATE_VERSION,
                 settings=[self.false_alarm, self.shadow, self.shadow_alert, self.seed],
-                thresholds=[None if np.isinf(t) else t for t in self._reference.thresholds],
+                thresholds=plain(self._reference.thresholds),
                 heads_hash=self.model.heads_hash(),
                 flags=[self.warning_detected, self.drift_detected],
                 counts=[self._images, self._shadowed, self._changed_at, self._broken_at],
@@ -295,9 +296,8 @@ class DriftWatch:
             TableFormatError: Not such a state, or one of other heads or thresholds; the watch is unchanged.
         """
         reference = _reference(self.model)
-        expected = [None if np.isinf(t) else t for t in reference.thresholds]
         try:
-            if (state['version'], list(state['thresholds'])) != (STATE_VERSION, expected):
+            if (state['version'], list(state['thresholds'])) != (STATE_VERSION, plain(reference.thresholds)):
                 raise ValueError('it was taken by another version, or with other thresholds')
             if state['heads_hash'] != self.model.heads_hash():
                 raise ValueError('it was taken with other heads')

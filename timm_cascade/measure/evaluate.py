@@ -17,6 +17,7 @@ from ..model import CascadeModel
 from ..thresholds import route
 from ..thresholds.samples import exit_costs
 from ..utils.clock import clock
+from ..utils.files import plain
 from ..utils.progress import progress
 from .calibrate import record
 
@@ -75,14 +76,6 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it: None for a closed exit and for what was not measured."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {k: plain(v) for k, v in value.items()}
-            if isinstance(value, (tuple, list)):
-                return [plain(v) for v in value]
-            return None if isinstance(value, float) and not np.isfinite(value) else value
-
         return plain(asdict(self))
 
 

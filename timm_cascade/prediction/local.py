@@ -19,6 +19,7 @@ from ..data import ImageData
 from ..data.views import eval_transform
 from ..errors import BadImageError
 from ..thresholds.samples import exit_costs
+from ..utils.files import plain
 from ..utils.progress import progress
 from ..version import __version__
 from .cluster import predict_on_ray
@@ -298,7 +299,7 @@ def _plan(
         version=__version__,
         model=model.pretrained_cfg['architecture'],
         heads=model.heads_hash(),
-        thresholds=[None if np.isinf(t) else t for t in model.thresholds.tolist()],
+        thresholds=plain(model.thresholds.tolist()),
         dtype=model.precision if weight is None else str(weight.dtype).removeprefix('torch.'),  # type: ignore[attr-defined]
         transform=repr(eval_transform(cast('torch.nn.Module', model))),
         topk=topk,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TableFormatError
+from ..utils.files import plain
 
 if TYPE_CHECKING:
     from ..formats import PointEntry
@@ -86,11 +87,7 @@ class OperatingPoint:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; a closed exit is None."""
-        result = dict(self.extra)
-        result.update({f.name: getattr(self, f.name) for f in fields(self) if f.name != 'extra'})
-        result['thresholds'] = [None if math.isinf(t) else t for t in self.thresholds]
-        result['drop_interval'], result['exit_shares'] = list(self.drop_interval), list(self.exit_shares)
-        return result
+        return {**self.extra, **plain({f.name: getattr(self, f.name) for f in fields(self) if f.name != 'extra'})}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> OperatingPoint:

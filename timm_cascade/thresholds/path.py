@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TableFormatError, ThresholdError
+from ..utils.files import plain
 from .samples import FloatArray, IntArray, Outcome, Samples, exit_costs
 
 __all__ = [
@@ -98,8 +99,8 @@ def path_to_json(path: FloatArray, exits: Sequence[str], heads_hash: str) -> str
     """A text that `path_from_json` reads; a closed exit is null."""
     from ..formats import PATH_VERSION
 
-    rows = [[None if np.isinf(t) else t for t in row] for row in path.tolist()]
-    content = dict(format_version=PATH_VERSION, exits=list(exits), heads_hash=heads_hash, thresholds=rows)
+    thresholds = plain(path.tolist())
+    content = dict(format_version=PATH_VERSION, exits=list(exits), heads_hash=heads_hash, thresholds=thresholds)
     return json.dumps(content, sort_keys=True, allow_nan=False) + '\n'
 
 

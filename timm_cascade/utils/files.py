@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ['replacing', 'write_text']
+__all__ = ['plain', 'replacing', 'write_text']
 
 
 @contextmanager
@@ -39,3 +41,12 @@ def write_text(path: str | Path, text: str) -> None:
     """Replaces `path` by `text` (UTF-8) atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding='utf-8')
+
+
+def plain(value: Any) -> Any:
+    """Values as JSON holds them: lists for tuples, None for numbers that are not finite, such as a closed exit's."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
