@@ -95,7 +95,7 @@ def test_a_folder_of_parquet(tmp_path):
         (tmp_path / 'data').mkdir(exist_ok=True)
         rows.to_parquet(tmp_path / 'data' / f'{name}.parquet')
     assert len(load_data(tmp_path, 'train')) == 16 and len(load_data(tmp_path, 'test')) == 8
-    with pytest.raises(ValueError, match=r"\['test', 'train'\]; asked was None"):
+    with pytest.raises(ValueError, match=r"\['test', 'train'\]; none was chosen"):
         load_data(tmp_path)
     with pytest.raises(ValueError, match="asked was 'validation'"):
         load_data(tmp_path, 'validation')

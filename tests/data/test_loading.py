@@ -90,7 +90,7 @@ def test_parquet(tmp_path):
 
 
 def test_a_source_that_is_nothing():
-    with pytest.raises(FileNotFoundError, match='no IDX folder'):
+    with pytest.raises(FileNotFoundError, match='neither an IDX folder'):
         load_data('/no/such/place')
 
 

@@ -292,7 +292,7 @@ def other_heads(folder):
         (lambda f: change(f / hub.CONFIG, lambda c: c['model_args'].update(exits=['layer9', 'layer1'])), 'layer9'),
         (lambda f: change(f / hub.CONFIG, lambda c: c.update(architecture='resnet18')), 'not a cascade'),
         (lambda f: (f / hub.CONFIG).write_text('{'), 'not a JSON'),
-        (lambda f: (f / hub.CONFIG).unlink(), 'no release'),
+        (lambda f: (f / hub.CONFIG).unlink(), 'not a release'),
         (lambda f: shutil.rmtree(f), 'neither a folder'),
         (lambda f: (f / hub.TABLE).write_text('{"format_version": 99}'), 'version'),
         (lambda f: (f / hub.CALIBRATION).write_bytes(b'zzz'), 'calibration'),
