@@ -97,7 +97,7 @@ def test_a_linear_probe_on_other_classes(capsys, tmp_path):
         4,
     ]
     status, _, err = run(capsys, *argv)
-    assert status == 2 and '9.png is no image' in err and not (tmp_path / 'out' / 'config.json').exists()
+    assert status == 2 and '9.png is not an image' in err and not (tmp_path / 'out' / 'config.json').exists()
     assert not list((tmp_path / 'out').rglob('*.npy'))
     status, result, err = run(capsys, *argv, '--on-bad-image', 'skip')
     assert status == 0 and result['images'] == 24 and result['classifier_trained'] and result['accuracy'][-1] > 0.9
@@ -223,7 +223,7 @@ def test_a_checkpoint_of_other_classes(capsys, idx, tmp_path, small):
     [
         (['info', 'no/such/folder'], 'neither a folder'),
         (['calibrate', 'nowhere', '--data', 'x'], 'neither a folder'),
-        (['train', '--model', 'cascade_cifar_resnet20', '--data', '/no/where/at/all', '--out', 'x'], 'no IDX folder'),
+        (['train', '--model', 'cascade_cifar_resnet20', '--data', '/no/where/at/all', '--out', 'x'], 'neither an IDX folder'),
     ],
 )
 def test_requests_that_cannot_be_met(capsys, argv, message):
