@@ -223,7 +223,10 @@ def test_a_checkpoint_of_other_classes(capsys, idx, tmp_path, small):
     [
         (['info', 'no/such/folder'], 'neither a folder'),
         (['calibrate', 'nowhere', '--data', 'x'], 'neither a folder'),
-        (['train', '--model', 'cascade_cifar_resnet20', '--data', '/no/where/at/all', '--out', 'x'], 'neither an IDX folder'),
+        (
+            ['train', '--model', 'cascade_cifar_resnet20', '--data', '/no/where/at/all', '--out', 'x'],
+            'neither an IDX folder',
+        ),
     ],
 )
 def test_requests_that_cannot_be_met(capsys, argv, message):

@@ -7,7 +7,7 @@ import json
 import logging
 import pickle
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,13 +87,14 @@ class WorkDir:
                 line = epoch(bar)
                 line['seconds'] = round(time.monotonic() - began, 2)
                 history.append(line)
-                self._save(history, state())
+                self.save(history, **state())
                 _track(self.accelerator, line)
                 shown = line.get('accuracy', line.get('train_accuracy'))
                 accuracy = ' '.join(f'{a:.1%}' for a in (shown if isinstance(shown, list) else [shown]))
                 bar.set_postfix_str(f'loss {line["loss"]:.3f}, accuracy {accuracy}')
 
-    def _save(self, history: list[dict[str, Any]], parts: Mapping[str, Any]) -> None:
+    def save(self, history: list[dict[str, Any]], **parts: Any) -> None:
+        """Replaces state and log by those after the last epoch of `history`, the accelerator's loss scale included."""
         if self.state is None or self.log is None or not self.accelerator.is_main_process:
             return
         for file in self.state.parent.glob(f'.{self.state.name}.*.tmp'):  # of a process that was killed while writing
