@@ -88,7 +88,7 @@ def in_order(source: Source, accelerator: Accelerator) -> Iterator[Batch]:
 
 
 def moments(
-    views: Sequence[Source], accelerator: Accelerator, num_classes: int, labelled: bool
+    views: Sequence[Source], accelerator: Accelerator, num_classes: int, labelled: bool = True
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Mean and variance of each of the M+1 arrays, over all views; float64 sums, one batch in memory at a time.
 
