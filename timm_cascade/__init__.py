@@ -55,8 +55,8 @@ __all__ = [
     'save',
     'suggest',
     'train_heads',
-    *errors.__all__,
 ]
+__all__ += errors.__all__  # the form that type checkers follow
 
 
 # Importing the package registers the models and no more; what it exports is imported when it is asked for.
