@@ -14,7 +14,7 @@ import numpy as np
 from ..utils.progress import bars_on_terminal_only
 from .images import ImageData
 from .splits import canonical, choose_split
-from .storage import Column
+from .storage import Column, files_below
 
 __all__ = [
     'from_columns',
@@ -32,8 +32,7 @@ NAMES = ('label', 'labels', 'target', 'class', 'category')
 
 def parquet_files(root: Path) -> list[Path]:
     """The parquet files of a folder and the folders in it, hidden ones left out."""
-    found = [p for p in root.rglob('*') if p.suffix.lower() == '.parquet' and p.is_file()]
-    return sorted(p for p in found if not any(part.startswith('.') for part in p.relative_to(root).parts))
+    return sorted(p for p in files_below(root) if p.suffix.lower() == '.parquet')
 
 
 def _split_of(path: Path, root: Path | None) -> str | None:

@@ -8,14 +8,28 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-__all__ = ['Chain', 'Column', 'Files', 'content_of', 'file_of', 'names_of', 'take']
+__all__ = ['Chain', 'Column', 'Files', 'content_of', 'file_of', 'files_below', 'names_of', 'take']
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files at any depth, in text order; links are followed, hidden files and folders left out."""
+    seen: set[tuple[int, int]] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(root)
+        if (status.st_dev, status.st_ino) in seen:  # a link back to where we have been
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(f for f in folders if not f.startswith('.'))
+        yield from (Path(root, name) for name in sorted(names) if not name.startswith('.'))
 
 
 class Files:

@@ -20,7 +20,7 @@ from ..inference.weights import binding
 from ..model import CascadeModel
 from ..utils.digest import state_digest
 from ..utils.timm_models import create_model
-from .config import OWN_ARGS, SOURCE_KEYS
+from .config import OWN_ARGS, SOURCE_KEYS, ReleaseConfig
 from .described import bounded, described_by, plan
 from .download import Folder, Repository
 from .front_networks import named_fronts, released_fronts
@@ -175,21 +175,9 @@ def _load_release(
             config.published.check(backbone, str(release))
             model.published = config.published
     model.base_model = config.base_model
-    heads = part_of(state, 'heads')
-    named = tuple(f'{k}.network.' for k, f in enumerate(config.fronts) if not f.is_stored(config.layout))
-    if not same_fronts:  # the heads behind them are kept, under their new numbers
-        heads = _behind(heads, len(config.fronts), len(fronts))
-        named = tuple(f'{k}.' for k in range(len(fronts)))
-    fit = (
-        same_classes
-        and same_inner
-        and {k: v.shape for k, v in heads.items()}
-        == {k: v.shape for k, v in model.heads.state_dict().items() if not k.startswith(named)}
-    )
     if 'dtype' not in request and config.points is not None:
         _as_saved(model, state)
-    if fit:
-        model.heads.load_state_dict(heads, strict=not named)  # the shapes are compared above
+    fit = same_classes and same_inner and _fill_heads(model, part_of(state, 'heads'), config, same_fronts)
     if fit and same_input and same_fronts:
         model.table, model.calibration = release.dial()
         model.profiles = release.profiles()
@@ -199,15 +187,13 @@ def _load_release(
         if 'dtype' in request or overlay:
             _forget_what_does_not_apply(model, release)
     else:
-        asked = (
-            f'{backbone.num_classes} classes'
-            if not same_classes
-            else f'images of {input_size_of(backbone)}'
-            if not same_input
-            else 'other exits or heads'
-            if not fit
-            else 'other networks in front'
+        reasons = (
+            (same_classes, f'{backbone.num_classes} classes'),
+            (same_input, f'images of {input_size_of(backbone)}'),
+            (fit, 'other exits or heads'),
+            (same_fronts, 'other networks in front'),
         )
+        asked = next(text for same, text in reasons if not same)
         lost = 'calibration and thresholds do not' if fit else 'heads and thresholds do not'
         warnings.warn(
             f'{release} was made for {config.num_classes} classes and images of {config.input_size}; asked '
@@ -218,10 +204,22 @@ def _load_release(
     return model
 
 
-def _behind(heads: Mapping[str, Tensor], before: int, now: int) -> dict[str, Tensor]:
-    """Tensors of the heads behind `before` fronts, numbered as behind `now` of them."""
-    numbered = [(name.partition('.'), t) for name, t in heads.items()]
-    return {f'{int(k) - before + now}.{rest}': t for (k, _, rest), t in numbered if int(k) >= before}
+def _fill_heads(model: CascadeModel, heads: Mapping[str, Tensor], config: ReleaseConfig, same_fronts: bool) -> bool:
+    """Gives the model the heads of a release, if all of them fit, and says whether they do.
+
+    With other fronts those behind them are kept, under their new numbers.
+    """
+    loaded = tuple(f'{k}.network.' for k, f in enumerate(config.fronts) if not f.is_stored(config.layout))
+    if not same_fronts:
+        before, now = len(config.fronts), len(model.fronts)
+        numbered = [(name.partition('.'), t) for name, t in heads.items()]
+        heads = {f'{int(k) - before + now}.{rest}': t for (k, _, rest), t in numbered if int(k) >= before}
+        loaded = tuple(f'{k}.' for k in range(now))
+    wanted = {name: t.shape for name, t in model.heads.state_dict().items() if not name.startswith(loaded)}
+    if {name: t.shape for name, t in heads.items()} != wanted:
+        return False
+    model.heads.load_state_dict(heads, strict=not loaded)
+    return True
 
 
 def _as_saved(model: CascadeModel, state: Mapping[str, Tensor]) -> None:

@@ -30,11 +30,7 @@ COMMIT = re.compile(r'[0-9a-f]{40}')
 
 
 class Folder:
-    """A release on disk.
-
-    Args:
-        path: Folder of the release.
-    """
+    """A release on disk."""
 
     def __init__(self, path: str | Path) -> None:
         self.folder = Path(path)

@@ -76,12 +76,8 @@ class DriftWatch:
         shadow_alert: float = 0.25,
         seed: int = 0,
     ) -> None:
-        for name, value, low in (
-            ('false_alarm', false_alarm, 0),
-            ('shadow', shadow, -1),
-            ('shadow_alert', shadow_alert, -1),
-        ):
-            if not low < value <= 1 or value < 0:
+        for name, value in dict(false_alarm=false_alarm, shadow=shadow, shadow_alert=shadow_alert).items():
+            if not 0 <= value <= 1 or (name == 'false_alarm' and not value):
                 raise ValueError(f'{name} is {value!r}; expected a probability, such as 0.01.')
         self.model = unwrap(model, CascadeModel)
         self.false_alarm, self.shadow, self.shadow_alert, self.seed = false_alarm, shadow, shadow_alert, seed

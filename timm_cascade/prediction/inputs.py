@@ -21,6 +21,7 @@ from ..data.columns import hub_parquet_files
 from ..data.idx import is_idx_folder
 from ..data.loading import HUB, hub_id
 from ..data.splits import parse_splits
+from ..data.storage import files_below
 
 __all__ = ['DataSource', 'FileSource', 'Item', 'ParquetSource', 'Source', 'open_image', 'open_sources']
 
@@ -205,7 +206,9 @@ def open_sources(
             if each.is_dir() and is_idx_folder(each):
                 sources.append(DataSource(load_data(each, split, labels=False)))
             elif each.is_dir():
-                images, tables = _below(each)
+                below = list(files_below(each))
+                images = [p for p in below if p.suffix.lower() in IMG_EXTENSIONS]
+                tables = [p for p in below if p.suffix.lower() == '.parquet']
                 if not images and not tables:
                     raise ValueError(
                         f'{each} holds no images: no file below it ends in {", ".join(sorted(IMG_EXTENSIONS))} or '
@@ -220,27 +223,6 @@ def open_sources(
     if files:
         sources.append(FileSource(tuple(p for p, _ in files), tuple(n for _, n in files)))
     return sources
-
-
-def _below(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Image and parquet files at any depth, links followed, hidden ones left out, in text order."""
-    images: list[Path] = []
-    tables: list[Path] = []
-    seen: set[tuple[int, int]] = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        status = os.stat(root)
-        if (status.st_dev, status.st_ino) in seen:  # a link back to where we have been
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(f for f in folders if not f.startswith('.'))
-        for name in sorted(n for n in names if not n.startswith('.')):
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in IMG_EXTENSIONS:
-                images.append(Path(root, name))
-            elif suffix == '.parquet':
-                tables.append(Path(root, name))
-    return images, tables
 
 
 def _on_hub(text: str, repo: str, split: str | None, column: str | None) -> list[Source]:

@@ -22,9 +22,6 @@ T = TypeVar('T')
 def create_accelerator(**kwargs: Any) -> Accelerator:
     """An Accelerator for the launch at hand: gloo where several processes share a machine without a GPU.
 
-    Args:
-        **kwargs: Arguments of Accelerator.
-
     Raises:
         LaunchError: See check_launch.
         ValueError: `log_with` names a tracker that is not installed; Accelerate alone would go on without it.
