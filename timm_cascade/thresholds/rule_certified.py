@@ -138,10 +138,10 @@ class Certificate:
         complete = self.complete if along is None else len(self.path) - 1
         along = along or self.along
         wide = max(max_drop, _GAINS) if len(self.settings) > 1 else max_drop
-        positive = [i for i, d in enumerate(self.settings) if 0 < d <= wide * (1 + 1e-12)]
-        walks = [_by_labels(along, self.predicted, self.settings[i], self.alphas[i][0], complete) for i in positive]
+        positive = [i for i in range(self.setting(wide) + 1) if self.settings[i] > 0]
         if not positive:
             return len(self.path)
+        walks = [_by_labels(along, self.predicted, self.settings[i], self.alphas[i][0], complete) for i in positive]
         reached = max(max(row, self.by_disagreement[i]) for i, (row, _) in zip(positive, walks, strict=True))
         return max(reached, *(stop for _, stop in walks))
 
@@ -151,9 +151,8 @@ class Certificate:
         usable = self.along.cost <= 0.99 * self.along.cost[0]
         drop = (self.along.harmful - self.along.helpful) / self.along.n
         flips = (self.along.harmful + self.along.helpful) / self.along.n
-        for d, (by_label, by_disagreement) in zip(self.settings, self.alphas, strict=True):
-            if d > max_drop * (1 + 1e-12):
-                break
+        for i in range(self.setting(max_drop) + 1):
+            d, (by_label, by_disagreement) = self.settings[i], self.alphas[i]
             labels = _count(drop[usable], np.maximum(flips[usable], d), d, by_label) / max(self.tested, 1e-9)
             without = math.inf
             if self.disagreeing is not None:
@@ -186,15 +185,15 @@ def certify(
             network are not tested by labels: that only stops a walk earlier, which is always valid.
     """
     level = check_level(level)
-    closed = np.full((1, samples.exits), np.inf)
-    path = None if path is None else check_path(path, samples.exits)
+    given = path is not None
     split = int(samples.n * _PROPOSING) if path is None or from_best else 0
     drawn = np.random.default_rng(seed).permutation(samples.n)
-    proposing = samples.take(drawn[:split]) if split else None
-    testing = samples.take(drawn[split:]) if split else samples
-    given = path is not None
-    if path is None:
-        path = closed if proposing is None else nested_path(proposing)
+    rows_tested = drawn[split:] if split else slice(None)
+    proposing, testing = samples.take(drawn[:split]) if split else None, samples.take(rows_tested)
+    if path is not None:
+        path = check_path(path, samples.exits)
+    else:
+        path = nested_path(proposing) if proposing is not None else np.full((1, samples.exits), np.inf)
     if from_best and proposing is not None:
         along = follow(path, proposing)
         lost = along.harmful - along.helpful
@@ -204,8 +203,7 @@ def certify(
     along, complete = follow(path, testing), len(path) - 1
     if known is not None and testing.agreement is not None and not known.all():
         first = first_flip(path, replace(testing, correct=testing.agreement))
-        tested_known = known[drawn[split:]] if split else known
-        complete = min(complete, int(first[~tested_known].min(initial=complete + 1)) - 1)
+        complete = min(complete, int(first[~known[rows_tested]].min(initial=complete + 1)) - 1)
 
     # Disagreement bounds the loss from the full network, and needs no labels.
     share, count = 0.0, 0
@@ -214,8 +212,8 @@ def certify(
         disagree, count = _disagreements(path, testing), testing.n
         if unlabelled is not None:
             disagree, count = disagree + follow(path, unlabelled).harmful, count + unlabelled.n
-        share = _LABEL_FREE if samples.n < _FEW or unlabelled is not None else 0.0
-        share = share if label_free is None else label_free
+        usual = _LABEL_FREE if samples.n < _FEW or unlabelled is not None else 0.0
+        share = usual if label_free is None else label_free
     order = sorted(settings)
     alphas = [((1 - level) * settings[d] * (1 - share), (1 - level) * settings[d] * share) for d in order]
     without = [_by_disagreement(disagree, count, d, a) for d, (_, a) in zip(order, alphas, strict=True)]
