@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .samples import BoolArray, FloatArray, Samples, check_max_drop, exact
+from .samples import BoolArray, FloatArray, Samples, check_max_drop
 
 __all__ = ['per_exit']
 
@@ -37,7 +37,7 @@ def per_exit(samples: Samples | tuple[ArrayLike, ArrayLike], max_drop: float) ->
         ThresholdError: Arrays or a max_drop that do not fit.
     """
     given = samples if isinstance(samples, Samples) else Samples(*samples)  # type: ignore[arg-type]
-    drop = exact(check_max_drop(max_drop))
+    drop = Fraction(repr(check_max_drop(max_drop)))  # the decimal that was written, not the double nearest to it
     columns = zip(given.confidence.T[:-1], given.correct.T[:-1], strict=True)
     return np.array([_threshold(c, r, drop) for c, r in columns], dtype=np.float64)
 

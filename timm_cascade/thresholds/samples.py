@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -255,11 +254,6 @@ def _number(name: str, value: float) -> float:
     if math.isnan(number):
         raise ThresholdError(f'{name} is NaN; expected a number.')
     return number
-
-
-def exact(value: float) -> Fraction:
-    """The decimal the user wrote, not the double nearest to it: 0.1 is 1/10."""
-    return Fraction(repr(float(value)))
 
 
 def check_softmax(confidence: FloatArray) -> None:
