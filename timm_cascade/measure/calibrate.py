@@ -99,8 +99,12 @@ def record(
         digest: (n,) int64, equal for images that are exact copies of each other after the transform.
     """
     model = unwrap(model, CascadeModel)
-    data = prepare_data(model, data)
-    accelerator = accelerator or create_accelerator()
+    return _record(model, prepare_data(model, data), batch_size, workers, accelerator or create_accelerator())
+
+
+def _record(
+    model: CascadeModel, data: Dataset, batch_size: int, workers: int, accelerator: Accelerator
+) -> dict[str, np.ndarray]:
     found = observe(model, model.forward_exits, data, batch_size, workers, accelerator, 'every exit')
     agreement = found.answer == found.answer[:, -1:]
     labelled = found.label != UNLABELLED
@@ -157,7 +161,8 @@ def calibrate(
     held_out = prepare_data(model, held_out)
     if seen_in_training := vars(model).get('trained_on'):
         seen_in_training.warn_of(held_out)
-    arrays = record(model, held_out, batch_size, workers, accelerator)
+    accelerator = accelerator or create_accelerator()
+    arrays = _record(model, held_out, batch_size, workers, accelerator)
     digests = [arrays.pop('digest')]
     if unlabelled is not None:
         pool = record(model, unlabelled, batch_size, workers, accelerator)
