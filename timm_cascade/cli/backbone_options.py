@@ -30,7 +30,9 @@ def network_options(model_help: str = 'Name of the cascade: cascade_NAME[.TAG] f
     group.add_argument(
         '--std', type=float, nargs='+', metavar='X', help='Standard deviation of each channel, for normalisation.'
     )
-    group.add_argument('--interpolation', choices=['bilinear', 'bicubic', 'nearest', 'random'], help='Of resizing.')
+    group.add_argument(
+        '--interpolation', choices=['bilinear', 'bicubic', 'nearest', 'random'], help='How images are resized.'
+    )
     group.add_argument(
         '--model-kwargs', nargs='*', default=[], metavar='KEY=VALUE', help='Further arguments of the timm model.'
     )

@@ -73,7 +73,12 @@ def dial_options() -> argparse.ArgumentParser:
     dial.add_argument(
         '--max-drop', type=float, help="Accuracy to give up, as a fraction; else the release's active thresholds."
     )
-    dial.add_argument('--rule', default='certified', choices=['certified', 'joint', 'per_exit'], help='For --max-drop.')
+    dial.add_argument(
+        '--rule',
+        default='certified',
+        choices=['certified', 'joint', 'per_exit'],
+        help='How thresholds follow from --max-drop.',
+    )
     dial.add_argument('--level', type=float, default=0.9, help='Confidence level of the certified rule.')
     return dial
 

@@ -64,7 +64,7 @@ class HookRunner:
 
     Args:
         backbone: The network.
-        points: Its exits, in the order in which the network runs them.
+        points: The exits of the network, in the order in which it runs them.
     """
 
     def __init__(self, backbone: nn.Module, points: Sequence[ExitPoint]) -> None:

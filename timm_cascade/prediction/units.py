@@ -24,7 +24,7 @@ class Unit:
     """A range of one source's images.
 
     Attributes:
-        number: Of the unit, over all sources.
+        number: Number of the unit, counted over all sources.
         source: Number of the source.
         start, stop: The images start..stop-1.
     """
