@@ -37,6 +37,16 @@ def test_the_best_epoch_is_kept_and_heads_are_not_touched(small, images, tmp_pat
     assert [json.loads(line) for line in (tmp_path / 'backbone.jsonl').read_text().splitlines()] == history
 
 
+def test_of_equally_accurate_epochs_the_last_is_kept(small, images, monkeypatch, tmp_path):
+    monkeypatch.setattr('timm_cascade.training.finetune._Finetuner._accuracy', lambda self, val: 0.5)
+    history = timm_cascade.finetune(
+        small, part(images, 0, 64), part(images, 64, 96), epochs=2, batch_size=16, work_dir=tmp_path
+    )
+    last = torch.load(tmp_path / 'backbone.pt', weights_only=True)['backbone']
+    assert [line['best'] for line in history] == [True, True]
+    assert all(torch.equal(v, last[k]) for k, v in small.backbone.state_dict().items())
+
+
 class Stops(Exception):
     pass
 

@@ -47,7 +47,8 @@ def finetune(
     """Trains the whole backbone in place and keeps the epoch that is best on `val`; the heads are not touched.
 
     AdamW with timm's layer decay, one warm-up epoch, cosine decay, timm's training transform with another random view
-    of each image in every epoch. Heads that were trained before no longer fit: call `train_heads` afterwards. A
+    of each image in every epoch. Of epochs that are equally good on `val` the last is kept: few images tie often, and
+    its learning rate was the smallest. Heads that were trained before no longer fit: call `train_heads` afterwards. A
     calibration is dropped.
 
     Args:
@@ -71,7 +72,7 @@ def finetune(
         accelerator: Yours (device, processes, mixed precision, gradient accumulation, trackers), or one with defaults.
 
     Returns:
-        One dict per epoch: epoch, loss, accuracy (on `val`, a fraction), best (whether it is the best so far), seconds.
+        One dict per epoch: epoch, loss, accuracy (on `val`, a fraction), best (none before is better), seconds.
 
     Raises:
         ValueError: Labels that are not the model's classes or are missing, classes without images, settings out of
@@ -169,7 +170,7 @@ class _Finetuner:
         def epoch(bar: Any) -> dict[str, Any]:
             number, loss = len(self.history) + 1, self._run_epoch(optimizer, schedule, bar)
             accuracy = self._accuracy(val)
-            best = accuracy > max((line['accuracy'] for line in self.history), default=-1.0)
+            best = accuracy >= max((line['accuracy'] for line in self.history), default=-1.0)
             if best:
                 self.best = {name: t.cpu().clone() for name, t in self._weights().items()}
             return dict(epoch=number, loss=round(loss, 5), accuracy=accuracy, best=best)
