@@ -69,6 +69,8 @@ def test_bad_requests(tmp_path):
         (dict(format='tflite'), "format is 'tflite'; expected onnx or pt2"),
         (dict(batch_size=0), 'batch_size is 0'),
         (dict(opset=3), 'opset is 3'),
+        (dict(opset=18, format='pt2'), 'opset is 18, but format="pt2" has none'),
+        (dict(single_file='batch', batch_size=2), 'stages of any batch size'),
     ]:
         with pytest.raises(timm_cascade.ExportError, match=message):
             quietly_export(model, tmp_path / 'out', **kwargs)
@@ -76,6 +78,9 @@ def test_bad_requests(tmp_path):
         timm_cascade.export(small_model().train(), tmp_path / 'out')
     with pytest.raises(timm_cascade.ExportError, match='bfloat16'):
         timm_cascade.export(small_model().bfloat16(), tmp_path / 'out')
+    model.label_names = ['ant', 'bee']
+    with pytest.raises(timm_cascade.ExportError, match='2 label_names for 5 classes'):
+        timm_cascade.export(model, tmp_path / 'out')
     with pytest.raises(timm_cascade.ExportError, match='Linear is not a cascade'):
         timm_cascade.export(torch.nn.Linear(2, 2), tmp_path / 'out')
     assert list(tmp_path.iterdir()) == []
@@ -160,7 +165,15 @@ def test_a_table_of_other_heads_is_refused(tmp_path):
         (lambda m: m.update(format_version=9), 'format_version'),
         (lambda m: m['preprocessing'].update(std=[0.0]), 'preprocessing.std.0'),
         (lambda m: m['table'].update(heads_hash='other'), 'not the one that was calibrated'),
-        (lambda m: m.pop('stages'), 'stages'),
+        (lambda m: m.pop('stages'), 'stages is missing'),
+        (lambda m: m['stages'][0].update(macs='1'), "stages.0.macs is '1'; it should be a valid number"),
+        (lambda m: m['table'].update(points={}), 'table: points is {}; it should be a valid list'),
+        (lambda m: m.update(precision='float16'), 'thresholds of float32 do not serve float16'),
+        (
+            lambda m: m['preprocessing'].update(mean=[0.5, 0.5]),
+            'mean and std for other images than those of 3 channels',
+        ),
+        (lambda m: m.update(label_names=['ant']), '1 label_names for 5 classes'),
     ],
 )
 def test_a_hostile_manifest_is_refused_by_name(change, place, exported, tmp_path):

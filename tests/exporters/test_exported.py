@@ -82,7 +82,7 @@ def test_from_a_shell(exported, calibrated, photos, tmp_path, capsys):
     status, _, error = run(
         capsys, 'predict', tmp_path / 'copy', '--data', photos, '--out', tmp_path / 'new', '--max-drop', '0.05'
     )
-    assert status == 2 and 'no table for float32, only int8' in error and not (tmp_path / 'new').exists()
+    assert status == 2 and 'thresholds of int8 do not serve float32' in error and not (tmp_path / 'new').exists()
 
 
 def test_an_actor_gets_the_thresholds_too(exported, calibrated):

@@ -48,7 +48,7 @@ def test_int8_files_are_smaller_and_need_thresholds_of_their_own(copy, data, cal
     before = [s.bytes for s in read_manifest(copy).stages]
     quantise_stages(copy, data)
     manifest = read_manifest(copy)
-    manifest.precision = 'int8'
+    manifest.precision, manifest.thresholds = 'int8', [None, None]
     for entry in manifest.stages:
         entry.sha256, entry.bytes = sha256(copy / entry.file), (copy / entry.file).stat().st_size
         entry.cuts = []
@@ -80,6 +80,8 @@ def test_from_a_shell(copy, data, capsys, tmp_path, monkeypatch, calibrated):
     assert status == 2 and 'exists already' in error
     status, _, error = run(capsys, 'export', 'release', '--out', tmp_path / 'new', '--int8')
     assert status == 2 and 'name some with --data' in error
+    status, _, error = run(capsys, 'export', 'release', '--out', tmp_path / 'new', '--data', 'noise')
+    assert status == 2 and '--data and --split are for --int8' in error
     status, result, _ = run(capsys, 'export', 'release', '--out', tmp_path / 'new', '--format', 'pt2')
     assert status == 0 and [s['file'] for s in result['stages']] == ['stage_0.pt2', 'stage_1.pt2', 'stage_2.pt2']
 

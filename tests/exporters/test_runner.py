@@ -15,6 +15,7 @@ from exporters.cases import between, load_runner
 from helpers import batch_for, near
 from PIL import Image
 
+from timm_cascade.data.images import upright
 from timm_cascade.data.views import eval_transform
 
 
@@ -145,6 +146,23 @@ def test_preprocessing_is_timms(mode, shape, crop_mode, exported, tmp_path, cali
     assert np.abs(cascade.preprocess(image) - want).max() < 1e-5
 
 
+@pytest.mark.parametrize('mode', ['EXIF', 'I;16', 'P', 'LA', 'CMYK', '1'])
+def test_other_kinds_of_image_are_read_as_in_calibration(mode, tmp_path, cascade, calibrated):
+    pixels = np.random.default_rng(0).integers(0, 65535, (30, 40), dtype=np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 6 if mode == 'EXIF' else 1  # held on its side
+    image = Image.fromarray(pixels) if mode == 'I;16' else Image.fromarray((pixels >> 8).astype(np.uint8))
+    path = tmp_path / ('image.tiff' if mode == 'CMYK' else 'image.png')
+    (image if mode in ('EXIF', 'I;16') else image.convert(mode)).save(path, exif=exif)
+    want = eval_transform(calibrated)(upright(Image.open(path))).numpy()
+    assert np.abs(cascade.preprocess(path) - want).max() < 1e-5
+
+
+def test_images_of_32_bits_are_refused(cascade):
+    with pytest.raises(ValueError, match='32 bits per pixel'):
+        cascade.preprocess(Image.new('F', (20, 20)))
+
+
 def test_runs_where_torch_cannot_be_imported(exported, tmp_path, cascade, pictures):
     block = tmp_path / 'block'
     for name in ('torch', 'timm', 'timm_cascade', 'onnx', 'scipy', 'pydantic'):
@@ -163,11 +181,9 @@ def test_runs_where_torch_cannot_be_imported(exported, tmp_path, cascade, pictur
     assert '% of all MACs' in done.stdout
 
 
-def test_the_runner_is_small():
-    from timm_cascade.exporters import assemble
-
-    path = assemble.Path(assemble.__file__).with_name('runner.py')
-    assert len(path.read_text().splitlines()) < 150
+def test_the_runner_is_small(exported):
+    lines = [line.strip() for line in (exported / 'runner.py').read_text().splitlines()]
+    assert len([line for line in lines if line and not line.startswith(('#', '"""'))]) < 150
 
 
 @pytest.mark.parametrize(
@@ -198,15 +214,96 @@ def test_another_format_and_a_table_of_another_precision(exported, tmp_path):
         cascade.set_max_drop(0.01)
     shutil.rmtree(folder)
     folder = changed(exported, tmp_path, lambda m: m.update(format_version=2))
-    with pytest.raises(ValueError, match='not an ONNX export of format version 1'):
+    with pytest.raises(ValueError, match='format_version is 2, expected 1'):
         load_runner(folder).Cascade(folder)
 
 
-@pytest.mark.parametrize('text', ['{"format": "timm-cascade-exp', '', '[1]'])
-def test_a_manifest_that_is_not_whole(text, exported, tmp_path):
+@pytest.mark.parametrize('content', [b'{"format": "timm-cascade-exp', b'', b'no JSON', b'[1]', b'\xff\xfe'])
+def test_a_manifest_that_is_not_whole(content, exported, tmp_path):
     folder = changed(exported, tmp_path, lambda m: None)
-    (folder / 'cascade.json').write_text(text)
+    (folder / 'cascade.json').write_bytes(content)
     with pytest.raises(ValueError, match=r'cascade\.json cannot be used: .*Copy the folder again'):
+        load_runner(folder).Cascade(folder)
+
+
+def places(form, manifest, at=()):
+    """Every place that the runner's description of cascade.json names, as keys; of lists the first item."""
+    options = {type(f): f for f in (form if isinstance(form, tuple) else (form,))}
+    inner = options.get(type(manifest))
+    for key in inner if isinstance(inner, dict) else range(1) if isinstance(inner, list) and manifest else ():
+        yield (*at, key)
+        yield from places(inner[key], manifest[key], (*at, key))
+
+
+def test_every_value_that_is_missing_or_of_another_type_is_named(exported, tmp_path):
+    folder = changed(exported, tmp_path, lambda m: None)
+    runner = load_runner(folder)
+    text = (folder / 'cascade.json').read_text()
+    every = list(places(runner.FORM, json.loads(text)))
+    assert {('stages', 0, 'live', 0, 'rows'), ('table', 'points', 0, 'thresholds', 0)} <= set(every)
+    for *path, last in every:
+        manifest = json.loads(text)
+        holder = manifest
+        for key in path:
+            holder = holder[key]
+        place = '.'.join(map(str, (*path, last)))
+        for wrong in ([{}], True):
+            holder[last] = wrong
+            (folder / 'cascade.json').write_text(json.dumps(manifest))
+            with pytest.raises(ValueError, match=rf'cascade\.json cannot be used: {place}\S* is .*, expected \S+'):
+                runner.Cascade(folder)
+        if isinstance(holder, dict):
+            del holder[last]
+            (folder / 'cascade.json').write_text(json.dumps(manifest))
+            with pytest.raises(ValueError, match=rf'{place} is missing, expected \S+'):
+                runner.Cascade(folder)
+
+
+def test_nothing_else_is_read(exported, tmp_path, pictures):
+    """The description is whole: a manifest of these values alone runs."""
+    runner = load_runner(exported)
+
+    def kept(form, value):
+        inner = {type(f): f for f in (form if isinstance(form, tuple) else (form,))}.get(type(value))
+        if isinstance(inner, dict):
+            return {key: kept(inner[key], value[key]) for key in inner or value} if inner else value
+        return [kept(inner[0], item) for item in value] if isinstance(inner, list) else value
+
+    whole = json.loads((exported / 'cascade.json').read_text())
+    folder = changed(exported, tmp_path, lambda m: [m.clear(), m.update(kept(runner.FORM, whole))])
+    cascade = runner.Cascade(folder)
+    assert len(cascade.manifest) < len(whole)
+    cascade.set_max_drop(0.05)
+    assert cascade.predict(pictures.numpy()).exit.shape == (9,)
+    Image.new('RGB', (20, 30)).save(tmp_path / 'image.png')
+    command = [sys.executable, folder / 'runner.py', tmp_path / 'image.png']
+    assert 'of all MACs' in subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (lambda m: m['stages'].reverse(), r"stage_2\.onnx reads 'live.*', which the stage before does not hand on"),
+        (lambda m: m['preprocessing'].update(crop_pct=0), 'preprocessing is .*, expected positive'),
+        (lambda m: m['preprocessing'].update(std=[1.0, 1.0]), 'preprocessing is .*1 or C means and stds'),
+        (lambda m: m.update(thresholds=[None]), r'thresholds \[None\]: expected 2 numbers'),
+        (
+            lambda m: [s.update(sha256='0' * 64) for s in m['stages']],
+            r'stage_0\.onnx is damaged.*cascade.json has another sha256',
+        ),
+    ],
+    ids=['order', 'zero', 'channels', 'thresholds', 'hash'],
+)
+def test_values_that_do_not_fit_are_named(change, message, exported, tmp_path):
+    folder = changed(exported, tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        load_runner(folder).Cascade(folder)
+
+
+def test_a_missing_stage_is_named(exported, tmp_path):
+    folder = changed(exported, tmp_path, lambda m: None)
+    (folder / 'stage_1.onnx').unlink()
+    with pytest.raises(OSError, match=r'copy.stage_1\.onnx'):
         load_runner(folder).Cascade(folder)
 
 

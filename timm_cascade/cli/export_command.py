@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the command; returns what it prints."""
     if args.int8 and not args.data:
         raise ValueError('--int8 measures ranges on images; name some with --data, training images will do.')
+    if not args.int8 and (args.data or args.split):
+        raise ValueError('--data and --split are for --int8, which is not given; add it, or leave them out.')
     images = None
     if args.int8:
         images = load_data(args.data, args.split, labels=False)
@@ -68,5 +71,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         stages=[dict(file=s.file, bytes=s.bytes, exit=s.exit, macs=round(s.macs)) for s in manifest.stages],
         others=sorted(manifest.others),
         calibrated=manifest.table_precision == manifest.precision,
-        run=f'python {folder / "runner.py"} IMAGE --max-drop 0.01' if manifest.kind == 'onnx' else None,
+        run=f'python {shlex.quote(str(folder / "runner.py"))} IMAGE --max-drop 0.01'
+        if manifest.kind == 'onnx'
+        else None,
     )

@@ -98,12 +98,20 @@ def export(
         raise ExportError('the model is in training mode; call model.eval() first.')
     if not model.num_classes:
         raise ExportError('this model has no classes, so its exits cannot answer; reset_classifier(num_classes) first.')
+    if model.label_names is not None and len(model.label_names) != model.num_classes:
+        raise ExportError(
+            f'{len(model.label_names)} label_names for {model.num_classes} classes; set model.label_names.'
+        )
     if batch_size is not None and batch_size < 1:
         raise ExportError(f'batch_size is {batch_size}; expected at least 1, or None for any number of samples.')
     if (web and (format != 'onnx' or batch_size not in (None, 1))) or (samples and not web):
         raise ExportError('web goes with format="onnx" and stages that take one image; samples go with web.')
     if single_file not in (None, 'image', 'batch'):
         raise ExportError(f'single_file is {single_file!r}; expected image, batch or None.')
+    if single_file == 'batch' and (format != 'onnx' or batch_size is not None):
+        raise ExportError('single_file="batch" goes with format="onnx" and stages of any batch size.')
+    if opset is not None and format != 'onnx':
+        raise ExportError(f'opset is {opset}, but format="{format}" has none; leave it out.')
     if format == 'onnx':
         require('onnx', 'onnxscript', *(['onnxruntime'] if int8 is not None else []))
     dtype = next(model.parameters()).dtype

@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from ..errors import ExportError, ThresholdError
+from ..formats import parse
+from ..formats.fields import ImageSize, Open, known_version
 from ..thresholds import ThresholdTable
 
 __all__ = ['MANIFEST', 'LiveTensor', 'Manifest', 'Preprocessing', 'StageEntry', 'read_manifest']
@@ -24,18 +26,14 @@ Count = Annotated[int, Field(ge=0)]
 Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra='allow', strict=False)  # keys of later versions are kept
-
-
-class LiveTensor(_Entry):
+class LiveTensor(Open):
     """A tensor that crosses an exit; `rows` of it belong to each sample, 0 if all samples share it."""
 
     name: Name
     rows: Count
 
 
-class StageEntry(_Entry):
+class StageEntry(Open):
     """One stage's file.
 
     Attributes:
@@ -64,10 +62,10 @@ class StageEntry(_Entry):
     cuts: list[Count] = []
 
 
-class Preprocessing(_Entry):
+class Preprocessing(Open):
     """How an image becomes the first stage's input: resize, centre crop, then (pixel / 255 - mean) / std."""
 
-    input_size: list[Annotated[int, Field(gt=0)]] = Field(min_length=3, max_length=3)
+    input_size: ImageSize
     mean: list[float]
     std: list[Annotated[float, Field(gt=0)]]
     interpolation: str
@@ -75,7 +73,7 @@ class Preprocessing(_Entry):
     crop_mode: str
 
 
-class Manifest(_Entry):
+class Manifest(Open):
     """The whole of cascade.json.
 
     Attributes:
@@ -89,7 +87,7 @@ class Manifest(_Entry):
     """
 
     format: Literal['timm-cascade-export'] = 'timm-cascade-export'
-    format_version: Literal[1] = 1
+    format_version: known_version(1) = 1  # type: ignore[valid-type]
     kind: Literal['onnx', 'pt2']
     architecture: Name
     precision: Literal['float32', 'float16', 'int8']
@@ -125,6 +123,13 @@ class Manifest(_Entry):
                 raise ValueError(f'stage {number} has the cuts {stage.cuts}; expected {parts} ascending offsets')
         if (self.table is None) != (self.table_precision is None):
             raise ValueError('table and table_precision go together')
+        if self.table_precision not in (None, self.precision) and any(t is not None for t in self.thresholds):
+            raise ValueError(f'thresholds of {self.table_precision} do not serve {self.precision}; expected are null')
+        channels = self.preprocessing.input_size[0]
+        if not {len(self.preprocessing.mean), len(self.preprocessing.std)} <= {1, channels}:
+            raise ValueError(f'preprocessing has mean and std for other images than those of {channels} channels')
+        if self.label_names is not None and len(self.label_names) != self.num_classes:
+            raise ValueError(f'{len(self.label_names)} label_names for {self.num_classes} classes')
         return self
 
     @property
@@ -159,15 +164,13 @@ def read_manifest(folder: str | Path) -> Manifest:
     if path.stat().st_size > MAX_BYTES:
         raise ExportError(f'{path} has {path.stat().st_size} bytes; expected at most {MAX_BYTES}.')
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        manifest = parse(Manifest, path.read_text(encoding='utf-8'), str(path), ExportError)
         if manifest.table is not None:
-            table = ThresholdTable.from_json(json.dumps(manifest.table))
+            table = ThresholdTable.from_json(json.dumps(manifest.table), 'table')
             input_size = manifest.preprocessing.input_size
             table.check(manifest.exits, manifest.num_classes, manifest.heads_hash, input_size)
-    except ValidationError as e:
-        first = e.errors()[0]
-        place = '.'.join(map(str, first['loc'])) or 'content'
-        raise ExportError(f'{path}: {place}: {first["msg"]}. Export the cascade again.') from e
+    except UnicodeDecodeError as e:
+        raise ExportError(f'{path}: it is not text in UTF-8 ({e}). Export the cascade again.') from e
     except ThresholdError as e:
-        raise ExportError(f'{path}: table: {e}') from e
+        raise ExportError(f'{path}: {e}') from e
     return manifest

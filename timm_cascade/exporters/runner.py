@@ -3,18 +3,22 @@
 import argparse
 import hashlib
 import json
-import math
+from collections import namedtuple
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-
-class Output(NamedTuple):
-    logits: np.ndarray
-    exit: np.ndarray
-    confidence: np.ndarray
+# what is read of cascade.json: a value, a type, {key: what it holds}, [what each item is], or (one, of, several)
+NULL, NUMBER, LIMIT, TENSOR = type(None), (int, float), (int, float, type(None)), dict(name=str, rows=int)
+STAGE = dict(file=str, sha256=str, inputs=[str], outputs=[str], live=[TENSOR], cuts=[int], macs=NUMBER)
+IMAGE = dict(input_size=[int], mean=[NUMBER], std=[NUMBER], crop_pct=NUMBER, crop_mode=str, interpolation=str)
+POINT = dict(rule=str, reference=str, max_drop=LIMIT, level=LIMIT, cost=NUMBER, thresholds=[LIMIT])
+FORM = dict(format='timm-cascade-export', format_version=1, kind='onnx', stages=[STAGE], preprocessing=IMAGE, others={})
+FORM |= dict(num_classes=int, label_names=([str], NULL), batch_size=(int, NULL), backbone_macs=NUMBER, precision=str)
+FORM |= dict(thresholds=[LIMIT], table=(dict(points=[POINT], provenance={}), NULL), table_precision=(str, NULL))
+Output = namedtuple('Output', 'logits exit confidence')  # (N, C) float32, (N,) whole numbers, (N,) float32
 
 
 class Cascade:
@@ -23,9 +27,15 @@ class Cascade:
     def __init__(self, folder: str | Path, threads: int = 0, providers: tuple[Any, ...] = ('CPUExecutionProvider',)):
         try:
             self.manifest: dict[str, Any] = json.loads((Path(folder) / 'cascade.json').read_text(encoding='utf-8'))
-            if (*map(self.manifest.get, ('format', 'format_version', 'kind')),) != ('timm-cascade-export', 1, 'onnx'):
-                raise ValueError('it is not an ONNX export of format version 1, which this runner can read')
-        except (ValueError, AttributeError) as e:
+            _check(self.manifest, FORM)
+            stages, p = self.manifest['stages'], self.manifest['preprocessing']
+            for before, stage in zip([dict(live=[dict(name='images')]), *stages], stages, strict=False):
+                if lost := {*stage['inputs']} - {tensor['name'] for tensor in before['live']}:
+                    raise ValueError(f'{stage["file"]} reads {min(lost)!r}, which the stage before does not hand on')
+            size, mean, std = p['input_size'], p['mean'], p['std']
+            if len(size) != 3 or min(*size, *std, p['crop_pct']) <= 0 or not {len(mean), len(std)} <= {1, size[0]}:
+                raise ValueError(f'preprocessing is {p}, expected positive (C, H, W), and 1 or C means and stds')
+        except ValueError as e:
             raise ValueError(f'{folder}/cascade.json cannot be used: {e}. Copy the folder again, or export it.') from e
         self.folder, self.stages, self._sessions = Path(folder), self.manifest['stages'], dict[tuple[int, int], Any]()
         self._single_hash = (self.folder / 'cascade.onnx').is_file() and self.manifest['others'].get('cascade.onnx')
@@ -35,10 +45,10 @@ class Cascade:
 
     def set_thresholds(self, values: list[float | None] | np.ndarray) -> None:
         """(M,) confidences from which samples leave; None or inf closes an exit, which then costs nothing."""
-        found = np.array([math.inf if v is None else v for v in values], np.float32)
+        found = np.array([np.inf if v is None else v for v in values], np.float32)
         if found.shape != (len(self.stages) - 1,) or np.isnan(found).any():
             raise ValueError(f'thresholds {list(values)}: expected {len(self.stages) - 1} numbers, None for closed.')
-        ends = [k for k, s in enumerate(self.stages) if k == len(found) or found[k] < math.inf or not s.get('cuts')]
+        ends = [k for k, s in enumerate(self.stages) if k == len(found) or found[k] < np.inf or not s['cuts']]
         runs = zip([0, *(k + 1 for k in ends)], ends, strict=False)  # of stages without an open exit in between
         self._sessions = {(a, b): self._sessions.get((a, b)) or self.session(self.stages[a : b + 1]) for a, b in runs}
         self.thresholds = found
@@ -47,7 +57,7 @@ class Cascade:
         """Stages that follow each other as one; its last two outputs are logits (N, C) and confidence (N,)."""
         files = {s['file']: (self.folder / Path(s['file']).name).read_bytes() for s in stages}
         if damaged := [s['file'] for s in stages if hashlib.sha256(files[s['file']]).hexdigest() != s['sha256']]:
-            raise ValueError(f'{self.folder}/{damaged[0]} is damaged or another file (sha256). Copy it again.')
+            raise ValueError(f'{self.folder}/{damaged[0]} is damaged or another file: cascade.json has another sha256.')
         try:
             data = files[stages[0]['file']] if len(stages) == 1 else _join(stages, files)
             return ort.InferenceSession(data, *self._settings)
@@ -61,7 +71,7 @@ class Cascade:
             raise ValueError(f'no table for {precision}, only {measured}: timm-cascade calibrate FOLDER --data DATA.')
         kind = rule, 'labels' if table['provenance'].get('labelled', True) else 'backbone'
         points = [p for p in table['points'] if (p['rule'], p['reference']) == kind and (p['level'] or level) >= level]
-        if not (allowed := [p for p in points if p['max_drop'] <= max_drop <= 1]):
+        if not (allowed := [p for p in points if p['max_drop'] is not None and p['max_drop'] <= max_drop <= 1]):
             raise ValueError(f'no {rule} point for max_drop {max_drop}; there are {[p["max_drop"] for p in points]}.')
         point = max(allowed, key=lambda p: (p.get('scope') != 'setting', p['max_drop'], -(p['level'] or 0), -p['cost']))
         self.set_thresholds(point['thresholds'])
@@ -69,11 +79,16 @@ class Cascade:
 
     def preprocess(self, image: Any) -> np.ndarray:
         """A file, or a PIL image, to (C, H, W) float32, as timm's evaluation transform makes it."""
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         p, image = self.manifest['preprocessing'], image if hasattr(image, 'convert') else Image.open(image)
+        image = ImageOps.exif_transpose(image) if image.format else image  # from a file
+        if image.mode[:2] == 'I;':  # 16 bits, which Pillow would cut off at 255
+            image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
+        elif image.mode in ('I', 'F'):
+            raise ValueError(f'the image has 32 bits per pixel (mode {image.mode}); bring it to 8 or 16 bits first.')
         (channels, height, width), size = p['input_size'], (image.height, image.width)
-        scale = [math.floor(side / p['crop_pct']) for side in (height, width)]
+        scale = [int(side / p['crop_pct']) for side in (height, width)]
         if p['crop_mode'] == 'center' and scale[0] == scale[1]:
             scale = [scale[0] if side == min(size) else int(scale[0] * side / min(size)) for side in size]
         elif p['crop_mode'] != 'squash':
@@ -81,7 +96,7 @@ class Cascade:
             scale = [round(side / ratio) for side in size]
         method = getattr(Image.Resampling, p['interpolation'].upper(), Image.Resampling.BILINEAR)
         image = image.convert('L' if channels == 1 else 'RGB').resize((scale[1], scale[0]), method)
-        border = tuple(round(255 * v) if p['crop_mode'] == 'border' else 0 for v in p['mean'])
+        border = tuple(round(255 * v) if p['crop_mode'] == 'border' else 0 for v in (p['mean'] * channels)[:channels])
         canvas = Image.new(image.mode, (width, height), border)
         canvas.paste(image, (-round((scale[1] - width) / 2), -round((scale[0] - height) / 2)))
         pixels = np.asarray(canvas, np.float32).reshape(height, width, channels) / np.float32(255)
@@ -117,7 +132,19 @@ class Cascade:
         return out
 
 
-def _join(stages: list[dict[str, Any]], files: dict[str, bytes]) -> bytes:
+def _check(value: Any, form: Any, place: str = '') -> None:
+    """Raises ValueError where a value from JSON does not have the form."""
+    forms = {f if isinstance(f, type) else type(f): f for f in (form if isinstance(form, tuple) else (form,))}
+    found: Any = forms.get(type(value))
+    if type(value) not in forms or (isinstance(found, (str, int)) and value != found):
+        wanted = ' or '.join(repr(f) if isinstance(f, (str, int)) else kind.__name__ for kind, f in forms.items())
+        raise ValueError(f'{place or "it"} is {"missing" if value is ... else repr(value)[:80]}, expected {wanted}')
+    for key in found if isinstance(found, dict) else range(len(value)) if isinstance(found, list) else ():
+        item, inner = (value[key], found[0]) if isinstance(found, list) else (value.get(key, ...), found[key])
+        _check(item, inner, f'{place}.{key}'.lstrip('.'))
+
+
+def _join(stages: list[Any], files: dict[str, bytes]) -> bytes:
     """One ONNX file of several stages, with the last one's head: a graph's parts may be put together as bytes."""
     inputs, outputs, bodies = dict[str, bytes](), dict[str, bytes](), list[bytes]()
     for stage, data in zip(stages, files.values(), strict=True):
@@ -138,12 +165,13 @@ if __name__ == '__main__':
     parser.add_argument('--max-drop', type=float, help='accuracy that may be given up; 0.01 is one percentage point')
     try:
         args, cascade = parser.parse_args(), Cascade(Path(__file__).parent)
-        labels = cascade.manifest['label_names'] or [f'class {i}' for i in range(cascade.manifest['num_classes'])]
+        names = dict(enumerate(cascade.manifest['label_names'] or ()))
         if args.max_drop is not None:
             cascade.set_max_drop(args.max_drop)
         for path in args.images:
             logits, (at,), (sure,) = cascade.predict(cascade.preprocess(path)[None])
             spent = sum(s['macs'] for s in cascade.stages[: at + 1]) / cascade.manifest['backbone_macs']
-            print(f'{path}: {labels[logits.argmax()]}, confidence {sure:.3f}, exit {at}, {spent:.0%} of all MACs')
+            label = names.get(best := int(logits.argmax()), f'class {best}')
+            print(f'{path}: {label}, confidence {sure:.3f}, exit {at}, {spent:.0%} of all MACs')
     except (ImportError, OSError, ValueError) as e:
         parser.error(str(e))

@@ -1,7 +1,8 @@
 """Exported cascades in onnxruntime, beside the plain network as ONNX, the ideal from stage times, and earlyon's export.
 
-Files are written to `--folder` by a first call with --prepare, which measures nothing but the export, and are kept
-there. All sessions have one thread, since the pools of several sessions would disturb each other; times are CPU time.
+--prepare measures nothing but the export, of all networks with the library's five exits; what is measured otherwise has
+three. Files are kept in `--folder`: give another one for other code. All sessions have one thread, since the pools of
+several sessions would disturb each other; times are CPU time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import logging
+import shutil
 import sys
 import tempfile
 import time
@@ -32,6 +34,7 @@ from scripts.experiments.benchmark.timing import ideal_seconds, in_turns, occurr
 from scripts.releases.backbones import decode
 from timm_cascade.backbone import input_size_of
 from timm_cascade.exporters.onnx_stages import quiet
+from timm_cascade.exporters.recalibrate import every_stage, stage_sessions
 from timm_cascade.exporters.stage_module import FoldedHead
 from timm_cascade.thresholds import route
 
@@ -80,10 +83,12 @@ def write_plain(backbone: nn.Module, path: Path) -> None:
     program.save(str(path), external_data=False)
 
 
-def prepare(name: str, folder: Path, exits: int = 3) -> dict[str, Any]:
-    """Writes a network's files unless they are there; returns what the export took."""
+def prepare(name: str, folder: Path, exits: int = 3, again: bool = False) -> dict[str, Any]:
+    """Writes a network's files unless they are there, or again; returns what the export took."""
     target = folder / f'{name}_{exits}'
     kept = target / 'took.json'
+    if again:
+        shutil.rmtree(target, ignore_errors=True)
     if kept.exists():
         return dict(json.loads(kept.read_text(encoding='utf-8')))
     if name == 'release':
@@ -125,12 +130,8 @@ def stage_times(sessions: list[Any], images: np.ndarray, last: int) -> np.ndarra
 
 
 def confidences(cascade: Any, images: np.ndarray) -> np.ndarray:
-    """(n, M) of all images at all exits."""
-    columns = []
-    for k in range(len(cascade.thresholds)):
-        cascade.set_thresholds([0.0 if i == k else None for i in range(len(cascade.thresholds))])
-        columns.append(cascade.predict(images).confidence)
-    return np.stack(columns, 1)
+    """(n, M) of all images at all exits, in one pass."""
+    return np.stack([found for _, _, found in every_stage(cascade, stage_sessions(cascade), images)][:-1], 1)
 
 
 def routed(cascade: Any, thresholds: list[float | None], batches: list[np.ndarray]) -> np.ndarray:
@@ -253,8 +254,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--networks', nargs='*', default=list(NETWORKS))
     parser.add_argument('--batch', type=int, nargs='+', default=[1, 64])
     parser.add_argument('--release', action='store_true', help='the Fashion-MNIST release too; needs earlyon')
-    parser.add_argument('--prepare', action='store_true', help='write the files, and say what that took')
-    parser.add_argument('--exits', type=int, default=3, help='for --prepare')
+    parser.add_argument('--prepare', action='store_true', help='only export, and say what that took')
+    parser.add_argument('--exits', type=int, default=5, help='for --prepare')
     parser.add_argument('--images', type=int, default=1024, help='of the release')
     parser.add_argument('--folder', type=Path, default=Path(tempfile.gettempdir()) / 'timm_cascade_export_benchmark')
 
@@ -263,7 +264,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     args.folder.mkdir(parents=True, exist_ok=True)
     names = [*args.networks, *(['release'] if args.release else [])]
     if args.prepare:
-        return dict(rows=[], release=[], sizes=[prepare(name, args.folder, args.exits) for name in names])
+        return dict(rows=[], release=[], sizes=[prepare(name, args.folder, args.exits, again=True) for name in names])
     sizes = [prepare(name, args.folder) for name in names]
     rows, release = [], []
     for batch in args.batch:
@@ -289,8 +290,11 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 def markdown(section: dict[str, Any]) -> list[str]:
     from scripts.experiments.benchmark.page import cell, verdict
 
+    times = [r['to_ideal']['n'] for r in section['rows']]
     text = [
-        'Exported stages in onnxruntime, run by the exported `runner.py`; one thread, CPU time; random weights.',
+        'Exported stages in onnxruntime, run by the exported `runner.py`; one thread, CPU time; random weights. A '
+        f'repetition is {IMAGES[1]} pictures one by one at batch 1, and one batch at batch 64'
+        + (f'; medians of {min(times)} to {max(times)} repetitions.' if times else '.'),
         '',
     ]
     text += [
