@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data import ImageData
-from .onnx_stages import require
 from .recalibrate import every_stage, image_batches, stage_sessions
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ def quantise_stages(folder: Path, data: ImageData) -> None:
         folder: A complete float32 export, not used by others yet.
         data: Images like those to come; training images will do, labels are not used.
     """
-    require('onnx', 'onnxruntime')
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     from .runner import Cascade

@@ -15,11 +15,11 @@ import numpy as np
 
 from ..errors import ExportError
 from .manifest import Manifest
+from .onnx_stages import MAX_BYTES
 
-__all__ = ['MAX_BYTES', 'SINGLE', 'SINGLE_BATCH', 'write_single']
+__all__ = ['SINGLE', 'SINGLE_BATCH', 'write_single']
 
 SINGLE, SINGLE_BATCH = 'cascade.onnx', 'cascade_batch.onnx'
-MAX_BYTES = 2_000_000_000  # a protobuf message ends at 2 GiB
 ANSWERS = ('logits', 'exit', 'confidence')
 
 

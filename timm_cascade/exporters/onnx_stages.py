@@ -15,13 +15,13 @@ import torch
 from ..errors import ExportError
 from .stage_module import StageModule
 
-__all__ = ['DEFAULT_OPSET', 'require', 'write_stage']
+__all__ = ['MAX_BYTES', 'require', 'write_stage']
 
 DEFAULT_OPSET = 18
 MAX_BYTES = 2_000_000_000  # a protobuf message ends at 2 GiB
 
 
-def require(*packages: str, extra: str = 'onnx') -> None:
+def require(*packages: str) -> None:
     """Makes sure that optional packages are installed.
 
     Raises:
@@ -31,7 +31,7 @@ def require(*packages: str, extra: str = 'onnx') -> None:
     if missing:
         raise ExportError(
             f'{" and ".join(missing)} {"is" if len(missing) == 1 else "are"} not installed; '
-            f'run pip install "timm-cascade[{extra}]".'
+            f'run pip install "timm-cascade[onnx]".'
         )
 
 
@@ -82,7 +82,6 @@ def write_stage(stage: StageModule, path: Path, opset: int | None, batch_size: i
     Raises:
         ExportError: An operator that ONNX does not have, or an opset that the exporter cannot write.
     """
-    require('onnx', 'onnxscript')
     if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 7):
         raise ExportError(
             f'torch {torch.__version__} does not write ONNX with the onnxscript of today; export with a newer torch.'
