@@ -86,7 +86,8 @@ class CompiledBackbone(StagedBackbone):
         parts = list(dict.fromkeys([backbone, *heads]))
         tensors = dict.fromkeys(t for m in parts for t in (*m.parameters(), *m.buffers()) if not t.is_inference())
         self.heads, self.snapshot = list(heads), Snapshot(tensors, [place for m in parts for place in places_of(m)])
-        self.memory = next(backbone.parameters()).data_ptr()
+        self.first = next(backbone.parameters())  # found once: looking for it costs single images time
+        self.memory = self.first.data_ptr()
         mode = options.mode or ('max-autotune' if images.is_cuda else None)
         self.buckets = options.buckets if options.buckets is not None else images.is_cuda and mode in GRAPHS
         self.static = self.buckets and options.static
@@ -128,7 +129,7 @@ class CompiledBackbone(StagedBackbone):
         return (
             self.snapshot.changed()
             or not all(map(operator.is_, heads, self.heads))
-            or next(backbone.parameters()).data_ptr() != self.memory
+            or self.first.data_ptr() != self.memory
         )
 
     run = torch.no_grad()(StagedBackbone.run)

@@ -206,7 +206,8 @@ class Router:
         thresholds: Sequence[float],
     ) -> StagedBackbone:
         kind = images.device.type
-        weight = next(backbone.parameters())
+        # compiled stages notice another dtype themselves, and finding a parameter costs single images time
+        dtype = None if compiled else next(backbone.parameters()).dtype
         forced = compiled and self.options is not None and self.options.channels_last
         layout = torch.channels_last if forced else _memory_format(images)
         key = (
@@ -214,7 +215,7 @@ class Router:
             images.dtype,
             images.device,
             layout,
-            weight.dtype,
+            dtype,
             compiled,
             torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         )
