@@ -158,11 +158,6 @@ def test_other_kinds_of_image_are_read_as_in_calibration(mode, tmp_path, cascade
     assert np.abs(cascade.preprocess(path) - want).max() < 1e-5
 
 
-def test_images_of_32_bits_are_refused(cascade):
-    with pytest.raises(ValueError, match='32 bits per pixel'):
-        cascade.preprocess(Image.new('F', (20, 20)))
-
-
 def test_runs_where_torch_cannot_be_imported(exported, tmp_path, cascade, pictures):
     block = tmp_path / 'block'
     for name in ('torch', 'timm', 'timm_cascade', 'onnx', 'scipy', 'pydantic'):
@@ -182,8 +177,7 @@ def test_runs_where_torch_cannot_be_imported(exported, tmp_path, cascade, pictur
 
 
 def test_the_runner_is_small(exported):
-    lines = [line.strip() for line in (exported / 'runner.py').read_text().splitlines()]
-    assert len([line for line in lines if line and not line.startswith(('#', '"""'))]) < 150
+    assert len((exported / 'runner.py').read_text().splitlines()) < 150
 
 
 @pytest.mark.parametrize(
@@ -214,7 +208,7 @@ def test_another_format_and_a_table_of_another_precision(exported, tmp_path):
         cascade.set_max_drop(0.01)
     shutil.rmtree(folder)
     folder = changed(exported, tmp_path, lambda m: m.update(format_version=2))
-    with pytest.raises(ValueError, match='format_version is 2, expected 1'):
+    with pytest.raises(ValueError, match='not an ONNX export of format version 1'):
         load_runner(folder).Cascade(folder)
 
 
@@ -222,82 +216,70 @@ def test_another_format_and_a_table_of_another_precision(exported, tmp_path):
 def test_a_manifest_that_is_not_whole(content, exported, tmp_path):
     folder = changed(exported, tmp_path, lambda m: None)
     (folder / 'cascade.json').write_bytes(content)
-    with pytest.raises(ValueError, match=r'cascade\.json cannot be used: .*Copy the folder again'):
+    with pytest.raises(ValueError, match=r'cascade\.json: .*copy the folder again'):
         load_runner(folder).Cascade(folder)
 
 
-def places(form, manifest, at=()):
-    """Every place that the runner's description of cascade.json names, as keys; of lists the first item."""
-    options = {type(f): f for f in (form if isinstance(form, tuple) else (form,))}
-    inner = options.get(type(manifest))
-    for key in inner if isinstance(inner, dict) else range(1) if isinstance(inner, list) and manifest else ():
-        yield (*at, key)
-        yield from places(inner[key], manifest[key], (*at, key))
+def places(manifest, at=()):
+    """Every key in the manifest, with those on the way to it; of lists the last item."""
+    for key in manifest if isinstance(manifest, dict) else [-1] if isinstance(manifest, list) and manifest else ():
+        if isinstance(manifest, dict):
+            yield (*at, key)
+        yield from places(manifest[key], (*at, key))
 
 
-def test_every_value_that_is_missing_or_of_another_type_is_named(exported, tmp_path):
-    folder = changed(exported, tmp_path, lambda m: None)
+def test_every_value_that_is_missing_is_named_when_it_is_read(exported, tmp_path, pictures):
+    folder = changed(exported, tmp_path, lambda m: m['others'].pop('cascade.onnx'))
     runner = load_runner(folder)
-    text = (folder / 'cascade.json').read_text()
-    every = list(places(runner.FORM, json.loads(text)))
-    assert {('stages', 0, 'live', 0, 'rows'), ('table', 'points', 0, 'thresholds', 0)} <= set(every)
-    for *path, last in every:
-        manifest = json.loads(text)
-        holder = manifest
+    text, needed = (folder / 'cascade.json').read_text(), set()
+    image = Image.new('RGB', (20, 30))
+    for *path, last in places(json.loads(text)):
+        holder = manifest = json.loads(text)
         for key in path:
             holder = holder[key]
-        place = '.'.join(map(str, (*path, last)))
-        for wrong in ([{}], True):
-            holder[last] = wrong
-            (folder / 'cascade.json').write_text(json.dumps(manifest))
-            with pytest.raises(ValueError, match=rf'cascade\.json cannot be used: {place}\S* is .*, expected \S+'):
-                runner.Cascade(folder)
-        if isinstance(holder, dict):
-            del holder[last]
-            (folder / 'cascade.json').write_text(json.dumps(manifest))
-            with pytest.raises(ValueError, match=rf'{place} is missing, expected \S+'):
-                runner.Cascade(folder)
+        del holder[last]
+        (folder / 'cascade.json').write_text(json.dumps(manifest))
+        try:
+            cascade = runner.Cascade(folder)
+            cascade.set_max_drop(0.05)
+            cascade.set_thresholds([None, 1.0])  # joins two stages
+            cascade.predict(np.concatenate([pictures.numpy()[:2], cascade.preprocess(image)[None]]))
+        except ValueError as e:
+            assert f'cascade.json is not as it was exported: no {last!r} beside' in str(e)
+            needed.add((*path, last))
+    assert needed >= {
+        ('format',),
+        ('thresholds',),
+        ('stages', -1, 'sha256'),
+        ('preprocessing', 'mean'),
+        ('table', 'points', -1, 'rule'),
+    }
 
 
-def test_nothing_else_is_read(exported, tmp_path, pictures):
-    """The description is whole: a manifest of these values alone runs."""
-    runner = load_runner(exported)
-
-    def kept(form, value):
-        inner = {type(f): f for f in (form if isinstance(form, tuple) else (form,))}.get(type(value))
-        if isinstance(inner, dict):
-            return {key: kept(inner[key], value[key]) for key in inner or value} if inner else value
-        return [kept(inner[0], item) for item in value] if isinstance(inner, list) else value
-
-    whole = json.loads((exported / 'cascade.json').read_text())
-    folder = changed(exported, tmp_path, lambda m: [m.clear(), m.update(kept(runner.FORM, whole))])
-    cascade = runner.Cascade(folder)
-    assert len(cascade.manifest) < len(whole)
-    cascade.set_max_drop(0.05)
-    assert cascade.predict(pictures.numpy()).exit.shape == (9,)
-    Image.new('RGB', (20, 30)).save(tmp_path / 'image.png')
-    command = [sys.executable, folder / 'runner.py', tmp_path / 'image.png']
-    assert 'of all MACs' in subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+@pytest.mark.parametrize('wrong', [[], {}, [[]], ['stage'], 'stages', 7, None])
+@pytest.mark.parametrize('key', ['stages', 'thresholds'])
+def test_a_value_of_another_type(key, wrong, exported, tmp_path):
+    folder = changed(exported, tmp_path, lambda m: m.update({key: wrong}))
+    with pytest.raises(ValueError, match=r'cascade\.json: '):
+        load_runner(folder).Cascade(folder)
 
 
 @pytest.mark.parametrize(
     'change, message',
     [
-        (lambda m: m['stages'].reverse(), r"stage_2\.onnx reads 'live.*', which the stage before does not hand on"),
-        (lambda m: m['preprocessing'].update(crop_pct=0), 'preprocessing is .*, expected positive'),
-        (lambda m: m['preprocessing'].update(std=[1.0, 1.0]), 'preprocessing is .*1 or C means and stds'),
+        (lambda m: m['stages'].reverse(), r"no 'live.*' beside images"),
         (lambda m: m.update(thresholds=[None]), r'thresholds \[None\]: expected 2 numbers'),
         (
             lambda m: [s.update(sha256='0' * 64) for s in m['stages']],
             r'stage_0\.onnx is damaged.*cascade.json has another sha256',
         ),
     ],
-    ids=['order', 'zero', 'channels', 'thresholds', 'hash'],
+    ids=['order', 'thresholds', 'hash'],
 )
-def test_values_that_do_not_fit_are_named(change, message, exported, tmp_path):
+def test_values_that_do_not_fit_are_named(change, message, exported, tmp_path, pictures):
     folder = changed(exported, tmp_path, change)
     with pytest.raises(ValueError, match=message):
-        load_runner(folder).Cascade(folder)
+        load_runner(folder).Cascade(folder).predict(pictures.numpy())
 
 
 def test_a_missing_stage_is_named(exported, tmp_path):

@@ -3,22 +3,18 @@
 import argparse
 import hashlib
 import json
-from collections import namedtuple
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
 
-# what is read of cascade.json: a value, a type, {key: what it holds}, [what each item is], or (one, of, several)
-NULL, NUMBER, LIMIT, TENSOR = type(None), (int, float), (int, float, type(None)), dict(name=str, rows=int)
-STAGE = dict(file=str, sha256=str, inputs=[str], outputs=[str], live=[TENSOR], cuts=[int], macs=NUMBER)
-IMAGE = dict(input_size=[int], mean=[NUMBER], std=[NUMBER], crop_pct=NUMBER, crop_mode=str, interpolation=str)
-POINT = dict(rule=str, reference=str, max_drop=LIMIT, level=LIMIT, cost=NUMBER, thresholds=[LIMIT])
-FORM = dict(format='timm-cascade-export', format_version=1, kind='onnx', stages=[STAGE], preprocessing=IMAGE, others={})
-FORM |= dict(num_classes=int, label_names=([str], NULL), batch_size=(int, NULL), backbone_macs=NUMBER, precision=str)
-FORM |= dict(thresholds=[LIMIT], table=(dict(points=[POINT], provenance={}), NULL), table_precision=(str, NULL))
-Output = namedtuple('Output', 'logits exit confidence')  # (N, C) float32, (N,) whole numbers, (N,) float32
+Output = NamedTuple('Output', [('logits', np.ndarray), ('exit', np.ndarray), ('confidence', np.ndarray)])  # noqa: UP014
+
+
+class Entry(dict[str, Any]):
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f'cascade.json is not as it was exported: no {key!r} beside {", ".join(self) or "nothing"}')
 
 
 class Cascade:
@@ -26,22 +22,16 @@ class Cascade:
 
     def __init__(self, folder: str | Path, threads: int = 0, providers: tuple[Any, ...] = ('CPUExecutionProvider',)):
         try:
-            self.manifest: dict[str, Any] = json.loads((Path(folder) / 'cascade.json').read_text(encoding='utf-8'))
-            _check(self.manifest, FORM)
-            stages, p = self.manifest['stages'], self.manifest['preprocessing']
-            for before, stage in zip([dict(live=[dict(name='images')]), *stages], stages, strict=False):
-                if lost := {*stage['inputs']} - {tensor['name'] for tensor in before['live']}:
-                    raise ValueError(f'{stage["file"]} reads {min(lost)!r}, which the stage before does not hand on')
-            size, mean, std = p['input_size'], p['mean'], p['std']
-            if len(size) != 3 or min(*size, *std, p['crop_pct']) <= 0 or not {len(mean), len(std)} <= {1, size[0]}:
-                raise ValueError(f'preprocessing is {p}, expected positive (C, H, W), and 1 or C means and stds')
-        except ValueError as e:
-            raise ValueError(f'{folder}/cascade.json cannot be used: {e}. Copy the folder again, or export it.') from e
-        self.folder, self.stages, self._sessions = Path(folder), self.manifest['stages'], dict[tuple[int, int], Any]()
-        self._single_hash = (self.folder / 'cascade.onnx').is_file() and self.manifest['others'].get('cascade.onnx')
-        self._settings, self._single = (ort.SessionOptions(), list(providers)), list[Any]()
-        self._settings[0].intra_op_num_threads, self._settings[0].log_severity_level = threads, 3
-        self.set_thresholds(self.manifest['thresholds'])
+            self.manifest = json.loads((Path(folder) / 'cascade.json').read_text(encoding='utf-8'), object_hook=Entry)
+            if [self.manifest[k] for k in ('format', 'format_version', 'kind')] != ['timm-cascade-export', 1, 'onnx']:
+                raise TypeError('it is not an ONNX export of format version 1, which this runner can read')
+            self.folder, self.stages, self._sessions = Path(folder), self.manifest['stages'], dict[Any, Any]()
+            self._single_hash = (self.folder / 'cascade.onnx').is_file() and self.manifest['others'].get('cascade.onnx')
+            self._settings, self._single = (ort.SessionOptions(), list(providers)), list[Any]()
+            self._settings[0].intra_op_num_threads, self._settings[0].log_severity_level = threads, 3
+            self.set_thresholds(self.manifest['thresholds'])
+        except (TypeError, AttributeError, ValueError) as e:
+            raise ValueError(f'{folder}/cascade.json: {e} (copy the folder again, or export it)') from e
 
     def set_thresholds(self, values: list[float | None] | np.ndarray) -> None:
         """(M,) confidences from which samples leave; None or inf closes an exit, which then costs nothing."""
@@ -59,7 +49,7 @@ class Cascade:
         if damaged := [s['file'] for s in stages if hashlib.sha256(files[s['file']]).hexdigest() != s['sha256']]:
             raise ValueError(f'{self.folder}/{damaged[0]} is damaged or another file: cascade.json has another sha256.')
         try:
-            data = files[stages[0]['file']] if len(stages) == 1 else _join(stages, files)
+            data = _join(stages, files) if stages[1:] else files[stages[0]['file']]
             return ort.InferenceSession(data, *self._settings)
         except Exception as e:
             raise ValueError(f'onnxruntime {ort.__version__} cannot load {stages[0]["file"]}: {e}') from e
@@ -78,17 +68,13 @@ class Cascade:
         return point
 
     def preprocess(self, image: Any) -> np.ndarray:
-        """A file, or a PIL image, to (C, H, W) float32, as timm's evaluation transform makes it."""
+        """A file, or a PIL image (of 16 bits, too), to (C, H, W) float32, as timm's evaluation transform makes it."""
         from PIL import Image, ImageOps
 
-        p, image = self.manifest['preprocessing'], image if hasattr(image, 'convert') else Image.open(image)
-        image = ImageOps.exif_transpose(image) if image.format else image  # from a file
-        if image.mode[:2] == 'I;':  # 16 bits, which Pillow would cut off at 255
-            image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
-        elif image.mode in ('I', 'F'):
-            raise ValueError(f'the image has 32 bits per pixel (mode {image.mode}); bring it to 8 or 16 bits first.')
-        (channels, height, width), size = p['input_size'], (image.height, image.width)
-        scale = [int(side / p['crop_pct']) for side in (height, width)]
+        image = ImageOps.exif_transpose(image if hasattr(image, 'convert') else Image.open(image))
+        image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8)) if image.mode[:2] == 'I;' else image
+        channels, height, width = (p := self.manifest['preprocessing'])['input_size']
+        size, scale = image.size[::-1], [int(side / p['crop_pct']) for side in (height, width)]
         if p['crop_mode'] == 'center' and scale[0] == scale[1]:
             scale = [scale[0] if side == min(size) else int(scale[0] * side / min(size)) for side in size]
         elif p['crop_mode'] != 'squash':
@@ -113,7 +99,7 @@ class Cascade:
         out = Output(np.empty((n, self.manifest['num_classes']), np.float32), np.empty(n, int), np.empty(n, np.float32))
         for start in range(0, n, step := fixed or max(n, 1)):
             ids, some = np.arange(start, min(start + step, n)), images[start : start + step]
-            values = {'images': some if len(some) == step else np.resize(some, (step, *size))}
+            values = Entry(images=some if len(some) == step else np.resize(some, (step, *size)))
             for (_, k), session in self._sessions.items():
                 found = session.run(None, {value.name: values[value.name] for value in session.get_inputs()})
                 logits, confidence, final = found[-2][: len(ids)], found[-1][: len(ids)], k == len(self.thresholds)
@@ -132,29 +118,16 @@ class Cascade:
         return out
 
 
-def _check(value: Any, form: Any, place: str = '') -> None:
-    """Raises ValueError where a value from JSON does not have the form."""
-    forms = {f if isinstance(f, type) else type(f): f for f in (form if isinstance(form, tuple) else (form,))}
-    found: Any = forms.get(type(value))
-    if type(value) not in forms or (isinstance(found, (str, int)) and value != found):
-        wanted = ' or '.join(repr(f) if isinstance(f, (str, int)) else kind.__name__ for kind, f in forms.items())
-        raise ValueError(f'{place or "it"} is {"missing" if value is ... else repr(value)[:80]}, expected {wanted}')
-    for key in found if isinstance(found, dict) else range(len(value)) if isinstance(found, list) else ():
-        item, inner = (value[key], found[0]) if isinstance(found, list) else (value.get(key, ...), found[key])
-        _check(item, inner, f'{place}.{key}'.lstrip('.'))
-
-
 def _join(stages: list[Any], files: dict[str, bytes]) -> bytes:
     """One ONNX file of several stages, with the last one's head: a graph's parts may be put together as bytes."""
-    inputs, outputs, bodies = dict[str, bytes](), dict[str, bytes](), list[bytes]()
+    ins, outs, nodes = dict[str, bytes](), dict[str, bytes](), list[bytes]()
     for stage, data in zip(stages, files.values(), strict=True):
         cuts, n = stage['cuts'], len(stage['inputs'])
-        parts = [data[a:b] for a, b in zip(cuts[1:], [*cuts[2:], None], strict=True)]
-        inputs |= {name: part for name, part in zip(stage['inputs'], parts[:n], strict=True) if name not in outputs}
-        outputs |= zip(stage['outputs'], parts[n + 2 : -1], strict=True)
-        bodies.append(parts[n])
-    live = [outputs[tensor['name']] for tensor in stages[-1]['live'] if tensor['name'] in outputs]
-    graph = b''.join([*inputs.values(), *bodies, parts[n + 1], *live, parts[-1]])
+        part = [data[a:b] for a, b in zip(cuts[1:], [*cuts[2:], None], strict=True)]
+        ins |= {name: value for name, value in zip(stage['inputs'], part[:n], strict=True) if name not in outs}
+        outs |= zip(stage['outputs'], part[n + 2 : -1], strict=True)
+        nodes.append(part[n])
+    graph = b''.join([*ins.values(), *nodes, part[n + 1], *(outs.get(t['name'], b'') for t in stage['live']), part[-1]])
     length = [*(len(graph) >> shift & 127 | 128 for shift in (0, 7, 14, 21)), len(graph) >> 28]  # as protobuf has it
     return data[: cuts[0]] + bytes([0x3A, *length]) + graph
 
@@ -165,13 +138,12 @@ if __name__ == '__main__':
     parser.add_argument('--max-drop', type=float, help='accuracy that may be given up; 0.01 is one percentage point')
     try:
         args, cascade = parser.parse_args(), Cascade(Path(__file__).parent)
-        names = dict(enumerate(cascade.manifest['label_names'] or ()))
+        labels = cascade.manifest['label_names'] or [f'class {i}' for i in range(cascade.manifest['num_classes'])]
         if args.max_drop is not None:
             cascade.set_max_drop(args.max_drop)
         for path in args.images:
             logits, (at,), (sure,) = cascade.predict(cascade.preprocess(path)[None])
             spent = sum(s['macs'] for s in cascade.stages[: at + 1]) / cascade.manifest['backbone_macs']
-            label = names.get(best := int(logits.argmax()), f'class {best}')
-            print(f'{path}: {label}, confidence {sure:.3f}, exit {at}, {spent:.0%} of all MACs')
+            print(f'{path}: {labels[logits.argmax()]}, confidence {sure:.3f}, exit {at}, {spent:.0%} of all MACs')
     except (ImportError, OSError, ValueError) as e:
         parser.error(str(e))
