@@ -28,6 +28,7 @@ from torch import nn
 
 import timm_cascade
 from scripts.datasets import fashion_mnist
+from scripts.experiments.benchmark.page import cell, unite, verdict
 from scripts.experiments.benchmark.peer import RELEASE, first, wrap
 from scripts.experiments.benchmark.plain import NETWORKS, bare, build, forced, pictures
 from scripts.experiments.benchmark.timing import ideal_seconds, in_turns, occurring
@@ -277,19 +278,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return dict(rows=rows, release=release, sizes=sizes)
 
 
-def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Rows of several runs; those of the new one replace the same ones."""
-    keys = dict(rows=('network', 'batch', 'share'), release=('batch',), sizes=('network', 'exits'))
-    result = dict(new)
-    for part, names in keys.items():
-        both = {tuple(r[k] for k in names): r for r in (*old[part], *new[part])}
-        result[part] = list(both.values())
-    return result
+merge = partial(unite, rows=('network', 'batch', 'share'), release=('batch',), sizes=('network', 'exits'))
 
 
 def markdown(section: dict[str, Any]) -> list[str]:
-    from scripts.experiments.benchmark.page import cell, verdict
-
     times = [r['to_ideal']['n'] for r in section['rows']]
     text = [
         'Exported stages in onnxruntime, run by the exported `runner.py`; one thread, CPU time; random weights. A '
