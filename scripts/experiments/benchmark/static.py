@@ -286,19 +286,11 @@ def markdown(section: dict[str, Any]) -> list[str]:
         else:
             stream = verdict(r['stream'], 1.5, at_least=True) if 'stream' in r else ''
             c = r['cascade']
-            # rows of before have no difference: their setting was chosen on the test images
-            difference, half = c.get('difference', c['accuracy'] - r['accuracy']), c.get('half', r.get('half', 0.0))
             text.append(
-                f'{start} {c["accuracy"]:.2%} | {100 * difference:+.2f} ± {100 * half:.2f} | '
+                f'{start} {c["accuracy"]:.2%} | {100 * c["difference"]:+.2f} ± {100 * c["half"]:.2f} | '
                 f'{c["macs"] / 1e6:.1f} M | {verdict(r["faster"], 1.5, at_least=True)} | '
                 f'{stream} |'
             )
-    if any(r['cascade'] and 'difference' not in r['cascade'] for r in section['static']):
-        text += [
-            '',
-            'These rows are older: their settings were chosen on the test images, those whose accuracy there '
-            "was no less than the static network's.",
-        ]
     short = [r for r in section['static'] if r['epochs'] < r['of_epochs']]
     if short:
         text += [
