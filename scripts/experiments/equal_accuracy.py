@@ -24,8 +24,7 @@ def cheapest(samples: Samples, accuracy: float) -> Setting | None:
     """The thresholds that are expected to cost the least among those at least this accurate; None if none with exits.
 
     Accuracy and cost are cross-fitted: each image is judged by thresholds that the others chose. Judged by thresholds
-    that it helped to choose, the setting lost 0.9 points on other images where 1,500 chose it (ResNet-20, emoji),
-    0.25 where 10,000 did (Fashion-MNIST); cross-fitted, 0.1 and 0.02, within the error of 60 and of 14 random splits.
+    that it helped to choose, a setting looks better than it is on other images, the more so the fewer chose it.
 
     Args:
         samples: Calibration images, with the cost of each stage in any unit.
@@ -49,7 +48,7 @@ class Comparison(NamedTuple):
         accuracy: The cascade's.
         difference: The cascade's accuracy less the other network's.
         half: Half the 95 % interval of the difference.
-        cost: Of the cascade for one image on average, in the samples' unit.
+        cost: What an image costs the cascade on average, in the samples' unit.
         exit_shares: Fraction of the images that each exit answers.
     """
 

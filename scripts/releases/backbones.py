@@ -61,7 +61,7 @@ def train_backbone(model: nn.Module, train: ImageData, watch: ImageData, state_f
         model: Any timm classifier; trained in place.
         watch: Images to report accuracy on while training; nothing is chosen by it.
         recipe: epochs, batch_size, lr, weight_decay, seed, pad, flip, mixed_precision (bf16 or no; a CPU calculates in
-            float32, as most of them multiply bfloat16 ten times more slowly); optimizer is SGD with momentum where
+            float32, as many of them multiply bfloat16 far more slowly); optimizer is SGD with momentum where
             none is named.
     """
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')

@@ -29,7 +29,7 @@ def unite(old: dict[str, Any], new: dict[str, Any], **keys: Sequence[str]) -> di
 
     Args:
         old, new: Sections. What only the old one has stays.
-        keys: For each list of rows, the fields that say what a row was measured on.
+        keys: For each list of rows, the fields that identify a row.
     """
     united = {**old, **new}
     for name, fields in keys.items():

@@ -34,6 +34,7 @@ NETWORKS: dict[str, dict[str, int]] = {
     'ResNet-20': {},  # the cascade's own backbone: what a shorter training costs it
 }
 
+SMALLER = [name for name, arguments in NETWORKS.items() if arguments]
 LITE = 'tf_efficientnet_lite0'
 RECIPES = ROOT / 'hub' / 'recipes'
 RELEASES = (ROOT / 'hub' / 'releases', ROOT / 'runs' / 'releases')
@@ -41,7 +42,7 @@ RELEASES = (ROOT / 'hub' / 'releases', ROOT / 'runs' / 'releases')
 
 def names_for(recipe: dict[str, Any]) -> list[str]:
     """Networks that the recipe's cascade is compared with."""
-    return list(NETWORKS)[:-1] if recipe['model']['base'] == 'cifar_resnet20' else [LITE]
+    return SMALLER if recipe['model']['base'] == 'cifar_resnet20' else [LITE]
 
 
 def backbone_of(recipe: dict[str, Any], runs: Path = ROOT / 'runs') -> nn.Module:
@@ -107,7 +108,7 @@ def load(recipe: dict[str, Any], name: str, epochs: int) -> tuple[nn.Module, int
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('recipe', type=Path)
-    parser.add_argument('--networks', nargs='+', choices=list(NETWORKS), default=list(NETWORKS)[:-1])
+    parser.add_argument('--networks', nargs='+', choices=list(NETWORKS), default=SMALLER)
     parser.add_argument('--epochs', type=int, help='a shorter recipe than the release has; the page then says so')
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
