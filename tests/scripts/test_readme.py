@@ -30,3 +30,15 @@ def test_scripts_that_are_named_exist(name):
     for file in [page] if page.is_file() else page.glob('*.md'):
         for script in re.findall(r'python (scripts/[\w/.]+)', file.read_text(encoding='utf-8')):
             assert (ROOT / script).exists(), f'{file.name}: {script}'
+
+
+def test_pages_include_their_examples():
+    """A formatter that takes the line of an include for Python makes it text that readers see."""
+    included = set()
+    for file in (ROOT / 'docs' / 'pages').rglob('*.md'):
+        for line in file.read_text(encoding='utf-8').splitlines():
+            if re.match(r'\W*8\W*<', line):
+                found = re.fullmatch(r'--8<-- [\'"]([\w.-]+)[\'"]', line)
+                assert found, f'{file.name}: {line}'
+                included.add(found[1])
+    assert included >= {file.name for file in (ROOT / 'scripts' / 'examples').glob('*.py')}
