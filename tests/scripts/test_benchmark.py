@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 
-from scripts.experiments.benchmark import gpu, gpu_cells, static_networks, timing
+from scripts.experiments.benchmark import gpu, gpu_cells, peer, static_networks, timing
 from scripts.experiments.benchmark import page as bench_page
 from scripts.experiments.benchmark import plain as bench_plain
 from scripts.experiments.benchmark import sections as benchmark
@@ -81,13 +81,22 @@ def test_choosing_afterwards_answers_as_the_cascade_does(model):
 
 def test_earlyon_answers_as_the_cascade_does(model):
     pytest.importorskip('earlyon')
-    from scripts.experiments.benchmark import peer as bench_peer
-
     images = bench_plain.pictures(20, (3, 32, 32))
     model.thresholds = bench_plain.forced(bench_plain.observe(model, [images]), 0.4)
-    bench_peer.same_answers(model, bench_peer.wrap(model, (3, 32, 32)), [images])
+    peer.same_answers(model, peer.wrap(model, (3, 32, 32)), [images])
     model.thresholds = [None, *model.thresholds.tolist()[1:]]  # a closed exit
-    bench_peer.same_answers(model, bench_peer.wrap(model, (3, 32, 32)), [images])
+    peer.same_answers(model, peer.wrap(model, (3, 32, 32)), [images])
+
+
+@torch.inference_mode()
+def test_a_bare_loop_answers_as_the_cascade_does(model):
+    images = bench_plain.pictures(20, (3, 32, 32))
+    thresholds = bench_plain.forced(bench_plain.observe(model, [images]), 0.4)
+    for values in (thresholds, [None, *thresholds[1:]], None):
+        model.thresholds = values
+        loop = peer.bare_loop(model)
+        singles = torch.cat([loop(x) for x in images.split(1)])
+        torch.testing.assert_close(singles, model.predict(images).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_static_networks_are_smaller_and_of_the_same_kind():

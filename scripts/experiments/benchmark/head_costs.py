@@ -21,6 +21,7 @@ from timm_cascade.model import CascadeModel
 
 _logger = logging.getLogger('benchmark')
 NEVER = 2.0  # a threshold that no confidence reaches
+NETWORKS = ['resnet18', 'resnet50', 'mobilenetv3_large_100', 'vit_small_patch16_224']
 IMAGES = 50  # single images of one repetition
 
 
@@ -73,7 +74,7 @@ def shares(name: str, batch: int, args: argparse.Namespace) -> list[dict[str, An
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--networks', nargs='*', default=['resnet18', 'resnet50', 'mobilenetv3_large_100'])
+    parser.add_argument('--networks', nargs='*', default=NETWORKS)
     parser.add_argument('--batch', type=int, nargs='+', default=[1, 8])
     parser.add_argument('--modes', nargs='+', default=['eager', 'compiled'], choices=['eager', 'compiled'])
     parser.add_argument('--exits', type=int, default=5)
