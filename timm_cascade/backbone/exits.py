@@ -27,6 +27,9 @@ DEFAULT_EXITS = 5  # where nothing is asked for, or fewer where the backbone has
 # where an exit can pay: not before a stem has done its work, nor when hardly anything is left to save; and not close
 # behind another. Shares of the cost.
 FIRST, LAST, APART = 0.05, 0.95, 0.04
+# exits stand closer together where the network is cheap, since what leaves there saves the most: shares of an even
+# spread are raised to this power. The ablation has a row for an even spread.
+EARLIER = 1.3
 
 
 @dataclass(frozen=True)
@@ -269,8 +272,9 @@ def resolve_exits(backbone: nn.Module, exits: int | Sequence[float] | Sequence[s
 
     Args:
         backbone: A timm classifier.
-        exits: Their number (spread evenly over the cost), their cost fractions (each in 0..1), or module names. None
-            for five, or fewer where the backbone has fewer places between 5 and 95 % of its cost, 4 % apart.
+        exits: Their number (spread over the cost, closer together in its first half), their cost fractions (each in
+            0..1), or module names. None for five, or fewer where the backbone has fewer places between 5 and 95 % of
+            its cost, 4 % apart.
 
     Example:
         >>> [str(point) for point in resolve_exits(timm.create_model('resnet18'))]
@@ -301,7 +305,7 @@ def resolve_exits(backbone: nn.Module, exits: int | Sequence[float] | Sequence[s
 
 
 def _spread(count: int) -> list[float]:
-    return [(i + 1) / (count + 1) for i in range(count)]
+    return [((i + 1) / (count + 1)) ** EARLIER for i in range(count)]
 
 
 def _paying(points: Sequence[ExitPoint]) -> list[ExitPoint]:

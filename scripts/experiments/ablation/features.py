@@ -139,17 +139,20 @@ def _write(pair: dict[str, Any], work: Path) -> None:
         _logger.info('%s: %d images, backbone %.2f %%, %.0f s', split, len(data), 100 * correct, time.time() - began)
         with replacing(work / f'{split}.npz') as temporary, open(temporary, 'wb') as f:  # last: then the split is done
             np.savez(f, logits=torch.cat(logits).numpy(), labels=data.labels)
-    defaults = {p.module for p in resolve_exits(model.backbone)}
     points = {
         p.module: dict(
             shape=dict(channels=p.channels, size=p.size, layout=p.layout, prefix_tokens=p.prefix_tokens),
             macs=p.macs,
             total=p.total,
-            default=p.module in defaults,
         )
         for p in model.exits
     }
     write_text(work / 'points.json', json.dumps(points, indent=1))
+
+
+def default_exits(pair: dict[str, Any]) -> list[str]:
+    """Modules of the exits that the pair's backbone has where nothing is asked for."""
+    return [p.module for p in resolve_exits(create_backbone(recipe_of(pair)))]
 
 
 def _splits(pair: dict[str, Any]) -> list[str]:
@@ -177,5 +180,5 @@ def load_features(name: str, runs: Path = ROOT / 'runs' / 'ablation') -> Feature
         shapes={e: p['shape'] for e, p in points.items()},
         macs={e: p['macs'] for e, p in points.items()},
         total=next(iter(points.values()))['total'],
-        defaults=[e for e, p in points.items() if p['default']],
+        defaults=default_exits(pair),
     )
