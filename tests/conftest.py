@@ -55,7 +55,7 @@ def family(request: pytest.FixtureRequest) -> timm_cascade.CascadeModel:
 
     torch.manual_seed(0)
     size = dict(img_size=64) if 'vit' in request.param else dict(pretrained_cfg_overlay=dict(input_size=(3, 64, 64)))
-    return timm.create_model(f'cascade_{request.param}', num_classes=7, exits=3, **size).eval()
+    return timm.create_model(f'cascade_{request.param}', num_classes=7, exits=[0.25, 0.5, 0.75], **size).eval()
 
 
 @pytest.fixture(scope='session')

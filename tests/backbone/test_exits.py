@@ -86,6 +86,14 @@ def test_by_default_five_exits_where_they_can_pay_or_fewer(name):
     assert not any(p.module.startswith(('bn', 'conv', 'stem')) for p in points)
 
 
+def test_exits_stand_closer_together_where_the_network_is_cheap():
+    model = timm.create_model('vit_tiny_patch16_224', depth=32)  # a place at every 3 % of the cost
+    for exits in (None, 3, 6):
+        places = [0.0, *(p.fraction for p in resolve_exits(model, exits)), 1.0]
+        apart = [b - a for a, b in itertools.pairwise(places)]
+        assert apart[0] < 1 / len(apart) < apart[-1] and places[1] >= 0.05
+
+
 def test_a_number_of_exits_prefers_places_that_can_pay(resnet):
     assert [p.module for p in resolve_exits(resnet, 7)][-1] == 'layer4.0'  # eight places; the last is the whole network
     assert [p.module for p in resolve_exits(resnet, 8)][-1] == 'layer4'
