@@ -9,7 +9,7 @@ import torch
 from exporters.cases import calibrate_by_hand, load_runner, quietly_export, small_model
 
 import timm_cascade
-from timm_cascade.exporters import assemble, onnx_stages, read_manifest
+from timm_cascade.exporters import assemble, read_manifest, stage_files
 
 
 def test_the_manifest_says_what_is_needed(exported, calibrated):
@@ -87,9 +87,9 @@ def test_bad_requests(tmp_path):
 
 
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
-    real = onnx_stages.importlib.util.find_spec
+    real = stage_files.importlib.util.find_spec
     monkeypatch.setattr(
-        onnx_stages.importlib.util, 'find_spec', lambda name, *a: None if name == 'onnxscript' else real(name, *a)
+        stage_files.importlib.util, 'find_spec', lambda name, *a: None if name == 'onnxscript' else real(name, *a)
     )
     with pytest.raises(timm_cascade.ExportError, match=r'onnxscript is not installed.*timm-cascade\[onnx\]'):
         timm_cascade.export(small_model(), tmp_path / 'out')

@@ -13,8 +13,9 @@ import timm_cascade
 from timm_cascade.data import ImageData
 from timm_cascade.data.views import eval_transform
 from timm_cascade.exporters import calibrate_exported, read_manifest
-from timm_cascade.exporters.assemble import sha256, write_manifest
+from timm_cascade.exporters.assemble import write_manifest
 from timm_cascade.exporters.onnx_int8 import quantise_stages
+from timm_cascade.utils.files import sha256_of
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_int8_files_are_smaller_and_need_thresholds_of_their_own(copy, data, cal
     manifest = read_manifest(copy)
     manifest.precision, manifest.thresholds = 'int8', [None, None]
     for entry in manifest.stages:
-        entry.sha256, entry.bytes = sha256(copy / entry.file), (copy / entry.file).stat().st_size
+        entry.sha256, entry.bytes = sha256_of(copy / entry.file), (copy / entry.file).stat().st_size
         entry.cuts = []
     write_manifest(manifest, copy, [])
     assert sum(s.bytes for s in manifest.stages) < 0.6 * sum(before)

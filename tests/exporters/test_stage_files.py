@@ -10,7 +10,7 @@ import torch
 from exporters.cases import between, load_runner, quietly_export, small_model
 from helpers import batch_for, near
 
-from timm_cascade.exporters.onnx_stages import _keep_constants
+from timm_cascade.exporters.stage_files import _keep_constants
 from timm_cascade.exporters.stage_module import FoldedHead, _attention
 from timm_cascade.heads import ExitHead
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import os
@@ -23,14 +22,14 @@ from ..backbone import input_size_of
 from ..data import ImageData
 from ..errors import ExportError
 from ..model import CascadeModel
+from ..utils.files import sha256_of
 from ..utils.timm_models import resolve_input_data_config
 from ..version import __version__
 from .layout import lay_out
 from .manifest import MANIFEST, LiveTensor, Manifest, Preprocessing, StageEntry
 from .onnx_int8 import quantise_stages
 from .onnx_single import SINGLE, SINGLE_BATCH, write_single
-from .onnx_stages import require, write_stage
-from .pt2 import write_program
+from .stage_files import require, write_program, write_stage
 from .stage_module import StageModule
 from .web_page import write_page
 
@@ -143,7 +142,7 @@ def export(
             lay_out(manifest, temporary)
         for entry in manifest.stages:
             path = temporary / entry.file
-            entry.sha256, entry.bytes = sha256(path), path.stat().st_size
+            entry.sha256, entry.bytes = sha256_of(path), path.stat().st_size
         others = []
         if format == 'onnx':
             shutil.copyfile(Path(__file__).with_name(RUNNER), temporary / RUNNER)
@@ -229,7 +228,7 @@ def describe(
         entries.append(
             StageEntry(
                 file=path.name,
-                sha256=sha256(path),
+                sha256=sha256_of(path),
                 bytes=path.stat().st_size,
                 inputs=stage.inputs,
                 outputs=stage.outputs,
@@ -256,7 +255,7 @@ def describe(
             'from. Calibrate the model, or the folder: timm-cascade calibrate FOLDER --data DATA.',
             stacklevel=3,
         )
-    elif any(t is not None for t in thresholds) and not _in_table(model):
+    elif any(t is not None for t in thresholds) and not model.table.points_at(model.thresholds):
         warnings.warn(
             'the active thresholds are those of no point in the table, so the folder does not say what they promise. '
             'Choose some with set_max_drop, in the model or in the folder.',
@@ -293,19 +292,7 @@ def describe(
     )
 
 
-def _in_table(model: CascadeModel) -> bool:
-    active = model.thresholds.float().cpu()
-    return model.table is not None and any(
-        torch.equal(torch.tensor(point.thresholds, dtype=torch.float32), active) for point in model.table.points
-    )
-
-
 def write_manifest(manifest: Manifest, folder: Path, others: list[str]) -> None:
     """Writes cascade.json, with the hashes of the other files."""
-    manifest.others = {name: sha256(folder / name) for name in others}
+    manifest.others = {name: sha256_of(folder / name) for name in others}
     (folder / MANIFEST).write_text(manifest.to_json(), encoding='utf-8')
-
-
-def sha256(path: Path) -> str:
-    """Of a file, as hex digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ExportError
 from ..inference.stream import StreamOutput
 from .manifest import read_manifest
-from .onnx_stages import require
+from .stage_files import require
 
 __all__ = ['ExportedCascade']
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .manifest import Manifest, StageEntry
+from .stage_files import common_opsets
 
 __all__ = ['lay_out']
 
@@ -31,13 +32,10 @@ def lay_out(manifest: Manifest, folder: Path) -> None:
     from onnx.inliner import inline_local_functions
 
     models = [inline_local_functions(onnx.load(str(folder / entry.file))) for entry in manifest.stages]
-    versions: dict[str, int] = {}
-    for model in models:
-        for imported in model.opset_import:
-            versions[imported.domain] = max(imported.version, versions.get(imported.domain, 0))
+    opsets = common_opsets(models)
     for number, (model, entry) in enumerate(zip(models, manifest.stages, strict=True)):
         del model.opset_import[:]
-        model.opset_import.extend(onnx.helper.make_opsetid(*item) for item in versions.items())
+        model.opset_import.extend(opsets)
         _rename(model.graph, f'stage_{number}/', {v.name for v in (*model.graph.input, *model.graph.output)})
         data, entry.cuts = _in_order(model, entry)
         (folder / entry.file).write_bytes(data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +12,7 @@ from ..errors import ExportError, ThresholdError
 from ..formats import parse
 from ..formats.fields import ImageSize, Open, known_version
 from ..thresholds import ThresholdTable
+from ..utils.files import readable_json
 
 __all__ = ['MANIFEST', 'LiveTensor', 'Manifest', 'Preprocessing', 'StageEntry', 'read_manifest']
 
@@ -139,15 +139,7 @@ class Manifest(Open):
 
     def to_json(self) -> str:
         """JSON with lists of numbers on one line."""
-        text = json.dumps(self.model_dump(), indent=1, allow_nan=False)
-        return (
-            re.sub(
-                r'(?m)(?<=": )\[\n[^\[\]{}"]*\]',
-                lambda found: re.sub(r'\n\s*', ' ', found[0]).replace('[ ', '[').replace(' ]', ']'),
-                text,
-            )
-            + '\n'
-        )
+        return readable_json(self.model_dump())
 
 
 def read_manifest(folder: str | Path) -> Manifest:

@@ -68,24 +68,10 @@ def quantise_stages(folder: Path, data: ImageData) -> None:
 def _inputs(cascade: Cascade, data: ImageData) -> list[list[dict[str, Any]]]:
     """For each stage, what it reads."""
     size = cascade.manifest['batch_size'] or BATCH
-    chosen = np.random.default_rng(0).permutation(len(data))[:IMAGES]
-    some = ImageData(_Chosen(data, chosen), None, source=data.source, split=data.split)
+    some = data.select(np.random.default_rng(0).permutation(len(data))[:IMAGES])
     seen: list[list[dict[str, Any]]] = [[] for _ in cascade.stages]
     sessions = stage_sessions(cascade)
     for images, _ in image_batches(cascade, some, size):
         for k, (inputs, _, _) in enumerate(every_stage(cascade, sessions, images)):
             seen[k].append(dict(inputs))
     return seen
-
-
-class _Chosen:
-    """Some of the images of a data set, in any order."""
-
-    def __init__(self, data: ImageData, indices: Any) -> None:
-        self.data, self.indices = data, indices
-
-    def __getitem__(self, index: int) -> Any:
-        return self.data[int(self.indices[index])][0]
-
-    def __len__(self) -> int:
-        return len(self.indices)

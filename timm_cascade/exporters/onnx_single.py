@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import ExportError
 from .manifest import Manifest
-from .onnx_stages import MAX_BYTES
+from .stage_files import MAX_BYTES, common_opsets
 
 __all__ = ['SINGLE', 'SINGLE_BATCH', 'write_single']
 
@@ -82,13 +82,9 @@ class _Builder:
         self.helper, self.types = onnx.helper, onnx.TensorProto
         self.manifest, self.batch = manifest, batch
         self.models = [onnx.load(str(folder / stage.file)) for stage in manifest.stages]
-        opsets: dict[str, int] = {}
-        for model in self.models:
-            for entry in model.opset_import:
-                opsets[entry.domain] = max(entry.version, opsets.get(entry.domain, 0))
-            if len(model.functions):
-                raise ExportError('the stages hold functions, which cannot be put into one file.')
-        self.opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items()]
+        if any(len(model.functions) for model in self.models):
+            raise ExportError('the stages hold functions, which cannot be put into one file.')
+        self.opsets = common_opsets(self.models)
         self.ir_version = max(model.ir_version for model in self.models)
         self.rows = sorted({t.rows for stage in manifest.stages for t in stage.live if t.rows > 1}) if batch else []
         values: dict[str, Any] = dict(ones=[1] * (len(self.models) - 1))

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data import ImageData
+from ..data import ImageData, check_labels
 from ..thresholds import Calibration
 from ..utils.files import write_text
 from .manifest import MANIFEST, read_manifest
-from .onnx_stages import require
+from .stage_files import require
 
 if TYPE_CHECKING:
     from .runner import Cascade
@@ -83,11 +83,7 @@ def calibrate_exported(folder: str | Path, held_out: ImageData, *, batch_size: i
     answer, label = np.concatenate(answers), np.concatenate(labels)
     agreement = answer == answer[:, -1:]
     labelled = not bool((label < 0).all())
-    if labelled and (label.min() < 0 or label.max() >= manifest.num_classes):
-        raise ValueError(
-            f'labels go from {label.min()} to {label.max()}, the cascade has the classes '
-            f'0..{manifest.num_classes - 1}; these images belong to other classes.'
-        )
+    check_labels(label, manifest.num_classes, needed=labelled)
     stages = manifest.stages
     calibration = Calibration(
         confidence=np.concatenate(confidences),

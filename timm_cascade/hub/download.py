@@ -6,7 +6,6 @@ downloaded and its hash after; the client checks neither.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +22,9 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import HubUnavailableError, ReleaseError
+from ..utils.files import git_oid, sha256_of
 
-__all__ = ['Folder', 'Repository', 'git_oid', 'sha256_of']
+__all__ = ['Folder', 'Repository']
 
 COMMIT = re.compile(r'[0-9a-f]{40}')
 
@@ -180,22 +180,6 @@ class Repository:
             f'{name} of {self} is not in the cache, and the Hub {reason} ({type(e).__name__}: {e}). Load it once '
             f'while online, without HF_HUB_OFFLINE.'
         )
-
-
-def sha256_of(path: Path) -> str:
-    return _hash(path, hashlib.sha256())
-
-
-def git_oid(path: Path) -> str:
-    """Git's name for the file's content, by which the Hub knows small files."""
-    return _hash(path, hashlib.sha1(b'blob %d\0' % path.stat().st_size, usedforsecurity=False))
-
-
-def _hash(path: Path, digest: hashlib._Hash) -> str:
-    with open(path, 'rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _is_intact(path: Path) -> bool:

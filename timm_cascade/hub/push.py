@@ -19,8 +19,9 @@ from huggingface_hub.errors import (
 from torch import nn
 
 from ..errors import HubUnavailableError, PushConflictError, PushDeniedError, PushError, ReleaseError
+from ..utils.files import git_oid, sha256_of
 from .card import PLACEHOLDER
-from .download import Folder, git_oid, sha256_of
+from .download import Folder
 from .release import CARD, CONFIG, FILES, Release
 from .save_release import save
 

@@ -25,9 +25,10 @@ from ..thresholds import Calibration, Profile, ThresholdTable, profiles_from_jso
 from ..thresholds.path import path_from_json
 from ..thresholds.samples import FloatArray
 from ..utils.digest import state_digest
+from ..utils.files import sha256_of
 from .config import ReleaseConfig, parse_config
 from .described import difference
-from .download import Folder, Repository, sha256_of
+from .download import Folder, Repository
 
 __all__ = ['CALIBRATION', 'CARD', 'CONFIG', 'FILES', 'PATH', 'PROFILES', 'TABLE', 'WEIGHTS', 'Release', 'part_of']
 

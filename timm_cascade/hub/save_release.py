@@ -20,12 +20,11 @@ from ..model import CascadeModel
 from ..thresholds import profiles_to_json
 from ..thresholds.path import path_to_json
 from ..utils.digest import state_digest
-from ..utils.files import replacing
+from ..utils.files import replacing, sha256_of
 from ..utils.timm_models import save_config
 from .card import GENERATED, PICTURE, render
 from .config import LAYOUTS, cascade_entry, parse_config
 from .described import Plan, difference, plan, shared_memory
-from .download import sha256_of
 from .front_networks import FrontConfig, describe_fronts
 from .pretrained import Published
 from .release import CALIBRATION, CARD, CONFIG, PATH, PROFILES, TABLE, WEIGHTS

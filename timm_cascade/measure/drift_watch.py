@@ -340,9 +340,6 @@ def _reference(model: CascadeModel) -> _Reference:
             + ('' if table is None else ', and its table was written without confidences')
             + '. Run timm_cascade.calibrate(model, held_out).'
         )
-    same = [
-        p for p in table.points if np.array_equal(np.array(p.thresholds, np.float32), np.array(thresholds, np.float32))
-    ]
-    known = next((p for p in same if p.disagreeing is not None), None)
+    known = next((p for p in table.points_at(thresholds) if p.disagreeing is not None), None)
     histogram = np.array(table.confidences[table.exits[first]])
     return _Reference(thresholds, first, histogram, known and known.disagreeing, known.n if known else 1)

@@ -87,9 +87,8 @@ def write_report(
 
 def _certificate(model: CascadeModel) -> str:
     """The promise of the active thresholds in one sentence, where they are an operating point of the table."""
-    active = tuple(model.thresholds.tolist())
-    for point in model.table.points if model.table is not None else ():
-        if point.certified and point.max_drop is not None and np.allclose(point.thresholds, active, equal_nan=True):
+    for point in model.table.points_at(model.thresholds) if model.table is not None else ():
+        if point.certified and point.max_drop is not None:
             return (
                 f'With a probability of at least {point.level:.0%} over the draw of the calibration images, accuracy '
                 f'on new images of the same source is at most {100 * point.max_drop:g} points below that of the full '

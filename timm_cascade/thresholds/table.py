@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from ..errors import PointNotFoundError, TableFormatError, TableMismatchError
+from ..utils.files import plain, readable_json
 from .operating_point import OperatingPoint
 from .samples import check_level, check_max_drop
 
@@ -113,6 +115,11 @@ class ThresholdTable:
             )
         return max(found, key=lambda p: (p.accuracy, -p.cost))
 
+    def points_at(self, thresholds: ArrayLike) -> list[OperatingPoint]:
+        """The points with these thresholds (M,), compared in single precision as a model keeps them."""
+        active = np.asarray(thresholds, np.float32)
+        return [p for p in self.points if np.array_equal(np.asarray(p.thresholds, np.float32), active)]
+
     def _contents(self) -> str:
         kinds: dict[str, set[float]] = {}
         for p in self.points:
@@ -165,16 +172,7 @@ class ThresholdTable:
         )
         if self.confidences is not None:
             content['confidences'] = {name: list(counts) for name, counts in self.confidences.items()}
-        text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
-        # Only lists without strings or lists inside: a text can then not be mistaken for one.
-        return (
-            re.sub(
-                r'(?m)(?<=": )\[\n[^\[\]{}"]*\]',
-                lambda found: re.sub(r'\n\s*', ' ', found[0]).replace('[ ', '[').replace(' ]', ']'),
-                text,
-            )
-            + '\n'
-        )
+        return readable_json(content, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str, source: str = 'thresholds.json') -> ThresholdTable:
@@ -211,7 +209,7 @@ def check_same_model(
     Raises:
         TableMismatchError: Lists all that differs.
     """
-    pairs = {name: (_plain(stored.get(name)), _plain(value)) for name, value in provenance.items()}
+    pairs = {name: (plain(stored.get(name)), plain(value)) for name, value in provenance.items()}
     other = {name: pair for name, pair in pairs.items() if None not in pair and pair[0] != pair[1]}
     wrong = []
     if tuple(measured.exits) != tuple(exits):
@@ -233,7 +231,3 @@ def check_same_model(
             f'this cascade is not the one that was calibrated: {"; ".join(wrong)}. Calibrate it again '
             f'(timm_cascade.calibrate(model, held_out)), undo the change, or call model.forget_calibration().'
         )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (tuple, list)) else value

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ['plain', 'replacing', 'write_text']
+__all__ = ['git_oid', 'plain', 'readable_json', 'replacing', 'sha256_of', 'write_text']
 
 
 @contextmanager
@@ -50,3 +53,32 @@ def plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def readable_json(content: Any, sort_keys: bool = False) -> str:
+    """JSON with a key per line and lists of numbers on one line, so that files can be compared."""
+    # Only lists without strings or lists inside: a text can then not be mistaken for one.
+    return (
+        re.sub(
+            r'(?m)(?<=": )\[\n[^\[\]{}"]*\]',
+            lambda found: re.sub(r'\n\s*', ' ', found[0]).replace('[ ', '[').replace(' ]', ']'),
+            json.dumps(content, indent=1, sort_keys=sort_keys, allow_nan=False),
+        )
+        + '\n'
+    )
+
+
+def sha256_of(path: Path) -> str:
+    return _hash(path, hashlib.sha256())
+
+
+def git_oid(path: Path) -> str:
+    """Git's name for the file's content, by which the Hub knows small files."""
+    return _hash(path, hashlib.sha1(b'blob %d\0' % path.stat().st_size, usedforsecurity=False))
+
+
+def _hash(path: Path, digest: hashlib._Hash) -> str:
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

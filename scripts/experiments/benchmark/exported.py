@@ -34,8 +34,8 @@ from scripts.experiments.benchmark.plain import NETWORKS, bare, build, forced, p
 from scripts.experiments.benchmark.timing import ideal_seconds, in_turns, occurring
 from scripts.releases.backbones import decode
 from timm_cascade.backbone import input_size_of
-from timm_cascade.exporters.onnx_stages import quiet
 from timm_cascade.exporters.recalibrate import every_stage, stage_sessions
+from timm_cascade.exporters.stage_files import quiet
 from timm_cascade.exporters.stage_module import FoldedHead
 from timm_cascade.thresholds import route
 

@@ -1,11 +1,11 @@
-"""Stages as ONNX files, by torch's own exporter."""
+"""Stages as files: ONNX by torch's own exporter, or torch.export programs for AOTInductor and ExecuTorch."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from ..errors import ExportError
 from .stage_module import StageModule
 
-__all__ = ['MAX_BYTES', 'require', 'write_stage']
+__all__ = ['MAX_BYTES', 'common_opsets', 'require', 'write_program', 'write_stage']
 
 DEFAULT_OPSET = 18
 MAX_BYTES = 2_000_000_000  # a protobuf message ends at 2 GiB
@@ -127,6 +127,14 @@ def write_stage(stage: StageModule, path: Path, opset: int | None, batch_size: i
     return found
 
 
+def common_opsets(models: Iterable[Any]) -> list[Any]:
+    """What a graph imports that holds the nodes of all these models: of each domain the latest version."""
+    import onnx
+
+    imported = sorted((entry.domain, entry.version) for model in models for entry in model.opset_import)
+    return [onnx.helper.make_opsetid(*item) for item in dict(imported).items()]
+
+
 def _keep_constants(graph: Any) -> None:
     """Adds constants that the exporter's optimiser made and left out of the graph."""
     for node in graph.all_nodes():
@@ -137,3 +145,25 @@ def _keep_constants(graph: Any) -> None:
                 if value.name in graph.initializers:
                     value.name = f'{value.name}_of_{node.name}'
                 graph.register_initializer(value)
+
+
+def write_program(stage: StageModule, path: Path, batch_size: int | None) -> None:
+    """Writes one stage, to be read with `torch.export.load`; its outputs are its tensors, logits and confidence.
+
+    Raises:
+        ExportError: torch.export cannot trace the stage.
+    """
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                stage,
+                examples(stage, batch_size),
+                dynamic_shapes=None if batch_size else (dynamic_batch(stage),),
+                strict=False,
+            )
+    except Exception as e:  # torch.export raises whatever the network's code makes it raise
+        reason = ' '.join(str(e).split())[:400]
+        raise ExportError(f'stage {stage.index} cannot be exported: {type(e).__name__}: {reason}') from e
+    for node in program.graph.nodes:
+        node.meta.pop('stack_trace', None)  # paths of this machine
+    torch.export.save(program, path)
