@@ -77,12 +77,10 @@ class Column:
     Args:
         dataset: What is read.
         column: Name of the column with the images.
-        origin: The fingerprint of the data set that this one is a part of, and the row there of each row here.
     """
 
-    def __init__(self, dataset: Any, column: str, origin: tuple[str, np.ndarray] | None = None) -> None:
+    def __init__(self, dataset: Any, column: str) -> None:
         self.dataset, self.column = dataset, column
-        self.origin = origin or (dataset._fingerprint, np.arange(len(dataset)))
 
     def __getitem__(self, index: int) -> Image.Image:
         return self.dataset[int(index)][self.column]
@@ -94,11 +92,8 @@ class Column:
     def fingerprint(self) -> str:
         return f'{self.dataset._fingerprint} {self.column}'  # of the files, their times included
 
-    def select(self, index: np.ndarray) -> Column:
-        return Column(self.dataset.select(index), self.column, (self.origin[0], self.origin[1][index]))
-
     def names(self) -> list[str]:
-        return [f'{self.origin[0]} {row}' for row in self.origin[1]]
+        return [f'{self.dataset._fingerprint} {row}' for row in range(len(self))]
 
     def file_of(self, index: int) -> str | None:
         import datasets
@@ -167,7 +162,7 @@ def take(images: Any, index: np.ndarray) -> Any:
         return images[index[0] : index[-1] + 1] if contiguous else images[index]
     if isinstance(images, (list, tuple)):
         return [images[i] for i in index]
-    return images.select(index) if isinstance(images, (Files, Column, Part)) else Part(images, index)
+    return images.select(index) if isinstance(images, (Files, Part)) else Part(images, index)
 
 
 def content_of(images: Any) -> str | None:

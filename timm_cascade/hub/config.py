@@ -6,8 +6,8 @@ timm's own `push_to_hf_hub` made has no such key, and loads too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import timm
@@ -18,7 +18,7 @@ from ..errors import ReleaseError
 from .front_networks import FrontConfig
 from .pretrained import Published
 
-__all__ = ['LAYOUTS', 'OWN_ARGS', 'SOURCE_KEYS', 'ReleaseConfig', 'cascade_entry', 'parse_config']
+__all__ = ['LAYOUTS', 'OWN_ARGS', 'SOURCE_KEYS', 'ReleaseConfig', 'parse_config']
 
 LAYOUTS = ('full', 'heads')
 OWN_ARGS = ('exits', 'head', 'thresholds', 'front')  # model_args that are the cascade's and not the backbone's
@@ -78,30 +78,6 @@ class ReleaseConfig:
     def backbone_args(self) -> dict[str, Any]:
         """What stands in model_args for the backbone."""
         return {k: v for k, v in self.model_args.items() if k not in OWN_ARGS}
-
-
-def cascade_entry(
-    layout: str,
-    points: Sequence[ExitPoint],
-    files: Mapping[str, tuple[str, int]],
-    heads_hash: str,
-    digest: str | None,
-    published: Published | None,
-    base_model: str | None,
-    fronts: Sequence[FrontConfig] = (),
-) -> dict[str, Any]:
-    """What a release's config.json holds under `cascade`."""
-    from ..formats import CONFIG_VERSION
-
-    return dict(
-        format_version=CONFIG_VERSION if fronts else CONFIG_VERSION - 1,
-        layout=layout,
-        exits=[asdict(p) for p in points if p.cut != 'input'],
-        **({'fronts': [asdict(f) for f in fronts]} if fronts else {}),
-        files={name: dict(sha256=sha256, size=size) for name, (sha256, size) in sorted(files.items())},
-        heads_hash=heads_hash,
-        backbone=dict(digest=digest, base_model=base_model) if published is None else asdict(published),
-    )
 
 
 def parse_config(text: str, source: str = 'config.json') -> ReleaseConfig:

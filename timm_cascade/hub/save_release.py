@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from ..utils.digest import state_digest
 from ..utils.files import replacing, sha256_of
 from ..utils.timm_models import save_config
 from .card import GENERATED, PICTURE, render
-from .config import LAYOUTS, cascade_entry, parse_config
-from .described import Plan, difference, plan, shared_memory
+from .config import LAYOUTS, parse_config
+from .described import difference, plan, shared_memory
 from .front_networks import FrontConfig, describe_fronts
 from .pretrained import Published
 from .release import CALIBRATION, CARD, CONFIG, PATH, PROFILES, TABLE, WEIGHTS
@@ -57,7 +58,9 @@ def save(model: nn.Module, folder: str | Path, layout: str | None = None, card: 
         model = unwrap(model, CascadeModel)
     except TypeError as e:
         raise ReleaseError(f'{e} Save other models with timm.') from e
-    published = _unchanged(model)
+    published = model.published
+    if published is not None and state_digest(model.backbone.state_dict()) != published.digest:
+        published = None  # no longer that checkpoint
     layout = layout or ('heads' if published else 'full')
     if layout not in LAYOUTS:
         raise ReleaseError(f'layout is {layout!r}; expected {" or ".join(LAYOUTS)}.')
@@ -89,12 +92,10 @@ def save(model: nn.Module, folder: str | Path, layout: str | None = None, card: 
     with ExitStack() as stack:  # renamed in the opposite order: config.json last, which the others are checked against
         staged = stack.enter_context(replacing(folder / CONFIG))
         path = stack.enter_context(replacing(folder / WEIGHTS))
+        # what is shared in the model as it will be built too, the file may hold twice
+        twice = {name for group in described.shared for name in group}
         try:
-            save_file(
-                {name: t.clone() if name in _shared(described) else t for name, t in state.items()},
-                path,
-                {'format': 'pt'},
-            )
+            save_file({name: t.clone() if name in twice else t for name, t in state.items()}, path, {'format': 'pt'})
         except OSError:
             raise
         except Exception as e:  # safetensors' own: it names tensors, and says why it does not take them
@@ -162,11 +163,6 @@ def _tensors(model: CascadeModel, layout: str, named: Sequence[str]) -> dict[str
     return state
 
 
-def _shared(described: Plan) -> set[str]:
-    """Names of tensors that are shared in the model as it will be built too: the file may hold them twice."""
-    return {name for group in described.shared for name in group}
-
-
 def _entry(path: Path) -> dict[str, Any]:
     return dict(sha256=sha256_of(path), size=path.stat().st_size)
 
@@ -183,9 +179,18 @@ def _config(
     fronts: Sequence[FrontConfig],
 ) -> dict[str, Any]:
     """config.json with everything but the hashes of the files, which are not written yet."""
-    digest = binding['backbone_digest'] if layout == 'full' else None
-    none = {WEIGHTS: ('0' * 64, 0)}
-    entry = cascade_entry(layout, model.exits, none, binding['heads_hash'], digest, published, model.base_model, fronts)
+    from ..formats import CONFIG_VERSION
+
+    own = dict(digest=binding['backbone_digest'], base_model=model.base_model)
+    entry = dict(
+        format_version=CONFIG_VERSION if fronts else CONFIG_VERSION - 1,
+        layout=layout,
+        exits=[asdict(p) for p in model.exits if p.cut != 'input'],
+        **({'fronts': [asdict(f) for f in fronts]} if fronts else {}),
+        files={WEIGHTS: dict(sha256='0' * 64, size=0)},
+        heads_hash=binding['heads_hash'],
+        backbone=own if published is None else asdict(published),
+    )
     extra: dict[str, Any] = {'cascade': entry}
     if model.label_names:
         extra['label_names'] = model.label_names
@@ -198,10 +203,3 @@ def _config(
         config = json.loads(path.read_text(encoding='utf-8'))
     config['pretrained_cfg'].pop('label_names', None)  # they stand at the top already
     return config
-
-
-def _unchanged(model: CascadeModel) -> Published | None:
-    """The published checkpoint that the backbone still is."""
-    if model.published is None or state_digest(model.backbone.state_dict()) != model.published.digest:
-        return None
-    return model.published

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from ..utils.progress import progress
 from ..version import __version__
 from .cluster import predict_on_ray
 from .inputs import Source, open_sources
-from .labeller import Labeller
 from .units import Unit, divide, open_folder, parse_shard
 from .writer import Predicted, count_part, to_table, write_part
 
@@ -114,7 +113,7 @@ class UnitPredictor:
 
     def __init__(
         self,
-        model: Labeller,
+        model: Any,
         sources: Sequence[Source],
         batch_size: int = 256,
         topk: int = 5,
@@ -124,7 +123,7 @@ class UnitPredictor:
         self.model, self.sources = model, sources
         self.batch_size, self.workers, self.on_bad_image = batch_size, workers, on_bad_image
         self.topk = min(topk, model.num_classes)
-        self.transform = eval_transform(cast('torch.nn.Module', model))
+        self.transform = eval_transform(model)
 
     def write(self, units: Sequence[Unit], folder: Path) -> Iterator[Unit]:
         """Predicts the units; yields each once its part is written."""
@@ -190,7 +189,7 @@ class UnitPredictor:
 
 
 def predict(
-    model: Labeller,
+    model: Any,
     data: ImageData | str | Path | Sequence[str | Path],
     out: str | Path,
     *,
@@ -291,7 +290,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _plan(
-    model: Labeller, sources: Sequence[Source], units: Sequence[Unit], unit: int, topk: int, batch_size: int
+    model: Any, sources: Sequence[Source], units: Sequence[Unit], unit: int, topk: int, batch_size: int
 ) -> dict[str, Any]:
     weight = next(model.parameters(), None)
     return dict(
@@ -300,8 +299,8 @@ def _plan(
         model=model.pretrained_cfg['architecture'],
         heads=model.heads_hash(),
         thresholds=plain(model.thresholds.tolist()),
-        dtype=model.precision if weight is None else str(weight.dtype).removeprefix('torch.'),  # type: ignore[attr-defined]
-        transform=repr(eval_transform(cast('torch.nn.Module', model))),
+        dtype=model.precision if weight is None else str(weight.dtype).removeprefix('torch.'),
+        transform=repr(eval_transform(model)),
         topk=topk,
         batch_size=batch_size,
         unit=unit,
@@ -310,7 +309,7 @@ def _plan(
     )
 
 
-def _summary(model: Labeller, folder: Path, units: Sequence[Unit], written: int, speed: float) -> Summary:
+def _summary(model: Any, folder: Path, units: Sequence[Unit], written: int, speed: float) -> Summary:
     exits = len(model.exits) + 1
     counts, bad, parts = np.zeros(exits, dtype=np.int64), 0, 0
     for unit in units:
