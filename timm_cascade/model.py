@@ -191,7 +191,6 @@ class CascadeModel(nn.Module):
         mode: str | None = None,
         batch_sizes: Sequence[int] = (),
         channels_last: bool | None = None,
-        fold: bool = False,
         choose: bool = True,
         backend: str = 'inductor',
     ) -> CascadeModel:
@@ -205,11 +204,10 @@ class CascadeModel(nn.Module):
             mode: Mode of torch.compile; default: its own on a CPU, `max-autotune` on a GPU.
             batch_sizes: Batch sizes to compile for at once; others are compiled when they come.
             channels_last: Convolutions in channels-last memory; by default where features are feature maps.
-            fold: Fold batch norms into convolutions while compiling; slower to compile and no faster on a CPU.
             choose: Measure each stage, and run it eagerly where that is faster; the log says what was chosen.
             backend: Backend of torch.compile.
         """
-        self._router.compile(enabled, backend, mode, channels_last, fold, choose)
+        self._router.compile(enabled, backend, mode, channels_last, choose)
         for front in self.fronts:
             front.run = CompiledNetwork(front.inner, self._router.options) if self.compiled else None
         for n in (batch_sizes or (2,)) if enabled else ():

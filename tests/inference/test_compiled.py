@@ -131,19 +131,18 @@ def test_half_precision(cascade, dtype):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('static', [False, True])
-def test_padding_to_a_few_batch_sizes_changes_nothing(cascade, static, untraced):
+def test_padding_to_a_few_batch_sizes_changes_nothing(cascade, untraced):
     model, x = cascade
     want = model.predict(x)
     model.compile(backend='eager')
     model._router.forget()
-    model._router.options = CompileOptions('eager', buckets=True, static=static)
+    model._router.options = CompileOptions('eager', buckets=True)
     for n in (12, 11, 5, 1):
         got = model.predict(x[:n])
         agree(got, type(want)(*(t[:n] for t in want)))
         assert got.logits.shape == (n, 7)
     same(list(model.stream(x.split(5))), want)
-    assert {size for size, _ in stages_of(model)[0].forms} <= ({1, 2, 6, 12} if static else {1, 2})
+    assert {size for size, _ in stages_of(model)[0].forms} <= {1, 2}
     assert [bucket(n) for n in (1, 2, 3, 5, 7, 12, 13, 64, 65, 97)] == [1, 2, 3, 6, 8, 12, 16, 64, 96, 128]
 
 
@@ -445,19 +444,18 @@ def test_timm_s_families(name):
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize('fold', [True, False])
-def test_inductor(cascade, fold):
+def test_inductor(cascade):
     model, x = cascade
     want = model.predict(x)
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
-        model.compile(fold=fold, choose=False)
+        model.compile(choose=False)
         agree(model.predict(x), want)
         for i in range(12):
             agree(model.predict(x[i : i + 1]), type(want)(*(t[i : i + 1] for t in want)))
         with torch.inference_mode():
             agree(model.predict(x[:1]), type(want)(*(t[:1] for t in want)))
-    assert model.compiled and (fold or all(stage.direct for stage in stages_of(model)))
+    assert model.compiled and all(stage.direct for stage in stages_of(model))
     model.backbone.get_classifier().weight.mul_(2)
     model.thresholds = None
     assert near(model(x), model.backbone(x)) and near(model(x[:1]), model.backbone(x[:1]))

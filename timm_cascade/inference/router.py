@@ -74,7 +74,7 @@ class Router:
         return changed
 
     def compile(
-        self, enabled: bool, backend: str, mode: str | None, channels_last: bool | None, fold: bool, choose: bool = True
+        self, enabled: bool, backend: str, mode: str | None, channels_last: bool | None, choose: bool = True
     ) -> None:
         """See `CascadeModel.compile`."""
         from .compiled import CompileOptions  # torch.export and the compiler are costly imports
@@ -83,7 +83,7 @@ class Router:
             inner = [p for p in self.points if p.cut != 'input'] or self.points
             channels_last = any(p.layout == 'NCHW' for p in inner)
         self.forget()
-        self.options = CompileOptions(backend, mode, channels_last, fold, choose=choose) if enabled else None
+        self.options = CompileOptions(backend, mode, channels_last, choose=choose) if enabled else None
 
     def forget(self) -> None:
         """Drops the exported stages, because the backbone or the compile options have changed."""

@@ -108,7 +108,7 @@ def compile_cascade(model: CascadeModel, mode: str, batch: int, backend: str) ->
     """Compiles the stages; raises where that failed, as a benchmark must not measure the eager fallback."""
     options: dict[str, Any] = dict(mode=MODES[mode], channels_last=True, backend=backend)
     if mode == 'static':
-        model._router.compile(True, backend, MODES[mode], True, False)
+        model._router.compile(True, backend, MODES[mode], True)
         model._router.options = replace(model._router.options, static=True)
     else:
         model.compile(batch_sizes=(batch,), **options)
