@@ -55,10 +55,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f'{args.where} is an exported folder, which onnxruntime runs; leave out --compile and --device.'
         )
-    model = _open_exported(args.where) if exported else hub.load(args.where).eval()
+    model: Any
+    if exported:
+        from ..exporters import ExportedCascade  # whose imports take longer than all others
+
+        model = ExportedCascade(args.where)
+    else:
+        model = hub.load(args.where).eval().to(args.device or default_device())
     turn_dial(model, args.max_drop, args.rule, args.level)
-    if not exported:
-        model.to(args.device or default_device())
     if args.compile:
         model.compile(batch_sizes=(args.batch_size,))
     done = predict(
@@ -77,9 +81,3 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         actors=args.actors,
     )
     return asdict(done)
-
-
-def _open_exported(where: str) -> Any:
-    from ..exporters import ExportedCascade  # whose imports take longer than all others
-
-    return ExportedCascade(where)

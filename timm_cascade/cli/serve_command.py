@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f'workers={args.workers}, port={args.port}, threads={args.threads} cannot be.')
     token = _token(args.token_file)
     options = {k: v for k, v in vars(args).items() if k not in ('run', 'token_file', 'command')}
-    options['device'] = args.device or _devices(args.workers)
+    gpus = [f'cuda:{i}' for i in range(min(args.workers, torch.cuda.device_count()))]
+    options['device'] = args.device or gpus or ['cpu']
     options['threads'] = args.threads or max(1, torch.get_num_threads() // args.workers)
     with server.bind(args.host, args.port) as bound:
         one = args.workers == 1
@@ -117,12 +118,6 @@ def _app(service: Service, options: dict[str, Any], token: str | None) -> Starle
     from ..serving.app import create_app
 
     return create_app(service, options['max_batch'], options['max_wait'], token)
-
-
-def _devices(workers: int) -> list[str]:
-    if not torch.cuda.is_available():
-        return ['cpu']
-    return [f'cuda:{i}' for i in range(min(workers, torch.cuda.device_count()))]
 
 
 def _token(file: str | None) -> str | None:

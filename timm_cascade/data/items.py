@@ -60,7 +60,8 @@ def _foreign(data: Any) -> Any:
     if library is not None and isinstance(data, library.Dataset):
         if data.format['type'] == 'custom':  # a transform of the user's
             return data
-        return from_columns(data.with_format(None), str(data.split or ''), source=_hf_name(data))
+        name = str(getattr(data.info, 'dataset_name', None) or 'the data set')
+        return from_columns(data.with_format(None), str(data.split or ''), source=name)
     folders = sys.modules.get('torchvision.datasets')
     if folders is not None and type(data) is folders.ImageFolder and not (data.transform or data.target_transform):
         samples = data.samples
@@ -84,10 +85,6 @@ def _by_index(reader: Any) -> list[str]:
     place = getattr(reader, 'class_to_idx', None) or {}
     names = sorted(place, key=place.get)  # type: ignore[arg-type]
     return [str(n) for n in names] if [place[n] for n in names] == list(range(len(names))) else []
-
-
-def _hf_name(data: Any) -> str:
-    return str(getattr(data.info, 'dataset_name', None) or 'the data set')
 
 
 def class_names_of(data: Any) -> list[str]:

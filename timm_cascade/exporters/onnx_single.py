@@ -23,7 +23,7 @@ SINGLE, SINGLE_BATCH = 'cascade.onnx', 'cascade_batch.onnx'
 ANSWERS = ('logits', 'exit', 'confidence')
 
 
-def write_single(manifest: Manifest, folder: Path, path: Path, batch: bool = False, default: bool = True) -> None:
+def write_single(manifest: Manifest, folder: Path, path: Path, batch: bool = False) -> None:
     """Writes one file from the stage files of a folder.
 
     Args:
@@ -32,7 +32,6 @@ def write_single(manifest: Manifest, folder: Path, path: Path, batch: bool = Fal
         path: The file.
         batch: Takes any number of images: those that remain are gathered for the next stage, and all answers put back
             in input order. Otherwise for one image, which then costs no gathering.
-        default: Whether `thresholds` may be left out. onnxruntime-web does not take an input that has a default.
 
     Raises:
         ExportError: Stages with control flow of their own, or more than one file can hold.
@@ -48,8 +47,7 @@ def write_single(manifest: Manifest, folder: Path, path: Path, batch: bool = Fal
     nodes.insert(0, onnx.helper.make_node('Split', ['thresholds', 'ones'], limits))
     samples: Any = 'batch' if batch else 1
     thresholds = np.array([math.inf if t is None else t for t in manifest.thresholds], np.float32)
-    if default:
-        weights.append(onnx.numpy_helper.from_array(thresholds, 'thresholds'))
+    weights.append(onnx.numpy_helper.from_array(thresholds, 'thresholds'))
     helper, types = onnx.helper, onnx.TensorProto
     graph = helper.make_graph(
         nodes,

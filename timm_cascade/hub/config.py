@@ -16,13 +16,12 @@ from timm.models import PretrainedCfg
 from ..backbone import ExitPoint
 from ..errors import ReleaseError
 from .front_networks import FrontConfig
-from .pretrained import Published
+from .pretrained import NO_SOURCE, Published
 
-__all__ = ['LAYOUTS', 'OWN_ARGS', 'SOURCE_KEYS', 'ReleaseConfig', 'parse_config']
+__all__ = ['LAYOUTS', 'OWN_ARGS', 'ReleaseConfig', 'parse_config']
 
 LAYOUTS = ('full', 'heads')
 OWN_ARGS = ('exits', 'head', 'thresholds', 'front')  # model_args that are the cascade's and not the backbone's
-SOURCE_KEYS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def parse_config(text: str, source: str = 'config.json') -> ReleaseConfig:
         version=cascade.format_version if cascade else None,
         files={k: (f.sha256, f.size) for k, f in cascade.files.items()} if cascade and cascade.files else None,
         pretrained_cfg={
-            **{k: v for k, v in cfg.items() if k not in SOURCE_KEYS},
+            **{k: v for k, v in cfg.items() if k not in NO_SOURCE},
             **{k: v for k, v in labels.items() if v},
         },
         points=tuple(ExitPoint(**values_of(e)) for e in cascade.exits) if cascade else None,

@@ -20,11 +20,11 @@ from ..inference.weights import binding
 from ..model import CascadeModel
 from ..utils.digest import state_digest
 from ..utils.timm_models import create_model
-from .config import OWN_ARGS, SOURCE_KEYS, ReleaseConfig
+from .config import OWN_ARGS, ReleaseConfig
 from .described import bounded, described_by, plan
 from .download import Folder, Repository
 from .front_networks import named_fronts, released_fronts
-from .pretrained import fetch_published, identify
+from .pretrained import NO_SOURCE, fetch_published, identify
 from .release import CONFIG, MAX_CONFIG, Release, part_of
 
 __all__ = ['create_cascade', 'load']
@@ -142,7 +142,7 @@ def _load_release(
     size = fetch_published(config.published, cache_dir) if config.published else None
     described = plan(config, str(release), size)
     state = release.weights(described.tensors)
-    own_weights = dict.fromkeys(SOURCE_KEYS) | dict(custom_load=False, state_dict=part_of(state, 'backbone'))
+    own_weights = {**NO_SOURCE, 'state_dict': part_of(state, 'backbone')}
     source = config.published.source if config.published else own_weights
     with described_by(str(release)), bounded():
         backbone = create_model(

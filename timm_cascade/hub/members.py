@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from ..backbone import input_size_of
 from ..fronts import name_of
 from ..model import CascadeModel
@@ -24,36 +22,27 @@ def members(model: CascadeModel) -> list[dict[str, Any]]:
     accuracy: list[float | None] = [None] * (len(model.exits) + 1)
     if model.calibration is not None:
         accuracy = [round(float(a), 4) for a in model.calibration.correct.mean(0)]
-    total = model.exits[-1].total
-    rows = [
+    total, size = model.exits[-1].total, input_size_of(model.backbone)[1:]
+    networks = [(f.name, f.shared, f.published, f.size, f.inner, f.macs()) for f in model.fronts]
+    networks.append((name_of(model.backbone), False, model.published, size, model.backbone, total))
+    accuracies = [*accuracy[: len(networks) - 1], accuracy[-1]]
+    thresholds = [*plain(model.thresholds.tolist())[: len(networks) - 1], None]
+    return [
         dict(
-            network=f.name,
-            weights='of the large network' if f.shared else _source(f.published),
-            size=f'{f.size[0]}x{f.size[1]}',
-            parameters=0 if f.shared else _count(f.inner),
-            macs=f.macs(),
-            share=round(f.macs() / total, 4),
+            network=name,
+            weights='of the large network' if shared else _source(published),
+            size=f'{height}x{width}',
+            parameters=0 if shared else sum(p.numel() for p in network.parameters()),
+            macs=macs,
+            share=round(macs / total, 4),
             accuracy=a,
             threshold=t,
         )
-        for f, a, t in zip(model.fronts, accuracy, plain(model.thresholds.tolist()), strict=False)
+        for (name, shared, published, (height, width), network, macs), a, t in zip(
+            networks, accuracies, thresholds, strict=True
+        )
     ]
-    _, height, width = input_size_of(model.backbone)
-    large: dict[str, Any] = dict(network=name_of(model.backbone), weights=_source(model.published))
-    large.update(
-        size=f'{height}x{width}',
-        parameters=_count(model.backbone),
-        macs=total,
-        share=1.0,
-        accuracy=accuracy[-1],
-        threshold=None,
-    )
-    return [*rows, large]
 
 
 def _source(published: Any) -> str:
     return 'in the release' if published is None else published.hub_id or published.name
-
-
-def _count(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())

@@ -21,9 +21,13 @@ from .download import Repository
 if TYPE_CHECKING:
     from ..formats import PublishedEntry
 
-__all__ = ['Published', 'fetch_published', 'identify']
+__all__ = ['NO_SOURCE', 'Published', 'fetch_published', 'identify']
 
 MAX_BYTES = 100 << 30  # of a backbone's weights
+# in timm's pretrained_cfg, all that says where weights come from
+NO_SOURCE: dict[str, Any] = dict(
+    url=None, file=None, state_dict=None, source=None, custom_load=False, hf_hub_id=None, hf_hub_filename=None
+)
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,10 @@ class Published:
     @property
     def source(self) -> dict[str, Any]:
         """Overlay for timm's pretrained_cfg that makes it load this checkpoint."""
-        nothing: dict[str, Any] = dict(
-            url=None, file=None, state_dict=None, source=None, custom_load=False, hf_hub_id=None, hf_hub_filename=None
-        )
         if self.hub_id is None:
-            return {**nothing, 'url': self.registered['url']}
+            return {**NO_SOURCE, 'url': self.registered['url']}
         own_name = None if self.filename == 'model.safetensors' else self.filename
-        return {**nothing, 'hf_hub_id': f'{self.hub_id}@{self.revision}', 'hf_hub_filename': own_name}
+        return {**NO_SOURCE, 'hf_hub_id': f'{self.hub_id}@{self.revision}', 'hf_hub_filename': own_name}
 
     def check(self, backbone: nn.Module, what: str) -> None:
         """Makes sure that `backbone` has these weights.

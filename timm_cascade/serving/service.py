@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,7 +17,7 @@ from ..data import eval_transform
 from ..errors import CascadeError, RequestError
 from ..inference.batch import Exited
 from ..model import CascadeModel
-from ..thresholds.samples import exit_costs, route
+from ..thresholds.samples import exit_costs, outcome
 from .decode import Limits, decode_image
 
 __all__ = ['Answer', 'Asked', 'Service', 'Setting']
@@ -90,7 +89,9 @@ class Service:
         self.options = predict_options
         self._lock = threading.Lock()
         self._settings: dict[int, Setting] = {}
-        self.default = self._setting(max_drop, model.thresholds.tolist(), self._expected(model.thresholds.tolist()))
+        thresholds, calibration = model.thresholds.tolist(), model.calibration
+        expected = None if calibration is None else outcome(calibration.samples(), thresholds).exit_shares
+        self.default = self._setting(max_drop, thresholds, expected)
 
     def prepare(self, image: bytes | Image.Image, max_drop: float | None = None, topk: int = TOPK) -> Asked:
         """Decodes an image and looks up its setting.
@@ -218,10 +219,3 @@ class Service:
             tuple(macs.tolist()),
             None if expected is None else tuple(expected),
         )
-
-    def _expected(self, thresholds: Sequence[float]) -> tuple[float, ...] | None:
-        calibration = self.model.calibration
-        if calibration is None:
-            return None
-        exits = route(calibration.confidence, thresholds)
-        return tuple((np.bincount(exits, minlength=len(thresholds) + 1) / len(exits)).tolist())

@@ -209,7 +209,7 @@ def certify(
     share, count = 0.0, 0
     disagree: IntArray | None = None
     if testing.agreement is not None and not from_best:
-        disagree, count = _disagreements(path, testing), testing.n
+        disagree, count = follow(path, replace(testing, correct=testing.agreement)).harmful, testing.n
         if unlabelled is not None:
             disagree, count = disagree + follow(path, unlabelled).harmful, count + unlabelled.n
         usual = _LABEL_FREE if samples.n < _FEW or unlabelled is not None else 0.0
@@ -254,11 +254,6 @@ def _relative_to(thresholds: FloatArray, samples: Samples) -> Samples:
     correct = samples.correct.copy()
     correct[:, -1] = samples.correct[np.arange(samples.n), route(samples.confidence, thresholds)]
     return replace(samples, correct=correct)
-
-
-def _disagreements(path: FloatArray, samples: Samples) -> IntArray:
-    assert samples.agreement is not None
-    return follow(path, replace(samples, correct=samples.agreement)).harmful
 
 
 def _by_disagreement(disagree: IntArray | None, n: int, max_drop: float, alpha: float) -> int:
