@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from ..backbone import input_size_of
 from ..data import ImageData
 from ..errors import ExportError
 from ..model import CascadeModel
-from ..utils.files import sha256_of
+from ..utils.files import beside, sha256_of
 from ..utils.timm_models import resolve_input_data_config
 from ..version import __version__
 from .layout import lay_out
@@ -179,12 +178,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if os.path.lexists(folder):
         raise ExportError(f'{folder} exists already; give a new folder, or remove it first.')
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.', suffix='.tmp'))
+    temporary = beside(folder)
+    temporary.mkdir()
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
         if os.path.lexists(folder):  # a rename would replace an empty one
             raise ExportError(f'{folder} was made by another program meanwhile; nothing was written.')
         temporary.rename(folder)

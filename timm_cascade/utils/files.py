@@ -7,13 +7,18 @@ import json
 import math
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ['git_oid', 'plain', 'readable_json', 'replacing', 'sha256_of', 'write_text']
+__all__ = ['beside', 'git_oid', 'plain', 'readable_json', 'replacing', 'sha256_of', 'write_text']
+
+
+def beside(path: Path) -> Path:
+    """A name in the folder of `path` that nothing has, for what is to be renamed to `path` once it is whole."""
+    return path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
 
 
 @contextmanager
@@ -25,16 +30,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
-    os.close(handle)
-    temporary = Path(name)
+    temporary = beside(path)
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
         with open(temporary, 'rb+') as f:
             os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
