@@ -92,7 +92,8 @@ def difference(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> st
 
 def shared_memory(state: Mapping[str, Tensor], wanted: Plan) -> str | None:
     """Tensors that share their memory and would not in a model that is loaded; None if there are none."""
-    shared = [group for group in _same(state, _storage) if group not in wanted.shared]
+    same = _same(state, lambda t: (t.untyped_storage().data_ptr(), str(t.device)))
+    shared = [group for group in same if group not in wanted.shared]
     return f'{" and ".join(shared[0][:3])} share their memory; loaded, each would have its own' if shared else None
 
 
@@ -100,10 +101,6 @@ def _same(tensors: Mapping[str, Tensor], key: Any) -> list[list[str]]:
     pairs = sorted((key(t), name) for name, t in tensors.items() if t.numel())
     groups = [[name for _, name in group] for _, group in groupby(pairs, key=lambda pair: pair[0])]
     return sorted(group for group in groups if len(group) > 1)
-
-
-def _storage(tensor: Tensor) -> tuple[int, str]:
-    return tensor.untyped_storage().data_ptr(), str(tensor.device)
 
 
 @contextmanager

@@ -7,11 +7,12 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from PIL import Image
 from timm.data.readers.img_extensions import IMG_EXTENSIONS
@@ -39,40 +40,22 @@ class Item(NamedTuple):
     row: int
     image: Path | bytes | Any
 
-    def open(self) -> Image.Image:
-        """Decodes the image.
-
-        Raises:
-            Exception: Whatever the decoder raises on a damaged image.
-        """
-        return open_image(self.image)
-
 
 def open_image(found: Path | bytes | Any) -> Image.Image:
-    """The image in a file, in encoded bytes, or as an array or picture; decoded and upright."""
+    """The image in a file, in encoded bytes, or as an array or picture; decoded and upright.
+
+    Raises:
+        Exception: Whatever the decoder raises on a damaged image.
+    """
     if isinstance(found, (Path, bytes)):
         with Image.open(io.BytesIO(found) if isinstance(found, bytes) else found) as image:
             return upright(image)
     return upright(found)
 
 
-class Source(Protocol):
-    """Images in a fixed order, of which any range can be read without the rest."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, stop: int) -> Iterator[Item]:
-        """The images start..stop-1."""
-        ...
-
-    def identity(self) -> Any:
-        """JSON that changes when the input's names, sizes or times change."""
-        ...
-
-
 @dataclass(frozen=True)
 class FileSource:
-    """Image files.
+    """Image files in a fixed order, of which any range can be read without the rest.
 
     Args:
         files: Their paths.
@@ -86,10 +69,12 @@ class FileSource:
         return len(self.files)
 
     def read(self, start: int, stop: int) -> Iterator[Item]:
+        """The images start..stop-1."""
         for path, name in zip(self.files[start:stop], self.names[start:stop], strict=True):
             yield Item(name, -1, path)
 
     def identity(self) -> Any:
+        """JSON that changes when the input's names, sizes or times change."""
         digest = hashlib.sha256()
         for path, name in zip(self.files, self.names, strict=True):
             digest.update(json.dumps([name, *_size_and_time(path)]).encode())
@@ -159,12 +144,15 @@ class DataSource:
         for row in range(start, min(stop, len(self.data))):
             try:
                 image = self.data.images[row]
-            except Exception:  # decoders raise whatever they like; `Item.open` reports the empty image
+            except Exception:  # decoders raise whatever they like; `open_image` reports the empty image
                 image = b''
             yield Item(name, row, image)
 
     def identity(self) -> Any:
         return dict(source=self.data.source, split=self.data.split, images=len(self.data))
+
+
+Source = FileSource | ParquetSource | DataSource
 
 
 def open_sources(
@@ -232,12 +220,8 @@ def _on_hub(text: str, repo: str, split: str | None, column: str | None) -> list
     files = hub_parquet_files(repo, parts[0].name) if whole else None
     if files is None:
         return [DataSource(load_data(text, split, labels=False, image_column=column))]
-    return [_parquet(f, f.removeprefix(HUB).partition('@')[0] + '/' + _inner(f), column) for f in files]
-
-
-def _inner(address: str) -> str:
-    """`data/test.parquet` of `hf://datasets/user/name@commit/data/test.parquet`."""
-    return address.rpartition('@')[2].partition('/')[2]
+    # user/name/data/test.parquet of hf://datasets/user/name@commit/data/test.parquet
+    return [_parquet(f, re.sub('@[^/]*', '', f.removeprefix(HUB), count=1), column) for f in files]
 
 
 def _remote(path: str) -> bool:

@@ -23,7 +23,7 @@ from ..utils.files import plain
 from ..utils.progress import progress
 from ..version import __version__
 from .cluster import predict_on_ray
-from .inputs import Source, open_sources
+from .inputs import Source, open_image, open_sources
 from .units import Unit, divide, open_folder, parse_shard
 from .writer import Predicted, count_part, to_table, write_part
 
@@ -86,7 +86,7 @@ class DecodedChunks(Dataset):
         for item in source.read(start, stop):
             names.append((item.filename, item.row))
             try:
-                images.append(self.transform(item.open()))
+                images.append(self.transform(open_image(item.image)))
                 errors.append(None)
             except Exception as e:  # decoders raise whatever they like
                 errors.append(f'{type(e).__name__}: {_without_address(str(e))}'[:300])

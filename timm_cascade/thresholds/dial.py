@@ -11,10 +11,9 @@ from numpy.typing import ArrayLike
 from ..errors import NotCalibratedError
 from .calibration import Calibration
 from .operating_point import OperatingPoint
-from .profile_store import load_profile, profile_key, store_profile
 from .samples import FloatArray
 from .table import ThresholdTable
-from .timing import Profile, Setup, in_time, savings
+from .timing import Profile, Setup, in_time, load_profile, profile_key, savings, store_profile
 
 __all__ = ['Dial', 'Measure']
 

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import TableFormatError
+from ..utils.files import write_text
 from .calibration import Calibration
 from .samples import check_thresholds, outcome
 
-__all__ = ['Profile', 'Saving', 'Setup', 'in_time', 'profiles_from_json', 'profiles_to_json', 'savings']
+__all__ = [
+    'Profile',
+    'Saving',
+    'Setup',
+    'in_time',
+    'load_profile',
+    'profile_key',
+    'profiles_from_json',
+    'profiles_to_json',
+    'savings',
+    'store_profile',
+]
 
 Seconds = NDArray[np.float64]
 Setup = tuple[str, str, bool]  # how a model runs: device (with threads on a CPU), dtype of its weights, compiled or not
@@ -140,3 +157,35 @@ def savings(calibration: Calibration, profile: Profile, thresholds: ArrayLike) -
         ]
         found.append(Saving(calibration.exits[m], *saved))
     return found
+
+
+# ---- profiles that were measured without being asked for, kept on this machine from one process to the next
+
+
+def profile_key(calibration: Calibration, setup: Setup) -> str:
+    """Identifies a calibrated model, how it runs and the versions that run it."""
+    versions = [metadata.version(name) for name in ('torch', 'timm')]
+    backbone = calibration.provenance.get('backbone_digest')
+    parts = (*setup, *versions, tuple(calibration.exits), calibration.heads_hash, backbone)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def load_profile(key: str) -> Profile | None:
+    """The stored profile; None if there is none that can be read."""
+    path = _path(key)
+    try:
+        (profile,) = profiles_from_json(path.read_text(encoding='utf-8'), str(path))
+    except (OSError, ValueError, TableFormatError):  # ValueError: more than one, or not text
+        return None
+    return profile
+
+
+def store_profile(key: str, profile: Profile) -> None:
+    """Stores a profile; where the folder cannot be written to, the next process measures again."""
+    with contextlib.suppress(OSError):
+        write_text(_path(key), profiles_to_json([profile]))
+
+
+def _path(key: str) -> Path:
+    cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    return Path(cache) / 'timm_cascade' / 'profiles' / f'{key}.json'

@@ -164,7 +164,8 @@ class _Finetuner:
         optimizer = accelerator.prepare(optimizer)
         fingerprints = [str(getattr(data, 'fingerprint', len(data))) for data in (self.train, val)]  # type: ignore[arg-type]
         decisive = {name: value for name, value in settings.items() if name != 'workers'}
-        work_dir = WorkDir(folder, 'backbone', accelerator, [decisive, fingerprints, self._shapes(), self.step_size])
+        shapes = str({name: tuple(t.shape) for name, t in self.backbone.state_dict().items()})
+        work_dir = WorkDir(folder, 'backbone', accelerator, [decisive, fingerprints, shapes, self.step_size])
         self._continue(work_dir.load(), optimizer)
 
         def epoch(bar: Any) -> dict[str, Any]:
@@ -172,7 +173,7 @@ class _Finetuner:
             accuracy = self._accuracy(val)
             best = accuracy >= max((line['accuracy'] for line in self.history), default=-1.0)
             if best:
-                self.best = {name: t.cpu().clone() for name, t in self._weights().items()}
+                self.best = {name: t.cpu().clone() for name, t in (self.ema or self.backbone.state_dict()).items()}
             return dict(epoch=number, loss=round(loss, 5), accuracy=accuracy, best=best)
 
         def state() -> dict[str, Any]:
@@ -182,12 +183,6 @@ class _Finetuner:
         work_dir.run(self.history, self.epochs, self.steps, epoch, state)
         self.backbone.load_state_dict(self.best)
         return self.history
-
-    def _shapes(self) -> str:
-        return str({name: tuple(t.shape) for name, t in self.backbone.state_dict().items()})
-
-    def _weights(self) -> dict[str, Tensor]:
-        return self.ema or self.backbone.state_dict()
 
     def _continue(self, saved: dict[str, Any] | None, optimizer: Any) -> None:
         if saved is not None:

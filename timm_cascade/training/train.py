@@ -24,8 +24,7 @@ from ..inference.weights import dtype_of
 from ..model import CascadeModel
 from ..utils.distributed import check_launch, create_accelerator, on_main
 from .features import FrozenFeatures, StoredFeatures, store
-from .threshold_path import path_from_features
-from .trainer import Classifier, Trainer, in_order, moments
+from .trainer import Classifier, Trainer, moments
 from .work_dir import WorkDir
 
 if TYPE_CHECKING:
@@ -161,7 +160,7 @@ def train_heads(
         trainer = Trainer(heads, sources[:views], (sources[views:] or [None])[0], accelerator, **recipe)
         settings = [recipe, keys, str(heads), trainer.step_size]
         history = trainer.run(WorkDir(folder, 'heads', accelerator, settings))
-        path = path_from_features(model, heads, in_order(sources[0], accelerator), accelerator)
+        path = trainer.path(model.stage_macs(), model.head_macs())
     except BaseException:
         fresh.load_state_dict(before)
         raise

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from ..data import UNLABELLED, check_labels
 from ..heads import NORMS
+from ..inference.batch import confidence
+from ..thresholds import Samples, training_path
+from ..thresholds.samples import FloatArray
 from ..utils.distributed import share_gradients, share_values, sum_over_processes
 from .features import Batch, FrozenFeatures, StoredFeatures
 from .work_dir import WorkDir
@@ -210,6 +213,33 @@ class Trainer:
         # gradients add up to those of the mean over the step's images; Accelerate divides by the number of parts
         accelerator.backward(loss * (accelerator.gradient_accumulation_steps / images))
         return torch.cat([loss.detach()[None], _correct(logits, labels, arrays[-1])])
+
+    @torch.no_grad()
+    def path(self, stage_cost: np.ndarray, head_cost: np.ndarray) -> FloatArray:
+        """Thresholds (K, M) in the order in which exits disagree with the full network on the training data.
+
+        The heads' losses there are far too small to believe, but only the order is used: the
+        held-out images of a calibration test it, all of them, as none has to propose it.
+
+        Args:
+            stage_cost, head_cost: See `thresholds.Samples`.
+        """
+        from accelerate.utils import gather_object
+
+        self.heads.eval()
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        for arrays, _ in in_order(self.views[0], self.accelerator):
+            arrays = [a.to(self.accelerator.device) for a in arrays]
+            with self.accelerator.autocast():
+                logits = self._logits(arrays)
+            logits += arrays[len(logits) :]  # a classifier that is not trained
+            answer = torch.stack([x.argmax(1) for x in logits], 1)
+            confident = torch.stack([confidence(x) for x in logits], 1)
+            found.append((confident.cpu().numpy(), (answer == answer[:, -1:]).cpu().numpy()))
+        if self.accelerator.num_processes > 1:
+            found = gather_object(found)
+        columns = [np.concatenate(x) for x in zip(*found, strict=True)]
+        return training_path(Samples(columns[0], columns[1], stage_cost, head_cost))
 
     def _logits(self, arrays: list[Tensor]) -> list[Tensor]:
         """Logits of each head; arrays beyond the heads are not used."""
