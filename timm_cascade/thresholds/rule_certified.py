@@ -87,7 +87,6 @@ class Certificate:
     Attributes:
         settings: Settings of max_drop, rising.
         rows: Row of the path for each setting; 0 closes all exits.
-        evidence: What certified each row: 'labels', 'disagreement', 'smaller setting', or 'none' for row 0.
         alphas: (labels, disagreement) error probabilities of each setting.
         path: (K, M) thresholds, nested.
         along: What each row does to the samples that tested.
@@ -101,7 +100,6 @@ class Certificate:
 
     settings: tuple[float, ...]
     rows: tuple[int, ...]
-    evidence: tuple[str, ...]
     alphas: tuple[tuple[float, float], ...]
     path: FloatArray
     along: Along
@@ -225,18 +223,12 @@ def certify(
         near = [max(x, y) for d, x, y in zip(order, with_labels, without, strict=True) if 0 < d <= _GAINS]
         reach = max(near, default=len(path) - 1)
         with_labels[0] = _by_labels(along, predicted, 0.0, alphas[0][0], min(reach, complete))[0]
-    best, rows, evidence = 0, [], []
-    for by_label, by_disagreement in zip(with_labels, without, strict=True):
-        why = 'smaller setting' if best else 'none'
-        for row, name in ((by_label, 'labels'), (by_disagreement, 'disagreement')):
-            if row and along.cost[row] < along.cost[best]:
-                best, why = row, name
-        rows.append(best)
-        evidence.append(why)
+    rows: list[int] = []
+    for reached in zip(with_labels, without, strict=True):  # what is certified for a smaller setting holds too
+        rows.append(min((*rows[-1:], 0, *reached), key=lambda row: float(along.cost[row])))
     return Certificate(
         settings=tuple(order),
         rows=tuple(rows),
-        evidence=tuple(evidence),
         alphas=tuple(alphas),
         path=path,
         along=along,

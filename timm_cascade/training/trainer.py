@@ -218,8 +218,8 @@ class Trainer:
     def path(self, stage_cost: np.ndarray, head_cost: np.ndarray) -> FloatArray:
         """Thresholds (K, M) in the order in which exits disagree with the full network on the training data.
 
-        The heads' losses there are far too small to believe, but only the order is used: the
-        held-out images of a calibration test it, all of them, as none has to propose it.
+        The heads' losses there are far too small to believe, but only the order is used: the held-out images of a
+        calibration test it, all of them, as none has to propose it.
 
         Args:
             stage_cost, head_cost: See `thresholds.Samples`.
