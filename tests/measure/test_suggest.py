@@ -123,7 +123,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(large, many):
         (['nonsense'], many, FrontError, "'nonsense' in front of cifar_resnet20"),
         ([named, other], many, FrontError, '5 classes, cifar_resnet20 has 4'),
         ([named, swapped], many, FrontError, "class 1 is 'c' there and 'b' in quarters"),
-        ([named], many.without_labels(), ValueError, '384 of 384 images of quarters have no label'),
+        ([named], many.without_labels(), ValueError, 'some images have no label'),
         ([named, named], many, ValueError, 'among the candidates twice'),
         ([], many, ValueError, 'nothing to compare'),
     ):
@@ -138,7 +138,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(large, many):
         (image, -1 if i == 3 else int(label))
         for i, (image, label) in enumerate(zip(many.images, many.labels, strict=True))
     ]
-    with pytest.raises(ValueError, match='1 of 384 images of list have no label'):
+    with pytest.raises(ValueError, match='some images have no label'):
         timm_cascade.suggest(large, [named], some)
 
 
