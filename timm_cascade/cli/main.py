@@ -6,50 +6,24 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from ..errors import CascadeError
-from . import (
-    calibrate_command,
-    evaluate_command,
-    export_command,
-    info_command,
-    predict_command,
-    profile_command,
-    push_command,
-    serve_command,
-    suggest_command,
-    train_command,
-)
 from .output import show
 
 __all__ = ['main']
 
-COMMANDS = (
-    train_command,
-    calibrate_command,
-    evaluate_command,
-    export_command,
-    predict_command,
-    serve_command,
-    suggest_command,
-    profile_command,
-    info_command,
-    push_command,
-)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='timm-cascade', description='Early exits for every timm model.')
-    commands = parser.add_subparsers(dest='command', required=True)
-    for module in COMMANDS:
-        module.add_command(commands)
-    return parser
+COMMANDS = ('train', 'calibrate', 'evaluate', 'export', 'predict', 'serve', 'suggest', 'profile', 'info', 'push')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status, 2 for a request that cannot be met."""
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
-    args = _parser().parse_args(argv)
+    parser = argparse.ArgumentParser(prog='timm-cascade', description='Early exits for every timm model.')
+    commands = parser.add_subparsers(dest='command', required=True)
+    for name in COMMANDS:
+        import_module(f'.{name}_command', __package__).add_command(commands)
+    args = parser.parse_args(argv)
     try:
         result = args.run(args)
     except (ValueError, OSError, CascadeError) as e:
