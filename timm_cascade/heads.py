@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .utils.snapshot import Snapshot, places_of
 
-__all__ = ['MAX_SHARE', 'PRESETS', 'ExitHead', 'classify_with', 'create_heads', 'head_configs', 'scale_and_shift']
+__all__ = ['MAX_SHARE', 'PRESETS', 'ExitHead', 'columns_of', 'create_heads', 'head_configs', 'scale_and_shift']
 
 # what a description leaves out
 DEFAULTS: dict[str, Any] = dict(grid=4, hidden=64, norm=True, mean=False, tokens=False, hidden_norm=False)
@@ -43,7 +43,8 @@ class ExitHead(nn.Module):
     """Pools features to a few columns per channel, standardises these, and classifies with one or two linear layers.
 
     `pool` has no parameters: with a frozen backbone its output can be computed once and stored. In evaluation mode the
-    norm is part of the first linear layer's weights, computed again when one of the tensors has changed.
+    norm is part of the first linear layer's weights, computed again when one of the tensors has changed, and where the
+    cells of the grid are not of one size, pooling is a product with a matrix.
 
     Args:
         channels: Channels of the features.
@@ -95,31 +96,43 @@ class ExitHead(nn.Module):
 
     def pool(self, features: Tensor) -> Tensor:
         """Features (N, ...) in this head's layout to (N, in_features)."""
-        return self._pool(features, False)[0]
+        grid, tokens = self._split(features)
+        beside = [grid.mean((2, 3))[:, None]] if self.mean else []
+        beside = [part.transpose(1, 2) for part in (*beside, *tokens)]
+        pooled = F.adaptive_avg_pool2d(grid, self.grid)
+        return (torch.cat([pooled.flatten(2), *beside], 2) if beside else pooled).flatten(1)
 
-    def read(self, features: Tensor) -> tuple[Tensor, bool]:
-        """What the first of the layers for inference reads, and whether that is without the mean.
+    def answer(self, features: Tensor, form: Folded) -> Tensor:
+        """Logits (N, num_classes) of features (N, ...), by what `inference_layers` returned.
 
         Where all cells of the pooled grid are of one size, the mean is that of the cells, and need not be computed.
         """
-        return self._pool(features, self.mean)
+        nchw, even = self.layout == 'NCHW', self.is_even(self.size)
+        positions = features.shape[2:] if nchw else features.shape[1:-1]
+        if form.pooling is not None and positions == form.positions:
+            pooled = form.pooling @ (features.flatten(2).transpose(1, 2) if nchw else features.flatten(1, -2))
+        else:
+            grid, tokens = self._split(features)
+            even = self.is_even(grid.shape[2:])
+            beside = tokens if even or not self.mean else [grid.mean((2, 3))[:, None], *tokens]
+            # in channels-last features, and in tokens, this is how the cells lie in memory
+            pooled = F.adaptive_avg_pool2d(grid, self.grid).flatten(2).transpose(1, 2)
+            pooled = torch.cat([pooled, *beside], 1) if beside else pooled
+        return _classify_with(form.without_mean if even else form.whole, pooled.flatten(1))
 
-    def _pool(self, features: Tensor, may_leave_out: bool) -> tuple[Tensor, bool]:
-        beside = []
+    def _split(self, features: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The grid (N, C, H, W), and the prefix tokens (N, tokens, C) if they are read."""
+        if self.layout == 'NCHW':
+            return features, []
         if self.layout == 'NHWC':
-            features = features.permute(0, 3, 1, 2)
-        elif self.layout == 'NLC':
-            features = features.transpose(1, 2)
-            beside = [features[..., : self.prefix_tokens]] if self.tokens else []
-            features = features[..., self.prefix_tokens :]
-            features = features.unflatten(2, (self._rows(features.shape[2]), -1))
-        (rows, columns), leaves_out = self.grid, False
-        if self.mean:
-            leaves_out = may_leave_out and features.shape[2] % rows == features.shape[3] % columns == 0
-            if not leaves_out:
-                beside = [features.mean((2, 3))[..., None], *beside]
-        pooled = F.adaptive_avg_pool2d(features, self.grid)
-        return (torch.cat([pooled.flatten(2), *beside], 2) if beside else pooled).flatten(1), leaves_out
+            return features.permute(0, 3, 1, 2), []
+        grid = features[:, self.prefix_tokens :]
+        grid = grid.unflatten(1, (self._rows(grid.shape[1]), -1)).permute(0, 3, 1, 2)
+        return grid, [features[:, : self.prefix_tokens]] if self.tokens else []
+
+    def is_even(self, size: Sequence[int]) -> bool:
+        """Whether all cells of the pooled grid are of one size."""
+        return size[0] % self.grid[0] == size[1] % self.grid[1] == 0
 
     def _rows(self, tokens: int) -> int:
         """Rows of the grid that the tokens form, for images of any size with the aspect ratio of `size`."""
@@ -128,11 +141,10 @@ class ExitHead(nn.Module):
 
     def classify(self, pooled: Tensor) -> Tensor:
         """(N, in_features) to logits (N, num_classes)."""
-        layers = self.inference_layers(pooled)
-        return self.fc(self.hidden(self.norm(pooled))) if layers is None else classify_with(layers.whole, pooled)
+        return self.fc(self.hidden(self.norm(pooled)))
 
     def inference_layers(self, inputs: Tensor | None = None) -> Folded | None:
-        """The linear layers with the norm in the first; None where the layers themselves must run.
+        """What `answer` needs: the norm is in the first layer. None where the layers themselves must run.
 
         They must in training, in half precision (whose rounding the norm keeps small), and where a layer was replaced.
         """
@@ -162,15 +174,12 @@ class ExitHead(nn.Module):
         return {k: v for k, v in self.__dict__.items() if k != '_watched'}
 
     def forward(self, features: Tensor) -> Tensor:
-        layers = self.inference_layers(features)
-        if layers is None:
-            return self.fc(self.hidden(self.norm(self.pool(features))))
-        pooled, without_mean = self._pool(features, self.mean)
-        return classify_with(layers.without_mean if without_mean else layers.whole, pooled)
+        form = self.inference_layers(features)
+        return self.classify(self.pool(features)) if form is None else self.answer(features, form)
 
 
-def classify_with(layers: Layers, pooled: Tensor) -> Tensor:
-    """Logits (N, num_classes) of pooled features, by the layers that `inference_layers` returned."""
+def _classify_with(layers: Layers, pooled: Tensor) -> Tensor:
+    """Logits (N, num_classes) of pooled features, by the layers of a form for inference."""
     answer = F.linear(pooled, *layers[0])
     return answer if len(layers) == 1 else F.linear(answer.relu_(), *layers[1])
 
@@ -185,10 +194,19 @@ def _columns(
 
 
 class Folded(NamedTuple):
-    """A head's layers for inference, for pooled features with their mean and without it; see `ExitHead.read`."""
+    """A head for inference. The layers read columns before channels, unlike the head's own.
+
+    Attributes:
+        whole: The layers for all columns.
+        without_mean: The layers for all columns but the mean.
+        pooling: What features of the head's own size are multiplied with, by position; None where pooling is faster.
+        positions: The shape of these features, but for samples and channels.
+    """
 
     whole: Layers
     without_mean: Layers
+    pooling: Tensor | None
+    positions: tuple[int, ...]
 
 
 class _Watched(NamedTuple):
@@ -240,16 +258,41 @@ def _fold(head: ExitHead) -> Folded | None:
     if between is not None:
         scale, shift = scale_and_shift(between, weight.dtype)
         weight, bias = weight * scale[:, None], shift if bias is None else bias * scale + shift
-    layers[0] = weight, bias
-    return Folded(layers, _without_mean(head, layers) if head.mean else layers)
+    layers[0] = weight.unflatten(1, (-1, head.columns)).transpose(1, 2).flatten(1), bias
+    (last, bias), even = layers[-1], head.is_even(head.size)
+    if len(layers) == 2 and last.shape[0] > last.shape[1]:  # a processor multiplies one row faster by these columns
+        layers[-1] = last.T.contiguous().T, bias
+    pooling, tokens = None, (head.prefix_tokens + math.prod(head.size),)
+    if not even or head.layout == 'NLC':
+        pooling = columns_of(head, head.size, head.mean and not even).to(last)
+    without_mean = _without_mean(head, layers) if head.mean else layers
+    return Folded(layers, without_mean, pooling, tokens if head.layout == 'NLC' else tuple(head.size))
 
 
 def _without_mean(head: ExitHead, layers: Layers) -> Layers:
     (weight, bias), *others = layers
     cells = head.grid[0] * head.grid[1]
-    columns = weight.unflatten(1, (-1, head.columns))
-    mean = columns[..., cells : cells + 1] / cells
-    return [(torch.cat([columns[..., :cells] + mean, columns[..., cells + 1 :]], 2).flatten(1), bias), *others]
+    columns = weight.unflatten(1, (head.columns, -1))
+    mean = columns[:, cells : cells + 1] / cells
+    return [(torch.cat([columns[:, :cells] + mean, columns[:, cells + 1 :]], 1).flatten(1), bias), *others]
+
+
+def columns_of(head: ExitHead, size: Sequence[int], mean: bool) -> Tensor:
+    """(columns, prefix tokens and pixels) float64: what pooling multiplies features of this size with."""
+    pooling = _averages(size, head.grid)
+    if mean:
+        pooling = torch.cat([pooling, _averages(size, (1, 1))])
+    pooling = F.pad(pooling, (head.prefix_tokens, 0))
+    return torch.cat([pooling, torch.eye(head.tokens, pooling.shape[1], dtype=pooling.dtype)])
+
+
+def _averages(size: Sequence[int], grid: tuple[int, int]) -> Tensor:
+    """(cells, pixels): what adaptive average pooling from `size` to `grid` multiplies an image's pixels with."""
+    rows, columns = (
+        F.adaptive_avg_pool1d(torch.eye(pixels, dtype=torch.float64), cells).T
+        for pixels, cells in zip(size, grid, strict=True)
+    )
+    return torch.kron(rows, columns)
 
 
 def head_configs(head: HeadSpec, points: Sequence[Any], num_classes: int) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..errors import ExportError
-from ..heads import ExitHead, scale_and_shift
+from ..heads import ExitHead, columns_of, scale_and_shift
 from ..inference.batch import confidence
 from ..inference.graph import StagedBackbone
 
@@ -58,9 +58,9 @@ class FoldedHead(nn.Module):
                     cells = by_channel[..., :-1]
                     weight = (cells + by_channel[..., -1:] / cells.shape[-1]).flatten(1)
             else:  # no pooling operator of ONNX has cells of different sizes: a product with their averages has
-                pooling = _columns_of(head, (height, width)).T
+                pooling = columns_of(head, (height, width), head.mean).T
         else:
-            pooling = _columns_of(head, tuple(shape[1:3]) if head.layout == 'NHWC' else head.size)
+            pooling = columns_of(head, tuple(shape[1:3]) if head.layout == 'NHWC' else head.size, head.mean)
             # pooled cells come before channels here, while the head's weights have channels first
             weight = by_channel.transpose(1, 2).flatten(1)
         self.spatial = head.layout == 'NHWC'
@@ -79,23 +79,6 @@ class FoldedHead(nn.Module):
             pooled = self.pooling @ features  # type: ignore[operator]
         answer = self.first(pooled.flatten(1))
         return answer if self.second is None else self.second(answer.relu())
-
-
-def _columns_of(head: ExitHead, size: Sequence[int]) -> Tensor:
-    """(columns, prefix tokens and pixels): what the head's pooling multiplies features of this size with."""
-    rows = [_averages(size, head.grid)]
-    if head.mean:
-        rows.append(_averages(size, (1, 1)))
-    pooling = F.pad(torch.cat(rows), (head.prefix_tokens, 0))
-    prefix = torch.eye(head.tokens, pooling.shape[1], dtype=pooling.dtype)
-    return torch.cat([pooling, prefix])
-
-
-def _averages(size: Sequence[int], grid: tuple[int, int]) -> Tensor:
-    """(cells, pixels): what adaptive average pooling from `size` to `grid` multiplies an image's pixels with."""
-    pixels = size[0] * size[1]
-    pooled = F.adaptive_avg_pool2d(torch.eye(pixels, dtype=torch.float64).view(pixels, 1, *size), grid)
-    return pooled.flatten(1).T.contiguous()
 
 
 def _linear(weight: Tensor, bias: Tensor, like: nn.Linear) -> nn.Linear:

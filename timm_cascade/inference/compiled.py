@@ -20,9 +20,10 @@ import torch
 import torch._dynamo
 import torch._inductor
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..backbone import select_rows
-from ..heads import ExitHead, classify_with
+from ..heads import ExitHead
 from ..utils.clock import clock
 from ..utils.snapshot import Snapshot, places_of
 from .batch import confidence
@@ -179,21 +180,18 @@ class _Head(nn.Module):
         self.head: Any = head
         hooked = head._forward_hooks or head._forward_pre_hooks
         with torch.no_grad():
-            layers = head.inference_layers() if type(head) is ExitHead and not hooked else None
-        for name, form in (layers._asdict() if layers is not None else {}).items():
-            for i, (weight, bias) in enumerate(form):
-                self.register_buffer(f'{name}_weight{i}', weight.detach())
-                self.register_buffer(f'{name}_bias{i}', None if bias is None else bias.detach())
-        self.count = 0 if layers is None else len(layers.whole)
+            form = head.inference_layers() if type(head) is ExitHead and not hooked else None
+        # the compiler makes one loop of the pooling and what comes before it; a product it would only call
+        leaves, self.spec = tree_flatten(form and form._replace(pooling=None))
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                self.register_buffer(f'leaf{i}', leaf.detach())
+            else:
+                setattr(self, f'leaf{i}', leaf)
 
     def forward(self, features: Tensor) -> Answer:
-        if self.count:
-            pooled, without_mean = self.head.read(features)
-            name = 'without_mean' if without_mean else 'whole'
-            form = [(getattr(self, f'{name}_weight{i}'), getattr(self, f'{name}_bias{i}')) for i in range(self.count)]
-            logits = classify_with(form, pooled)
-        else:
-            logits = self.head(features)
+        form = tree_unflatten([getattr(self, f'leaf{i}') for i in range(self.spec.num_leaves)], self.spec)
+        logits = self.head(features) if form is None else self.head.answer(features, form)
         return logits, confidence(logits)
 
 
