@@ -38,7 +38,8 @@ def with_ours():
     if not os.fork():
         os.close(tell), os.close(listen)
         import timm_cascade.cli.main, timm_cascade.hub, timm_cascade.measure, timm_cascade.prediction
-        import timm_cascade.training, accelerate, scipy.optimize, scipy.special
+        import timm_cascade.exporters, timm_cascade.serving.service, timm_cascade.training
+        import accelerate, scipy.optimize, scipy.special
         serve(os.fdopen(jobs), os.fdopen(answers, 'w'))
         os._exit(0)
     os.close(jobs), os.close(answers)

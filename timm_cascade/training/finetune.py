@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -135,7 +136,7 @@ class _Finetuner:
         self.step_size = self.batch_size * accelerator.gradient_accumulation_steps
         self.steps = -(-self.n // self.step_size)
         self.history: list[dict[str, Any]] = []
-        self.ema: dict[str, Tensor] = {}
+        self.ema: ModelEmaV3 | None = None
         self.best: dict[str, Tensor] = {}
 
     def run(self, val: Dataset, folder: Path | None) -> list[dict[str, Any]]:
@@ -173,25 +174,31 @@ class _Finetuner:
             accuracy = self._accuracy(val)
             best = accuracy >= max((line['accuracy'] for line in self.history), default=-1.0)
             if best:
-                self.best = {name: t.cpu().clone() for name, t in (self.ema or self.backbone.state_dict()).items()}
+                self.best = {name: t.cpu().clone() for name, t in self._kept().state_dict().items()}
             return dict(epoch=number, loss=round(loss, 5), accuracy=accuracy, best=best)
 
         def state() -> dict[str, Any]:
-            parts = dict(backbone=self.backbone.state_dict(), best=self.best, ema=self.ema)
+            ema = {} if self.ema is None else self.ema.module.state_dict()
+            parts = dict(backbone=self.backbone.state_dict(), best=self.best, ema=ema)
             return dict(parts, optimizer=optimizer.state_dict())
 
         work_dir.run(self.history, self.epochs, self.steps, epoch, state)
         self.backbone.load_state_dict(self.best)
         return self.history
 
+    def _kept(self) -> nn.Module:
+        """The network whose weights are validated and kept: the average, where there is one."""
+        return self.backbone if self.ema is None else self.ema.module
+
     def _continue(self, saved: dict[str, Any] | None, optimizer: Any) -> None:
+        if self.settings['ema_decay']:
+            self.ema = ModelEmaV3(self.backbone, self.settings['ema_decay'])
         if saved is not None:
             self.backbone.load_state_dict(saved['backbone'])
             optimizer.load_state_dict(saved['optimizer'])
             self.history, self.best = saved['history'], saved['best']
-            self.ema = {name: t.to(self.accelerator.device) for name, t in saved['ema'].items()}
-        elif self.settings['ema_decay']:
-            self.ema = {name: t.clone() for name, t in self.backbone.state_dict().items()}
+            if self.ema is not None:
+                self.ema.module.load_state_dict(saved['ema'])
 
     def _run_epoch(self, optimizer: Any, schedule: Any, bar: Any) -> float:
         """Trains one epoch; returns the mean loss."""
@@ -222,7 +229,8 @@ class _Finetuner:
                     optimizer.step()
                     optimizer.zero_grad()
                     updates += 1
-                    self._average()
+                    if self.ema is not None:
+                        self.ema.update(self.backbone)
                     bar.update()
         bar.update((epoch + 1) * self.steps - updates)
         share_values(accelerator, self.backbone.buffers())  # running statistics
@@ -246,29 +254,16 @@ class _Finetuner:
         return loss.detach()
 
     @torch.no_grad()
-    def _average(self) -> None:
-        for name, tensor in self.backbone.state_dict().items() if self.ema else ():
-            if tensor.is_floating_point():
-                self.ema[name].lerp_(tensor, 1 - self.settings['ema_decay'])
-            else:
-                self.ema[name].copy_(tensor)
-
-    @torch.no_grad()
     def _accuracy(self, val: Dataset) -> float:
         """Top-1 of the weights that would be kept, on all images of `val`."""
         accelerator = self.accelerator
-        current = {name: t.clone() for name, t in self.backbone.state_dict().items()} if self.ema else None
-        if current:
-            self.backbone.load_state_dict(self.ema)
-        self.backbone.eval()
+        network = self._kept().eval()
         view = View(self.model, val)
         parts = np.array_split(np.arange(len(view)), -(-len(view) // self.batch_size))
         plan = [part.tolist() for part in parts[accelerator.process_index :: accelerator.num_processes]]
         correct = torch.zeros((), device=accelerator.device)
         for images, labels in DataLoader(view, batch_sampler=plan, num_workers=self.settings['workers']):
             with accelerator.autocast():
-                logits = self.backbone(images.to(accelerator.device).float())
+                logits = network(images.to(accelerator.device).float())
             correct += (logits.argmax(1) == labels.to(accelerator.device)).sum()
-        if current:
-            self.backbone.load_state_dict(current)
         return round(float(sum_over_processes(accelerator, correct)) / len(view), 5)
