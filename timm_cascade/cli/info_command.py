@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .. import hub
-from ..hub.members import members
+from ..hub.card import members
 from ..utils.files import plain
 from .options import Commands, output_options
 

@@ -77,6 +77,12 @@ def _grid(value: Any) -> Any:
     return value
 
 
+def _check_arguments(names: list[str]) -> None:
+    wrong = [n for n in names if not n.isidentifier() or n in NOT_ARGS or len(n) > SHOWN]
+    if wrong or len(names) > SHOWN:
+        raise ValueError(f'{show(wrong or names)} are not arguments that a release may set')
+
+
 def _repository(value: str) -> str:
     from huggingface_hub.utils import validate_repo_id
 
@@ -163,9 +169,7 @@ class FrontEntry(Described):
 
     @model_validator(mode='after')
     def _fits(self) -> FrontEntry:
-        wrong = [n for n in self.args if not n.isidentifier() or n in NOT_ARGS]
-        if wrong or len(self.args) > SHOWN:
-            raise ValueError(f'{show(wrong or list(self.args))} are not arguments that a release may set')
+        _check_arguments(list(self.args))
         if self.published is not None and (self.shared or self.published.digest != self.digest):
             raise ValueError(f'digest {show(self.digest)} is not that of the published network')
         return self
@@ -222,10 +226,7 @@ class _ModelArgs(Open):
 
     @model_validator(mode='after')
     def _fit(self) -> _ModelArgs:
-        names = list(self.model_extra or {})
-        wrong = [n for n in names if not n.isidentifier() or n in NOT_ARGS or len(n) > SHOWN]
-        if wrong or len(names) > SHOWN:
-            raise ValueError(f'{show(wrong or names)} are not arguments that a release may set')
+        _check_arguments(list(self.model_extra or {}))
         inner, count = len(self.exits), len(self.front) + len(self.exits)
         for what, given, of in (('thresholds', self.thresholds, count), ('descriptions of a head', self.head, inner)):
             if len(given) != of:
