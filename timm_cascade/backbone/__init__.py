@@ -5,7 +5,7 @@ from ..utils.timm_models import input_size_of
 from . import cifar_resnet
 from .exits import ExitPoint, candidates, cut, features_of, input_point, pre_logits_of, resolve_exits
 from .groups import nested_groups
-from .probe import backbone_macs, check_classifier, meta_pass
+from .probe import backbone_macs, check_classifier, evaluating, meta_pass
 from .rows import merge_rows, select_rows
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     'check_classifier',
     'cifar_resnet',
     'cut',
+    'evaluating',
     'features_of',
     'input_point',
     'input_size_of',

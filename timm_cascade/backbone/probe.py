@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from ..errors import BackboneError
 from ..utils.timm_models import fault_of
 
-__all__ = ['PROBE_BATCH', 'backbone_macs', 'check_classifier', 'meta_pass']
+__all__ = ['PROBE_BATCH', 'backbone_macs', 'check_classifier', 'evaluating', 'meta_pass']
 
 # images in a meta pass: a number that divides no other size of a network by accident
 PROBE_BATCH = 11
@@ -56,7 +56,8 @@ class _Counter(TorchDispatchMode):
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; then each module is in the mode it was in."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -118,7 +119,7 @@ def meta_pass(
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     images = torch.empty(PROBE_BATCH, *input_size, device='meta', dtype=dtype)
     try:
-        with torch.no_grad(), _eval_mode(model), _on_meta(model), counter or nullcontext(), _Shapes():
+        with torch.no_grad(), evaluating(model), _on_meta(model), counter or nullcontext(), _Shapes():
             output = model(images)
         return output, macs()
     except RuntimeError as e:

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor
 
-from ..backbone import input_size_of
+from ..backbone import evaluating, input_size_of
 from ..utils.clock import clock, device_name
 from ..version import __version__
 from .batch import ActiveBatch
@@ -30,9 +30,7 @@ def measure(model: Any, images: Tensor, repeats: int) -> dict[str, Any]:
 
     The plain backbone takes turns with the stages. The model is measured where it is, in its dtype, compiled if it is.
     """
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         stages, plain = model.runner(images, early_exit=True), model.runner(images, early_exit=False)
         parts, whole = [], []
         for i in range(-2, repeats):  # the first two warm both up
@@ -47,8 +45,6 @@ def measure(model: Any, images: Tensor, repeats: int) -> dict[str, Any]:
             if i >= 0:
                 parts.append(seconds)
                 whole.append(total)
-    finally:
-        model.train(training)
     medians = np.median(np.array(parts), axis=0) / len(images)
     count = len(model.exits)
     return dict(

@@ -13,6 +13,7 @@ import timm
 import torch
 from torch.utils.data import Dataset
 
+from ..backbone import evaluating
 from ..data import UNLABELLED, check_labels, create_loader, prepare_data, weak_backbone
 from ..inference.batch import confidence
 from ..inference.request import unwrap
@@ -67,10 +68,9 @@ def observe(
     Raises:
         ValueError: Labels that are not classes of the model.
     """
-    training = model.training
-    model.to(accelerator.device).eval()
+    model.to(accelerator.device)
     parts: list[tuple[torch.Tensor, ...]] = []
-    try:
+    with evaluating(model):
         share = max(1, batch_size // accelerator.num_processes)
         loader = accelerator.prepare_data_loader(create_loader(model, data, share, workers))
         for images, target in progress(loader, what, accelerator.is_main_process):
@@ -79,8 +79,6 @@ def observe(
             confident = torch.stack([confidence(x) for x in logits], 1)
             answer = torch.stack([x.argmax(1) for x in logits], 1)
             parts.append(accelerator.gather_for_metrics((confident, answer, target, _digests(images))))
-    finally:
-        model.train(training)
     observed = Observed(*(torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True)))
     check_labels(observed.label, model.num_classes, needed=False)
     return observed

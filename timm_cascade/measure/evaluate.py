@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..backbone import evaluating
 from ..data import check_labels, create_loader, prepare_data
 from ..inference.request import unwrap
 from ..model import CascadeModel
@@ -107,10 +108,8 @@ def evaluate(
     """
     model = unwrap(model, CascadeModel)
     data = prepare_data(model, data)
-    training = model.training
-    model.eval()
     exits, right, full_right, ratios, weights = [], [], [], [], []
-    try:
+    with evaluating(model):
         for i, (images, target) in enumerate(
             progress(create_loader(model, data, batch_size, workers), title, leave=False)
         ):
@@ -127,8 +126,6 @@ def evaluate(
             full_right.append((full.argmax(1).cpu() == target).numpy())
             ratios.append(cascade_time / full_time)
             weights.append(len(images))
-    finally:
-        model.train(training)
     # batches that are not full (the last one) are not a fair sample of the time
     whole = [r for r, w in zip(ratios, weights, strict=True) if w == max(weights)]
     exit_of, correct, full_correct = (np.concatenate(a) for a in (exits, right, full_right))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..backbone import evaluating
 from ..data import ImageData
 from ..data.views import eval_transform
 from ..errors import BadImageError
@@ -267,16 +268,11 @@ def predict(
     _remove_leftovers(folder)
     run = UnitPredictor.write if engine == 'local' else partial(predict_on_ray, actors=actors)
     predictor = UnitPredictor(model, sources, batch_size, topk, workers, on_bad_image)
-    training = model.training
-    model.eval()
     began, count = time.perf_counter(), sum(u.stop - u.start for u in todo)
-    try:
-        total = sum(u.stop - u.start for u in mine)
-        with progress(total=total, initial=total - count, unit='images') as bar:
-            for done in run(predictor, todo, folder):
-                bar.update(done.stop - done.start)
-    finally:
-        model.train(training)
+    total = sum(u.stop - u.start for u in mine)
+    with evaluating(model), progress(total=total, initial=total - count, unit='images') as bar:
+        for done in run(predictor, todo, folder):
+            bar.update(done.stop - done.start)
     seconds = time.perf_counter() - began
     return _summary(model, folder, units, len(todo), count / seconds if count else float('nan'))
 
