@@ -100,23 +100,19 @@ class ParquetSource:
 
     def read(self, start: int, stop: int) -> Iterator[Item]:
         file = _open_parquet(self.path)
-        first = 0
+        after = 0  # the row after this group
         for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if first < stop and first + rows > start:
-                row = first
-                for batch in file.iter_batches(64, row_groups=[group], columns=[self.column]):
-                    if row + len(batch) > start and row < stop:
-                        values = batch.column(0).slice(
-                            max(start - row, 0), min(stop, row + len(batch)) - max(start, row)
-                        )
-                        for number, value in enumerate(values.to_pylist(), max(start, row)):
-                            found = value.get('bytes') if isinstance(value, dict) else value
-                            yield Item(self.name, number, found if found is not None else b'')
-                    row += len(batch)
-                    if row >= stop:
-                        break
-            first += rows
+            row, after = after, after + file.metadata.row_group(group).num_rows
+            if row >= stop or after <= start:
+                continue
+            for batch in file.iter_batches(64, row_groups=[group], columns=[self.column]):
+                begin, end = max(start, row), min(stop, row + len(batch))
+                for number, value in enumerate(batch.column(0)[begin - row : end - row].to_pylist(), begin):
+                    found = value.get('bytes') if isinstance(value, dict) else value
+                    yield Item(self.name, number, found if found is not None else b'')
+                row += len(batch)
+                if row >= stop:
+                    break
 
     def identity(self) -> Any:
         return dict(
