@@ -1,6 +1,6 @@
 """Publishes a cascade on the Hub, and loads it again with timm alone.
 
-python scripts/examples/sharing.py ME/cascade_cifar_resnet20.fashion_mnist     (needs a token: huggingface-cli login)
+python scripts/examples/sharing.py ME/cascade_cifar_resnet20.fashion_mnist     (needs a token: hf auth login)
 """
 
 import sys

@@ -33,7 +33,7 @@ def test_the_page_says_what_evaluate_measures(calibrated, images, tmp_path):
     write_report(calibrated, data, tmp_path / 'report.html')
     text = (tmp_path / 'report.html').read_text()
     report, page = timm_cascade.evaluate(calibrated, data), Counts(text)
-    assert not page.links and page.tags.count('svg') == 4 and '<b>' not in text and '&lt;b&gt;' in text
+    assert not page.links and page.tags.count('svg') == 2 and '<b>' not in text and '&lt;b&gt;' in text
     said = f'{report.full_accuracy:.1%} correctly, the cascade at its active thresholds {report.accuracy:.1%} with '
     assert said + f'{report.macs_share:.1%}' in text
     assert f'{report.exit_shares[0]:.1%} of the images, {report.exit_accuracy[0]:.1%} correct' in text

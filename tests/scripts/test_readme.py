@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 import pytest
 from helpers import ROOT
+
+from timm_cascade.cli.main import _parser
 
 
 def test_the_readme_is_short_and_its_quickstart_is_the_example():
@@ -42,3 +45,19 @@ def test_pages_include_their_examples():
                 assert found, f'{file.name}: {line}'
                 included.add(found[1])
     assert included >= {file.name for file in (ROOT / 'scripts' / 'examples').glob('*.py')}
+
+
+def test_commands_on_pages_have_these_options():
+    parser, seen = _parser(), 0
+    for file in (ROOT / 'README.md', *(ROOT / 'docs' / 'pages').rglob('*.md')):
+        text = re.sub(r'\\\n\s*', '', file.read_text(encoding='utf-8'))
+        for command in re.findall(r'^ {4}timm-cascade (.*)', text, re.MULTILINE):
+            words = shlex.split(command.replace('$((', '').replace('FOLDER|REPO', 'FOLDER'), comments=True)
+            if '...' in words:
+                continue
+            try:
+                parser.parse_args(words)
+            except SystemExit:
+                raise AssertionError(f'{file.name}: timm-cascade {command}') from None
+            seen += 1
+    assert seen > 10

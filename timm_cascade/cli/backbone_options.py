@@ -141,6 +141,14 @@ def create_cascade(args: argparse.Namespace, num_classes: int, finetuned: bool =
         raise ValueError(
             f'--model {args.model}{f" --checkpoint {args.checkpoint}" if args.checkpoint else ""}: {e}'
         ) from e
+    except OSError as e:  # of the Hub
+        if not pretrained:
+            raise
+        raise ValueError(
+            f'--model {args.model}: the published weights could not be fetched ({e}). Give them as a file, '
+            f"""--model-kwargs 'pretrained_cfg_overlay={{"file": "weights.safetensors"}}', or start without: """
+            f'--no-pretrained.'
+        ) from e
     published = pretrained and model.backbone.pretrained_cfg.get('num_classes') == num_classes
     fits = published or args.checkpoint is not None
     train = args.classifier == 'train' or (args.classifier == 'auto' and not fits and not finetuned)

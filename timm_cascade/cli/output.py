@@ -52,6 +52,7 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return 'yes' if value else 'no'
     if isinstance(value, float):
+        value += 0.0  # no minus before a zero
         return f'{value:.4f}' if 1e-3 <= abs(value) < 1e3 or not value else f'{value:.4g}'
     if isinstance(value, int):
         return f'{value:,}'

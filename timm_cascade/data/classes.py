@@ -182,7 +182,8 @@ def weak_backbone(accuracy: Sequence[float], n: int) -> str | None:
         )
     return (
         f'The backbone is right on {accuracy[-1]:.0%} of these images where its exit {best} is right on '
-        f'{accuracy[best]:.0%}: its classifier was trained on other classes or on the same in another order. Compare '
-        f'class_names with those it was trained on (load_data(..., class_order="text") is torchvision\'s order), or '
-        f'train the classifier too (timm-cascade train --classifier train, or train_heads(..., classifier=True)).'
+        f'{accuracy[best]:.0%}: its classifier was trained for too few epochs, on other classes, or on the same in '
+        f'another order. Fine-tune it for longer (--finetune), compare class_names with those it was trained on '
+        f'(load_data(..., class_order="text") is torchvision\'s order), or train the classifier too (timm-cascade '
+        f'train --classifier train, or train_heads(..., classifier=True)).'
     )

@@ -296,7 +296,7 @@ def load_folder(
         if not files:
             raise ValueError(
                 f'{root / below} holds images but no class folders: an image folder has one sub-folder per class. '
-                f'Without labels pass labels=False (--no-labels).'
+                f'Without labels pass labels=False (--no-labels).{_instead_of_labels(root, tree)}'
             )
         if stray := [f.path for f in members[below] if len(_parts(f.path)) == depth]:
             left_out[STRAY] = stray
@@ -323,6 +323,16 @@ def load_folder(
     place = {name: i for i, name in enumerate(names)}
     images = Files(str(root), [f.path for f in files])
     return ImageData(images, [place[_class_of(f)] for f in files] if labels else None, names, str(root), name)
+
+
+def _instead_of_labels(root: Path, tree: _Tree) -> str:
+    """What opens a folder whose labels stand in a file, for an error message; nothing where there is no such file."""
+    if not (files := tree.left_out.get(LABEL_FILE)):
+        return ''
+    return (
+        f' Labels in {files[0]} are not read here; datasets reads a metadata.csv: save_to_disk(FOLDER) of '
+        f'datasets.load_dataset("imagefolder", data_dir={str(root)!r}), and give FOLDER.'
+    )
 
 
 def _check_twice(title: str, files: Sequence[File]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -19,13 +20,22 @@ from .curve import CurvePoint, curve_of
 
 __all__ = ['write_report']
 
+TICKS = (0.01, 0.02, 0.05, 0.1, 0.2)  # between lines of the curve
 MOST_CLASSES = 40  # rows of the per-class chart and the confusion matrix
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem } svg { max-width: 100%; height: auto }
-text { font: 12px system-ui, sans-serif; fill: #333 } .note { color: #555 } .key { fill: #666 }
+:root { color-scheme: light }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222;
+  background: #fff; overflow-wrap: anywhere }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
+.wide { overflow-x: auto } svg { display: block } .curve { width: 100%; min-width: 30rem; height: auto }
+text { font: 12px system-ui, sans-serif; fill: #333 } .note { color: #555 }
 td, th { padding: 0 .8rem .2rem 0; text-align: right } td:first-child, th:first-child { text-align: left }
+.row { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1rem; align-items: center; margin: .5rem 0;
+  line-height: 1.3 }
+.row > :last-child { grid-column: 2; color: #555; font-size: .875rem }
+.row i { display: block; height: .6rem; margin: .1rem 0; min-width: 1px }
+@media (max-width: 40rem) { .row { grid-template-columns: 1fr } .row > :last-child { grid-column: 1 } }
 """
 BLUE, GREY, ORANGE = '#2a6fbb', '#b8bec6', '#d9822b'
 
@@ -81,12 +91,15 @@ def write_report(
         '<h2>Confusions</h2>',
         _confusion(names, labels, chosen),
     ]
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f'<title>{escape(title)}</title><style>{STYLE}</style>'
     write_text(path, f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>')
 
 
 def _certificate(model: CascadeModel) -> str:
     """The promise of the active thresholds in one sentence, where they are an operating point of the table."""
+    if model.thresholds.isinf().all():
+        return 'All exits are closed: the cascade is its full network, and nothing can be lost.'
     for point in model.table.points_at(model.thresholds) if model.table is not None else ():
         if point.certified and point.max_drop is not None:
             return (
@@ -94,14 +107,19 @@ def _certificate(model: CascadeModel) -> str:
                 f'on new images of the same source is at most {100 * point.max_drop:g} points below that of the full '
                 f'network. {point.measured_on:,} images were tested for this.'
             )
-    if not model.any_open:
-        return 'All exits are closed: the cascade is its full network, and nothing can be lost.'
     return 'The active thresholds are not a certified setting of the threshold table; no loss is excluded.'
 
 
-def _svg(width: int, height: int, parts: Sequence[str], label: str) -> str:
-    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    return f'<svg {size} role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+def _svg(width: int, height: int, parts: Sequence[str], label: str, style: str = '') -> str:
+    """A drawing; where the screen is narrower than it can shrink to, it scrolls by itself."""
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}" class="{style}"'
+    return f'<div class="wide"><svg {size} role="img" aria-label="{escape(label)}">{"".join(parts)}</svg></div>'
+
+
+def _row(name: str, bars: Sequence[tuple[float, str]], note: str) -> str:
+    """A name, bars of shares of the width in their colours, and a note; below each other on a phone."""
+    drawn = ''.join(f'<i style="width:{100 * share:.1f}%;background:{colour}"></i>' for share, colour in bars)
+    return f'<div class="row"><span>{escape(name)}</span><div>{drawn}</div><span>{escape(note)}</span></div>'
 
 
 def _text(x: float, y: float, text: str, anchor: str = 'start') -> str:
@@ -128,14 +146,14 @@ def _curve(points: Sequence[CurvePoint], stage: np.ndarray, alone: np.ndarray, a
         return x, 10 + (high - accuracy) / (high - low) * (height - bottom - 10)
 
     parts = []
-    for i in range(6):
-        y_value, x_value = low + i * (high - low) / 5, i / 5
-        y, x = at(0, y_value)[1], at(x_value, low)[0]
+    step = next(s for s in TICKS if (high - low) / s <= 7)
+    for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1):
+        y = at(0, i * step)[1]
         parts += [
             f'<path d="M{left} {y:.1f}H{width - 20}" stroke="#e6e9ed"/>',
-            _text(left - 8, y + 4, f'{y_value:.1%}', 'end'),
+            _text(left - 8, y + 4, f'{100 * i * step:g}%', 'end'),
         ]
-        parts.append(_text(x, height - bottom + 18, f'{x_value:.0%}', 'middle'))
+    parts += [_text(at(i / 5, low)[0], height - bottom + 18, f'{i / 5:.0%}', 'middle') for i in range(6)]
     line = ' '.join(f'{x:.1f},{y:.1f}' for x, y in (at(p.macs_share, p.accuracy) for p in points))
     parts.append(f'<polyline points="{line}" fill="none" stroke="{BLUE}" stroke-width="2.5"/>')
     for m, (macs, accuracy) in enumerate(zip(stage, alone, strict=True)):
@@ -148,7 +166,7 @@ def _curve(points: Sequence[CurvePoint], stage: np.ndarray, alone: np.ndarray, a
     x, y = at(*active)
     parts.append(_bar(x - 5, y - 5, 10, 10, '#222', f'active: {active[1]:.1%} with {active[0]:.1%} of the MACs'))
     parts.append(_text((left + width) / 2, height - 8, "share of the backbone's multiply-accumulates", 'middle'))
-    return _svg(width, height, parts, 'accuracy against cost')
+    return _svg(width, height, parts, 'accuracy against cost', 'curve')
 
 
 def _exit_bars(model: CascadeModel, exits: np.ndarray, correct: np.ndarray, full: np.ndarray) -> str:
@@ -165,12 +183,8 @@ def _exit_bars(model: CascadeModel, exits: np.ndarray, correct: np.ndarray, full
             earned = 100 * (correct[here].mean() - full[here].mean())
             note = f'{here.mean():.1%} of the images, {correct[here].mean():.1%} correct'
             note += '' if m == count else f', {earned:+.1f} points against the full network on them'
-        rows.append((label, float(here.mean()), note))
-    parts = []
-    for i, (label, share, note) in enumerate(rows):
-        y = 8 + 28 * i
-        parts += [_text(190, y + 14, label, 'end'), _bar(200, y, 180 * share, 18, BLUE, note), _text(390, y + 14, note)]
-    return _svg(900, 28 * len(rows) + 10, parts, 'images per exit')
+        rows.append(_row(label, [(float(here.mean()), BLUE)], note))
+    return ''.join(rows)
 
 
 def _classes(names: Sequence[str], labels: np.ndarray, full: np.ndarray, cascade: np.ndarray) -> str:
@@ -182,18 +196,13 @@ def _classes(names: Sequence[str], labels: np.ndarray, full: np.ndarray, cascade
     more = len(rows) > MOST_CLASSES
     if more:
         rows = sorted(rows, key=lambda r: -abs(r[2] - r[1]))[:MOST_CLASSES]
-    parts = []
-    for i, (name, before, after, count) in enumerate(rows):
-        y = 4 + 26 * i
-        note = f'{before:.1%} to {after:.1%} ({count} images)'
-        parts += [
-            _text(190, y + 14, name[:28], 'end'),
-            _bar(200, y, 400 * before, 8, GREY, f'full network {before:.1%}'),
-        ]
-        parts += [_bar(200, y + 9, 400 * after, 8, BLUE, f'cascade {after:.1%}'), _text(610, y + 14, note)]
+    shown = [
+        _row(name, [(before, GREY), (after, BLUE)], f'{before:.1%} to {after:.1%} ({count} image{"s" * (count > 1)})')
+        for name, before, after, count in rows
+    ]
     note = f' The {MOST_CLASSES} classes that change most are shown.' if more else ''
     legend = f'<p class="note">Grey: full network. Blue: cascade.{note}</p>'
-    return legend + _svg(860, 26 * len(rows) + 8, parts, 'accuracy per class')
+    return legend + ''.join(shown)
 
 
 def _confusion(names: Sequence[str], labels: np.ndarray, chosen: np.ndarray) -> str:
@@ -207,16 +216,20 @@ def _confusion(names: Sequence[str], labels: np.ndarray, chosen: np.ndarray) -> 
             for (a, b), n in zip(pairs[order], counts[order], strict=True)
         )
         return f'<table><tr><th>class</th><th>answered as</th><th>images</th></tr>{rows}</table>'
-    size, left = 22, 160
+    size, left, top = 22, 170, 130
     matrix = np.zeros((len(names), len(names)), int)
     np.add.at(matrix, (labels, chosen), 1)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    short = [str(name) if len(str(name)) <= 24 else f'{str(name)[:23]}…' for name in names]
     parts = []
     for a in range(len(names)):
-        parts.append(_text(left - 8, 15 + size * a, str(names[a])[:22], 'end'))
+        parts.append(_text(left - 8, top + 15 + size * a, short[a], 'end'))
+        x = left + size * a + 11
+        parts.append(f'<g transform="rotate(-50 {x} {top - 6})">{_text(x, top - 6, short[a])}</g>')
         for b in range(len(names)):
             blue = f'rgba(42,111,187,{0.04 + 0.96 * shares[a, b]:.2f})'
             hint = f'{names[a]} answered as {names[b]}: {matrix[a, b]} ({shares[a, b]:.1%})'
-            parts.append(_bar(left + size * b, size * a, size - 1, size - 1, blue, hint))
+            parts.append(_bar(left + size * b, top + size * a, size - 1, size - 1, blue, hint))
     note = '<p class="note">Rows: class. Columns: answer of the cascade. Point at a cell for its count.</p>'
-    return note + _svg(left + size * len(names) + 10, size * len(names) + 6, parts, 'confusion matrix')
+    width, height = left + size * len(names) + 110, top + size * len(names) + 6
+    return note + _svg(width, height, parts, 'confusion matrix')

@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..data import View, check_labels, check_training_classes, prepare_data
+from ..data import Seen, View, check_labels, check_training_classes, prepare_data
 from ..model import CascadeModel
 from ..utils.distributed import check_launch, create_accelerator, share_gradients, share_values, sum_over_processes
 from .work_dir import WorkDir
@@ -94,6 +94,7 @@ def finetune(
     train = prepare_data(model, train)
     names = getattr(train, 'class_names', None)
     val = prepare_data(model, val, names if names and len(names) == model.num_classes else None)
+    Seen(train).warn_of(val)
     accelerator = accelerator or create_accelerator()
     check_launch(accelerator)
     tuner = _Finetuner(
