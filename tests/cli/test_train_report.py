@@ -98,7 +98,7 @@ def test_labels_in_a_file_are_said_not_to_be_read(capsys, tmp_path):
 def test_warnings_of_a_command_show_no_code(capsys, flowers, tmp_path, monkeypatch):
     monkeypatch.setattr(train_command, 'create_cascade', lambda *args, **kwargs: warnings.warn('Look.', stacklevel=1))
     monkeypatch.setattr(warnings, 'showwarning', lambda *args: print(warnings.formatwarning(*args[:4])))
-    with warnings.catch_warnings(), pytest.raises(AttributeError):
+    with warnings.catch_warnings(), pytest.raises(TypeError):
         warnings.simplefilter('always')
         main(list(map(str, (*MODEL, '--data', flowers, '--out', tmp_path / 'out'))))
     assert 'Look.' in capsys.readouterr().out.splitlines()

@@ -17,7 +17,7 @@ from timm_cascade.data import weak_backbone
         ((0.70, 0.80, 0.78), 100, None),  # two points on 100 images are within the error
         ((0.70, 0.80, 0.78), 10_000, 'classifier=True'),
         ((0.80, 0.79, 0.805), 10_000, None),
-        ((0.70, 0.80, 0.20), 1_000, 'trained on other classes'),
+        ((0.70, 0.80, 0.20), 1_000, 'on other classes'),
         ((0.80,), 1_000, None),
     ],
 )

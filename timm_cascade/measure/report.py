@@ -28,7 +28,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222;
   background: #fff; overflow-wrap: anywhere }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
-.wide { overflow-x: auto } svg { display: block } .curve { width: 100%; min-width: 30rem; height: auto }
+.wide { overflow-x: auto } svg { display: block } .curve { width: 100%; min-width: 26rem; height: auto }
 text { font: 12px system-ui, sans-serif; fill: #333 } .note { color: #555 }
 td, th { padding: 0 .8rem .2rem 0; text-align: right } td:first-child, th:first-child { text-align: left }
 .row { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1rem; align-items: center; margin: .5rem 0;
