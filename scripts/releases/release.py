@@ -102,7 +102,8 @@ def finetune_backbone(recipe: dict[str, Any], train: Any, work: Path, workers: i
 def build(recipe: dict[str, Any], work: Path, workers: int = 0, timed: bool = True) -> dict[str, Any]:
     """Runs what is due; returns the report that the card shows."""
     load = loader(recipe)
-    train, calibration = load(recipe['data']['train']), load(recipe['data']['calibration'])
+    # the test images too: a split without labels is an error now, not after the training
+    train, calibration, tested = (load(recipe['data'][part]) for part in ('train', 'calibration', 'test'))
     steps, staged = Steps(work / 'steps.json'), work / 'release'
     model_parts = (recipe['model'], recipe['data'])
 
@@ -141,7 +142,7 @@ def build(recipe: dict[str, Any], work: Path, workers: int = 0, timed: bool = Tr
         steps.finish('calibration')
 
     if steps.due('test'):
-        report = test(hub.load(staged), load(recipe['data']['test']), dial, timed)
+        report = test(hub.load(staged), tested, dial, timed)
         write_text(work / 'report.json', json.dumps(report, indent=1))
         steps.finish('test')
     return json.loads((work / 'report.json').read_text(encoding='utf-8'))

@@ -78,3 +78,12 @@ def test_a_recipe_runs_and_prints_the_paper_s_rows_beside_ours(name, tmp_path, m
     for rule in ('per_exit', 'certified'):
         assert all(f'| ours, {rule} | {100 * drop:g} |' in printed for drop in recipe['dial']['table'])
     assert (tmp_path / 'out' / name / 'README.md').is_file()
+
+
+def test_test_images_without_labels_are_refused_before_the_training(tmp_path, monkeypatch):
+    table = datasets.DatasetDict({s: split(i, 'img', ['label'], s == 'test') for i, s in enumerate(('train', 'test'))})
+    monkeypatch.setattr(datasets, 'load_dataset', lambda path, config=None, split=None: table)
+    recipe = yaml.safe_load((ROOT / 'hub' / 'recipes' / 'cascade_cifar_resnet110.cifar10.yaml').read_text())
+    with pytest.raises(ValueError, match='every label'):
+        release.build(recipe, tmp_path)
+    assert not list(tmp_path.iterdir())
