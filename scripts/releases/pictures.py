@@ -27,19 +27,18 @@ def plot_tradeoff(report: dict[str, Any], path: Path, title: str) -> None:
         rows = sorted((r for r in report['rows'] if r['rule'] == rule), key=lambda r: r['macs_share'])
         x, y = [100 * r['macs_share'] for r in rows], [100 * r['accuracy'] for r in rows]
         axes.plot(x, y, 'o-', color=COLOURS[rule], label=LABELS[rule], ms=5)
+        asked: dict[tuple[float, float], list[float]] = {}  # settings that come to the same point share its label
         for r, a, b in zip(rows, x, y, strict=True):
-            axes.annotate(
-                f'{100 * r["max_drop"]:g}',
-                (a, b),
-                (3, -11),
-                textcoords='offset points',
-                fontsize=7,
-                color=COLOURS[rule],
-            )
+            asked.setdefault((a, b), []).append(100 * r['max_drop'])
+        for point, drops in asked.items():
+            text = ' to '.join(f'{d:g}' for d in sorted({min(drops), max(drops)}))
+            axes.annotate(text, point, (3, -11), textcoords='offset points', fontsize=7, color=COLOURS[rule])
     axes.set(xlabel='average MACs, % of the backbone (heads counted)', ylabel='accuracy, %', title=title)
     axes.set_xlim(0, 105)
+    axes.margins(y=0.1)
     axes.grid(alpha=0.25)
-    axes.legend(loc='lower right', fontsize=8, title='numbers: max_drop asked, in points', title_fontsize=8)
+    below = dict(loc='upper center', bbox_to_anchor=(0.5, -0.14), ncol=3, frameon=False)  # it would hide points
+    axes.legend(fontsize=8, title='numbers: max_drop asked, in points', title_fontsize=8, **below)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

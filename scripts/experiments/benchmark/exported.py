@@ -1,6 +1,6 @@
 """Exported cascades in onnxruntime, beside the plain network as ONNX, the ideal from stage times, and earlyon's export.
 
---prepare measures nothing but the export, of all networks with the library's five exits; what is measured otherwise has
+--prepare measures nothing but the export, of all networks with five exits; what is measured otherwise has
 three. Files are kept in `--folder`: give another one for other code. All sessions have one thread, since the pools of
 several sessions would disturb each other; times are CPU time.
 """

@@ -46,9 +46,10 @@ def pictures(n: int, size: tuple[int, int, int], seed: int = 0, device: str | to
 
 @torch.no_grad()
 def build(name: str, images: Tensor, exits: int = 3, **kwargs: Any) -> CascadeModel:
-    """A cascade with random weights whose heads tell the images apart: their norms have seen them."""
+    """A cascade with random weights and evenly spread exits; its heads tell the images apart: their norms saw them."""
     torch.manual_seed(0)
-    model = timm.create_model(f'cascade_{name}', exits=exits, **kwargs).eval()
+    places = [(i + 1) / (exits + 1) for i in range(exits)]
+    model = timm.create_model(f'cascade_{name}', exits=places, **kwargs).eval()
     pooled, _ = model.forward_pooled(images)
     for head, features in zip(model.heads, pooled, strict=True):
         head.norm.running_mean.copy_(features.mean(0))
