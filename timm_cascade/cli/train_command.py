@@ -168,11 +168,10 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         model.set_max_drop(args.max_drop)
     if main_process:
         hub.save(model, args.out)
-    if halves is not None:
-        report = Path(args.report or args.out / REPORT)
-        write_report(model, halves[1], report, batch_size=args.batch_size, workers=args.workers)
-        shown = dict(report=str(report))
-    if main_process:
+        if halves is not None:
+            report = Path(args.report or args.out / REPORT)
+            write_report(model, halves[1], report, batch_size=args.batch_size, workers=args.workers)
+            shown = dict(report=str(report))
         for name in ('backbone.pt', 'heads.pt'):  # only now: a command killed before this has to save again, no more
             (work_dir / name).unlink(missing_ok=True)
     accelerator.end_training()
