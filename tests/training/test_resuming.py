@@ -1,14 +1,12 @@
 """Killed at any time, a training continues; and on two processes it is the same."""
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 
 import numpy as np
@@ -16,72 +14,76 @@ import pytest
 import timm
 import torch
 from helpers import near, near_weights, trained, write_idx
-from tqdm.auto import tqdm
 
 import timm_cascade
 from timm_cascade.data import ImageData
-from timm_cascade.training.features import StoredFeatures
 
+# in a process of its own, which the compiler's tests have not been in: a process whose autograd has threads cannot fork
+KILLED = """
+import os, signal, threading, time
+from pathlib import Path
+import torch, timm_cascade
+from timm_cascade.data import ImageData
+from timm_cascade.training.features import StoredFeatures
+from tqdm.auto import tqdm
 
 class Slow(ImageData):
-    """Takes its time, so that there is time to be killed in."""
-
     def __getitem__(self, index):
-        time.sleep(0.004)
+        time.sleep(0.004)  # so that there is time to be killed in
         return super().__getitem__(index)
 
     def with_transform(self, transform):
         return Slow(self.images, self.labels, self.class_names, self.source, self.split, transform)
 
-
-def work(model, data, where, epochs):
-    timm_cascade.train_heads(model, data, data, epochs=epochs, batch_size=16, work_dir=where, classifier=True, views=2)
-
-
-def in_a_fork(*args):
-    # tqdm's lock is one semaphore for all forks; a process killed while it holds that would stop all others for good
-    tqdm.set_lock(threading.RLock())
-    work(*args)
-
-
-def killed_when(condition, *args):
-    """Runs `work` in a process of its own, and kills it as soon as the condition holds; whether it did in time."""
-    process = multiprocessing.get_context('fork').Process(target=in_a_fork, args=args)
-    process.start()
-    while process.is_alive() and not condition():
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    return process.exitcode == -signal.SIGKILL
-
-
-def records_done(where):
+def records_done():
     try:
-        return sum(int((StoredFeatures(p).records['checksum'] != 0).sum()) for p in (where / 'features').glob('*.part'))
+        return sum(int((StoredFeatures(p).records['checksum'] != 0).sum()) for p in WORK.glob('features/*.part'))
     except (OSError, ValueError, EOFError):
         return 0
 
-
-def epoch_of(where):
+def epoch_of():
     try:
-        return len(torch.load(where / 'heads.pt', weights_only=True)['history'])
+        return len(torch.load(WORK / 'heads.pt', weights_only=True)['history'])
     except FileNotFoundError:
         return 0
 
+def killed_when(condition):
+    process = os.fork()
+    if not process:
+        # tqdm's lock is one semaphore for all forks; a process killed while it holds that would stop all others
+        tqdm.set_lock(threading.RLock())
+        timm_cascade.train_heads(model, slow, slow, work_dir=WORK, **SETTINGS)
+        os._exit(0)
+    while not os.waitpid(process, os.WNOHANG)[0]:
+        if condition():
+            os.kill(process, signal.SIGKILL)
+            return os.waitpid(process, 0)[1] == signal.SIGKILL
+        time.sleep(0.005)
+
+WORK = Path(WORK)
+torch.set_num_threads(THREADS)
+model, images = torch.load('given.pt', weights_only=False)
+slow = Slow(images.images, images.labels, images.class_names)
+assert killed_when(lambda: records_done() >= 64)
+assert records_done() >= 64  # those are not computed again
+for moment in (3, 25):
+    assert killed_when(lambda: epoch_of() >= moment)
+    assert moment <= epoch_of() < SETTINGS['epochs']
+"""
+
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
-def test_killed_again_and_again_it_ends_the_same(small, images, tmp_path):
-    epochs = 40
-    history, whole = trained(small, images, images, epochs=epochs, batch_size=16, classifier=True, views=2)
-    slow = Slow(images.images, images.labels, images.class_names)
-    assert killed_when(lambda: records_done(tmp_path) >= 64, small, slow, tmp_path, epochs)
-    assert records_done(tmp_path) >= 64  # those are not computed again
-    for moment in (3, 25):
-        assert killed_when(lambda moment=moment: epoch_of(tmp_path) >= moment, small, slow, tmp_path, epochs)
-        assert moment <= epoch_of(tmp_path) < epochs
-    work(small, slow, tmp_path, epochs)
+def test_killed_again_and_again_it_ends_the_same(interpreter, small, images, tmp_path):
+    settings = dict(epochs=40, batch_size=16, classifier=True, views=2)
+    history, whole = trained(small, images, images, **settings)
+    torch.save((small, images), tmp_path / 'given.pt')
+    work = tmp_path / 'work'
+    given = f'WORK, SETTINGS, THREADS = {str(work)!r}, {settings}, {torch.get_num_threads()}'
+    done = interpreter.run(f'{given}\n{KILLED}', tmp_path, ours=True)
+    assert done.returncode == 0, done.stderr
+    timm_cascade.train_heads(small, images, images, work_dir=work, **settings)
     assert all(torch.equal(v, whole[k]) for k, v in small.state_dict().items())
-    lines = [json.loads(line) for line in (tmp_path / 'heads.jsonl').read_text().splitlines()]
+    lines = [json.loads(line) for line in (work / 'heads.jsonl').read_text().splitlines()]
     for line in (*lines, *history):
         line.pop('seconds')
     assert lines == history
