@@ -283,4 +283,5 @@ def test_the_command_is_killed_and_given_again(command, tmp_path, sign):
         'features',
         'heads.jsonl',
         'model.safetensors',
+        'path.json',
     ]
