@@ -172,11 +172,13 @@ def test_heads_train_and_are_calibrated_on_the_device(device, images):
 MODE = 'reduce-overhead'
 
 
-def compiled(model, x, backend='inductor'):
+def compiled(model, x, static, backend='inductor'):
     """The model compiled with CUDA graphs; on a CPU with the same padding, and a backend that is quick."""
     on_cpu = x.device.type == 'cpu'
     model._router.forget()
-    model._router.options = CompileOptions('eager' if on_cpu else backend, None if on_cpu else MODE, buckets=True)
+    model._router.options = CompileOptions(
+        'eager' if on_cpu else backend, None if on_cpu else MODE, buckets=True, static=static
+    )
     return model
 
 
@@ -185,11 +187,14 @@ def stages(model):
 
 
 @torch.no_grad()
-def test_compiled_with_graphs_for_many_batch_sizes(model, x):
+@pytest.mark.parametrize('static', [False, True])
+def test_compiled_with_graphs_for_many_batch_sizes(model, x, static):
+    if static and type(model.backbone).__name__ != 'ResNet':
+        pytest.skip('one network suffices')
     opened(model, x)
     allowed = error(model, x)
     eager = {n: model.predict(x[:n]) for n in (1, 2, 3, 5, 12)}
-    compiled(model, x)
+    compiled(model, x, static)
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='.*runs eagerly')  # the compiler itself has advice, too
         kept = [(n, model.predict(x[:n])) for _ in range(3) for n in eager]
@@ -206,7 +211,7 @@ def graphs(device):
     x = batch_for(model, 12).to(device)
     with torch.no_grad():
         allowed, want = error(opened(model, x), x), model.predict(x)
-    return compiled(model, x), x, want, allowed
+    return compiled(model, x, False), x, want, allowed
 
 
 @torch.no_grad()

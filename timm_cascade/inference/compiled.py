@@ -48,6 +48,7 @@ class CompileOptions:
         mode: Mode of torch.compile; None is its default on a CPU and `max-autotune` on a GPU.
         channels_last: Images and weights of convolutions in channels-last memory.
         buckets: Pad to a few batch sizes; None where CUDA graphs need it.
+        static: Compile each of these batch sizes by itself, instead of one form for all, of which each has its graph.
         choose: Run a stage as exported where that is faster; not where CUDA graphs are replayed.
     """
 
@@ -55,6 +56,7 @@ class CompileOptions:
     mode: str | None = None
     channels_last: bool = False
     buckets: bool | None = None
+    static: bool = False
     choose: bool = True
 
 
@@ -87,8 +89,9 @@ class CompiledBackbone(StagedBackbone):
         self.memory = self.first.data_ptr()
         mode = options.mode or ('max-autotune' if images.is_cuda else None)
         self.buckets = options.buckets if options.buckets is not None else images.is_cuda and mode in GRAPHS
+        self.static = self.buckets and options.static
         choose, began = options.choose and not self.buckets, time.perf_counter()
-        kwargs: dict[str, Any] = dict(backend=options.backend, mode=mode)
+        kwargs: dict[str, Any] = dict(backend=options.backend, dynamic=False if self.static else None, mode=mode)
         for index, stage in enumerate(self.stages):
             plain, answering = self._with_weights(stage, backbone, options.channels_last), None
             stage.inputs = [node for node in stage.inputs if node not in self.weights and node not in self.constants]
@@ -159,7 +162,7 @@ class CompiledBackbone(StagedBackbone):
             device = next(t.device for t in inputs if isinstance(t, Tensor))
             padding = torch.arange(size, device=device).clamp_(max=alive - 1)
             inputs = [select_rows(t, padding, r) if r else t for t, r in zip(inputs, form.input_rows, strict=True)]
-        key = min(size, 2)
+        key = size if self.static else min(size, 2)
         if not self.buckets:
             # one image that is left of a batch is not worth compiling for
             outputs = form(inputs, key, asked, alive > 1 or single)
@@ -284,7 +287,7 @@ class CompiledStage:
         if form is None:
             form = torch.compile(module, **self.kwargs)
             for tensor, rows in zip(inputs, self.input_rows, strict=True):
-                if rows and size == 2:  # any number of samples but one
+                if rows and size == 2 and self.kwargs['dynamic'] is None:  # any number of samples but one
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
         if not self.choose:
             return form
