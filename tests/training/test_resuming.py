@@ -22,7 +22,7 @@ from timm_cascade.data import ImageData
 KILLED = """
 import os, signal, threading, time
 from pathlib import Path
-import torch, timm_cascade
+import timm, torch, timm_cascade
 from timm_cascade.data import ImageData
 from timm_cascade.training.features import StoredFeatures
 from tqdm.auto import tqdm
@@ -62,8 +62,11 @@ def killed_when(condition):
 
 WORK = Path(WORK)
 torch.set_num_threads(THREADS)
-model, images = torch.load('given.pt', weights_only=False)
-slow = Slow(images.images, images.labels, images.class_names)
+given = torch.load('given.pt', weights_only=True)
+model = timm.create_model('cascade_cifar_resnet20', depth=1, in_chans=1, num_classes=4, exits=['layer1', 'layer2'],
+                          pretrained_cfg_overlay=dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,))).eval()
+model.load_state_dict(given['model'])
+slow = Slow(given['images'].numpy(), given['labels'].numpy(), given['classes'])
 assert killed_when(lambda: records_done() >= 64)
 assert records_done() >= 64  # those are not computed again
 for moment in (3, 25):
@@ -76,7 +79,8 @@ for moment in (3, 25):
 def test_killed_again_and_again_it_ends_the_same(interpreter, small, images, tmp_path):
     settings = dict(epochs=40, batch_size=16, classifier=True, views=2)
     history, whole = trained(small, images, images, **settings)
-    torch.save((small, images), tmp_path / 'given.pt')
+    given = dict(images=torch.from_numpy(images.images), labels=torch.from_numpy(images.labels))
+    torch.save(dict(given, model=small.state_dict(), classes=images.class_names), tmp_path / 'given.pt')
     work = tmp_path / 'work'
     given = f'WORK, SETTINGS, THREADS = {str(work)!r}, {settings}, {torch.get_num_threads()}'
     done = interpreter.run(f'{given}\n{KILLED}', tmp_path, ours=True)
