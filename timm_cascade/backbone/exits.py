@@ -278,7 +278,7 @@ def resolve_exits(backbone: nn.Module, exits: int | Sequence[float] | Sequence[s
 
     Example:
         >>> [str(point) for point in resolve_exits(timm.create_model('resnet18'))]
-        ['layer1.0 (19%)', 'layer2.0 (42%)', 'layer2 (55%)', 'layer3.0 (67%)', 'layer3 (79%)']
+        ['layer1.0 (19%)', 'layer1 (32%)', 'layer2.0 (42%)', 'layer2 (55%)', 'layer3 (77%)']
 
     Raises:
         BackboneError: The model does not classify.

@@ -29,7 +29,7 @@ def unite(old: dict[str, Any], new: dict[str, Any], **keys: Sequence[str]) -> di
 
     Args:
         old, new: Sections. What only the old one has stays.
-        keys: For each list of rows, the fields that identify a row.
+        keys: For each list of rows, the fields in which no two of its rows agree.
     """
     united = {**old, **new}
     for name, fields in keys.items():
